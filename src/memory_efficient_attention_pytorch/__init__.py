@@ -1,0 +1,1 @@
+"""Transformers on sequences far longer than memory should allow, with exact gradients."""
