@@ -1,0 +1,198 @@
+"""The memory a training step really takes, measured in a process of its own."""
+
+from __future__ import annotations
+
+import ctypes
+import importlib
+import importlib.util
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+_CHILD = f"from {__name__} import _run_child; _run_child()"
+_RESULT = "measured-peak:"
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What one call of a step took, in bytes and seconds.
+
+    ``peak_bytes`` is the high-water mark above ``held_bytes``: what the step needed beyond what existed before it.
+    ``held_bytes`` is what building (model, gradients, inputs) added to a process that has PyTorch loaded and warm.
+    """
+
+    peak_bytes: int
+    held_bytes: int
+    seconds: float
+
+    @property
+    def total_bytes(self) -> int:
+        return self.held_bytes + self.peak_bytes
+
+
+def measure_peak(
+    target: str,
+    arguments: Mapping[str, Any] | None = None,
+    *,
+    device: str = "cpu",
+    threads: int | None = None,
+    limit_bytes: int | None = None,
+    timeout: float | None = None,
+) -> Measurement:
+    """Measure a step in a fresh process: the resident set's high-water mark on the CPU, ``max_memory_allocated`` on CUDA.
+
+    On the CPU the allocator's mmap threshold is fixed at 64 KiB: left alone, glibc raises it as blocks are freed and
+    keeps what it should return, and the same step then reads up to three times as much.
+
+    Args:
+        target: ``"package.module:function"`` or ``"path/to/file.py:function"``. The function is called with
+            ``arguments``, builds what exists before the step (``zero_grads`` gives a model its gradients) and returns
+            a callable without arguments: the step to measure. What that callable returns is kept until the reading.
+        arguments: JSON-serialisable keywords of the function.
+        device: ``"cpu"`` (Linux only, since it reads ``/proc``) or a CUDA device.
+        threads: CPU threads of the step; PyTorch's own default if not given.
+        limit_bytes: enforce this many bytes for built things and step together: an allocation beyond it fails.
+        timeout: seconds after which the process is killed.
+
+    Raises:
+        MemoryError: the step did not fit in the device or in ``limit_bytes``.
+        RuntimeError: the function or the step failed in another way; carries what the process said.
+    """
+    request = {
+        "target": target,
+        "arguments": dict(arguments or {}),
+        "device": device,
+        "threads": threads,
+        "limit_bytes": limit_bytes,
+    }
+    done = subprocess.run(
+        [sys.executable, "-c", _CHILD],
+        input=json.dumps(request),
+        capture_output=True,
+        text=True,
+        timeout=timeout,
+        env=os.environ | {"MALLOC_MMAP_THRESHOLD_": "65536"},
+    )
+    readings = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
+    if done.returncode == 0 and readings:
+        return Measurement(**json.loads(readings[-1].removeprefix(_RESULT)))
+    if "OutOfMemoryError" in done.stderr or "can't allocate memory" in done.stderr or "MemoryError" in done.stderr:
+        raise MemoryError(f"{target} ran out of memory:\n{done.stderr[-2000:]}")
+    raise RuntimeError(f"measuring {target} failed with exit status {done.returncode}:\n{done.stderr[-4000:]}")
+
+
+def zero_grads(model: nn.Module) -> nn.Module:
+    """Give every trainable parameter a gradient of zeros that occupies its memory, and return the model."""
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            # zeros come from untouched pages, which are not resident until something is written to them.
+            parameter.grad = torch.empty_like(parameter).fill_(0)
+    return model
+
+
+def warm_up(device: str = "cpu") -> None:
+    """Run a tiny step, so that libraries, threads and handles loaded on first use do not count as the model's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(1, 4, 64, 64, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
+        hidden = nn.functional.layer_norm(nn.functional.gelu(x @ weight), (64,))
+        attended = nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)
+        nn.functional.cross_entropy(attended.flatten(0, 2).float(), torch.zeros(256, device=device).long()).backward()
+
+
+def _run_child() -> None:
+    request = json.load(sys.stdin)
+    if request["threads"]:
+        torch.set_num_threads(request["threads"])
+    build = _load(request["target"])  # before the gauge: what importing takes is not the model's
+    warm_up(request["device"])
+    device = torch.device(request["device"])
+    gauge: _CudaGauge | _ResidentSet = _CudaGauge(device) if device.type == "cuda" else _ResidentSet()
+    if request["limit_bytes"] is not None:
+        gauge.limit(request["limit_bytes"])
+    step = build(**request["arguments"])
+    held = gauge.start()
+    began = time.perf_counter()
+    kept = step()
+    peak, seconds = gauge.peak(), time.perf_counter() - began
+    del kept
+    measurement = Measurement(max(0, peak - held), held, seconds)
+    sys.stdout.write(f"\n{_RESULT}{json.dumps(asdict(measurement))}\n")
+
+
+def _load(target: str) -> Callable[..., Callable[[], Any]]:
+    module, _, function = target.rpartition(":")
+    if not module or not function:
+        raise ValueError(f"target must be 'module:function' or 'file.py:function', got {target!r}")
+    if not module.endswith(".py"):
+        return getattr(importlib.import_module(module), function)
+    spec = importlib.util.spec_from_file_location(Path(module).stem, module)
+    if spec is None or spec.loader is None:
+        raise ValueError(f"target names a file that cannot be imported: {module!r}")
+    loaded = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = loaded
+    spec.loader.exec_module(loaded)
+    return getattr(loaded, function)
+
+
+class _CudaGauge:
+    """Bytes that the caching allocator has handed out, above those when the gauge was made."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.base = torch.cuda.memory_allocated(device)
+
+    def limit(self, limit_bytes: int) -> None:
+        total = torch.cuda.get_device_properties(self.device).total_memory
+        torch.cuda.set_per_process_memory_fraction((self.base + limit_bytes) / total, self.device)
+
+    def start(self) -> int:
+        torch.cuda.synchronize(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device) - self.base
+
+    def peak(self) -> int:
+        torch.cuda.synchronize(self.device)
+        return torch.cuda.max_memory_allocated(self.device) - self.base
+
+
+class _ResidentSet:
+    """The resident set of this process and its high-water mark, above what it was when the gauge was made."""
+
+    def __init__(self) -> None:
+        self.base = _process_bytes("VmRSS")
+
+    def limit(self, limit_bytes: int) -> None:
+        # VmData is private writable address space: what the allocator was asked for, touched or not.
+        allowed = _process_bytes("VmData") + limit_bytes
+        resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
+
+    def start(self) -> int:
+        held = _process_bytes("VmRSS") - self.base
+        Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        return held
+
+    def peak(self) -> int:
+        return _process_bytes("VmHWM") - self.base
+
+
+def _process_bytes(field: str) -> int:
+    """A size from this process's status, after returning to the system what the C library's heap does not use."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
+    status = Path("/proc/self/status")
+    if not status.exists():
+        raise RuntimeError("CPU memory is measured from /proc, which Linux alone has")
+    sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
+    return int(sizes[field].split()[0]) * 1024
