@@ -1,0 +1,1 @@
+"""Training a Transformer on text: configuration, data, the loop and what it leaves in a run directory."""

@@ -1,0 +1,173 @@
+"""Checkpoints: a directory each, written whole or not at all, verified before use.
+
+A checkpoint holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `SHA256SUMS` of the three (which
+`sha256sum --check` reads). The random generators need no entry: step s is seeded by (seed, s, process), so the step's
+number is their state, and the position in the data too.
+"""
+
+import dataclasses
+import hashlib
+import json
+import math
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, load_model, save_file, save_model
+from torch import nn
+
+from .files import directory_written_atomically, discard
+
+_PREFIX = "step-"
+_SUMS = "SHA256SUMS"
+
+
+@dataclasses.dataclass(frozen=True)
+class TrainState:
+    """Where a run stands, besides its weights and the optimizer's averages.
+
+    step: optimizer steps done. tokens: trained on so far, by all processes. seconds: spent training.
+    validation_loss: nats per token measured after this very step, None if it was not measured then.
+    scaler: the fp16 gradient scaler's numbers, None in other precisions.
+    """
+
+    step: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    validation_loss: float | None = None
+    scaler: dict[str, Any] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    path: Path
+    state: TrainState
+
+    @property
+    def model(self) -> Path:
+        return self.path / "model.safetensors"
+
+    @property
+    def optimizer(self) -> Path:
+        return self.path / "optimizer.safetensors"
+
+
+class Checkpoints:
+    """The checkpoints of a run, in a directory of their own."""
+
+    def __init__(self, root: Path):
+        self.root = root
+
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Checkpoint:
+        """Write a checkpoint. Whatever stops it, the ones before are untouched and no half of this one is seen."""
+        path = self.root / f"{_PREFIX}{state.step:08d}"
+        with directory_written_atomically(path) as directory:
+            save_model(model, str(directory / "model.safetensors"))
+            save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
+            (directory / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
+            sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(directory.iterdir())]
+            (directory / _SUMS).write_text("".join(sums))
+        return Checkpoint(path, state)
+
+    def find(self, which: str = "last", report: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
+        """The "last" checkpoint or the "best" (lowest validation loss); with none measured, best means last.
+
+        A checkpoint that is truncated or altered is named to `report` and the next in order is tried.
+        """
+        if which not in ("last", "best"):
+            raise ValueError(f"checkpoint must be 'last' or 'best', got {which!r}")
+        found = []
+        for path in self._paths():
+            try:
+                found.append(Checkpoint(path, read_state(path)))
+            except (OSError, ValueError, TypeError) as error:
+                report(f"checkpoint {path} is damaged ({error}); using another")
+        found.sort(key=lambda checkpoint: checkpoint.state.step, reverse=True)
+        if which == "best":
+            found.sort(key=_loss_or_infinity)
+        for checkpoint in found:
+            if (flaw := find_flaw(checkpoint.path)) is None:
+                return checkpoint
+            report(f"checkpoint {checkpoint.path} is damaged ({flaw}); using the one before")
+        return None
+
+    def prune(self, keep: int) -> None:
+        """Remove all but the newest `keep` and the best, and what an interrupted write left behind."""
+        paths = sorted(self._paths())
+        best = min((Checkpoint(path, read_state(path)) for path in paths), key=_loss_or_infinity, default=None)
+        for path in paths[:-keep]:
+            if best is None or path != best.path:
+                discard(path)
+
+    def remove_after(self, step: int) -> None:
+        """Remove the checkpoints beyond `step` (found damaged, since a run goes on from the last sound one)."""
+        for path in self._paths():
+            if path.name > f"{_PREFIX}{step:08d}":
+                discard(path)
+
+    def remove_unfinished(self) -> None:
+        """Remove what writes and removals that were cut short left behind."""
+        for path in self.root.glob(f".{_PREFIX}*"):
+            discard(path)
+
+    def _paths(self) -> list[Path]:
+        return list(self.root.glob(f"{_PREFIX}*"))
+
+
+def _loss_or_infinity(checkpoint: Checkpoint) -> float:
+    loss = checkpoint.state.validation_loss
+    return math.inf if loss is None else loss
+
+
+def read_state(path: Path) -> TrainState:
+    return TrainState(**json.loads((path / "state.json").read_text()))
+
+
+def find_flaw(path: Path) -> str | None:
+    """What is wrong with a checkpoint's files, None if every one has the sum it was written with."""
+    try:
+        expected = dict(reversed(line.split("  ")) for line in (path / _SUMS).read_text().splitlines())
+        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
+            if expected.get(name) != _sha256(path / name):
+                return f"{name} is truncated or altered"
+    except OSError as error:
+        return f"{Path(error.filename).name}: {error.strerror}"
+    except ValueError:
+        return f"{_SUMS} is altered"
+    return None
+
+
+def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
+    """Copy a checkpoint's weights into a model of the same shape."""
+    load_model(model, str(checkpoint.model))
+
+
+def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
+    """Give `optimizer`, which holds `model`'s parameters, the averages it had at the checkpoint."""
+    state: dict[int, dict[str, torch.Tensor]] = {}
+    tensors = load_file(checkpoint.optimizer)
+    for index, name in enumerate(_names_in_order(model, optimizer)):
+        prefix = f"{name}:"
+        state[index] = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
+    state = optimizer.state_dict()["state"]
+    names = list(_names_in_order(model, optimizer))
+    return {f"{names[i]}:{key}": value.contiguous() for i, entry in state.items() for key, value in entry.items()}
+
+
+def _names_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
+    """Parameter names in the order in which an optimizer's state_dict numbers them."""
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            yield names[id(parameter)]
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -1,0 +1,72 @@
+"""What a run leaves on disk, and how to read it back.
+
+RUN/config.toml                          the configuration, every choice resolved
+RUN/tokenizer.json                       unless the tokens are bytes
+RUN/data/                                the tokenised text, see `data`
+RUN/checkpoints/step-00000100/           model.safetensors, optimizer.safetensors, state.json, see `checkpoints`
+RUN/metrics.jsonl, RUN/loss.png          what was measured
+"""
+
+from pathlib import Path
+from typing import NamedTuple
+
+import torch
+
+from ..transformer import Transformer
+from .checkpoints import Checkpoints, load_weights
+from .config import TrainConfig, load_config
+from .model import build_model
+from .tokenizers import ByteTokenizer, SubwordTokenizer, Tokenizer
+
+
+class LoadedRun(NamedTuple):
+    """A trained model in eval mode, its tokenizer and the configuration of its run."""
+
+    model: Transformer
+    tokenizer: Tokenizer
+    config: TrainConfig
+
+
+class RunDirectory:
+    """The paths in a run directory."""
+
+    def __init__(self, path: Path | str):
+        self.path = Path(path)
+        self.config = self.path / "config.toml"
+        self.tokenizer = self.path / "tokenizer.json"
+        self.data = self.path / "data"
+        self.checkpoints = Checkpoints(self.path / "checkpoints")
+        self.metrics = self.path / "metrics.jsonl"
+        self.plot = self.path / "loss.png"
+        self.tensorboard = self.path / "tensorboard"
+
+    def load_config(self) -> TrainConfig:
+        """Raises ValueError if this is no run directory, or one that another version wrote."""
+        if not self.path.is_dir():
+            raise ValueError(f"there is no run directory {self.path}")
+        if not self.config.is_file():
+            raise ValueError(f"{self.path} is not a run directory: it has no config.toml; `mea train` makes one")
+        return load_config(self.config)
+
+    def load_tokenizer(self) -> Tokenizer:
+        return SubwordTokenizer(self.tokenizer) if self.tokenizer.is_file() else ByteTokenizer()
+
+
+def load_run(path: Path | str, *, checkpoint: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
+    """Load what a run trained: the model (in eval mode, fp32), its tokenizer and its configuration.
+
+    path: the run directory, finished or not.
+    checkpoint: "best" (lowest validation loss) or "last". A checkpoint that is truncated or altered is passed over,
+        with a warning that says so, and the next one in that order is taken.
+
+    Raises ValueError if `path` is no run directory, was written in another format, or holds no sound checkpoint.
+    """
+    run = RunDirectory(path)
+    config = run.load_config()
+    tokenizer = run.load_tokenizer()
+    found = run.checkpoints.find(checkpoint)
+    if found is None:
+        raise ValueError(f"{run.path} holds no sound checkpoint: train it first, or go on with mea train --resume")
+    model = build_model(config, tokenizer.num_tokens)
+    load_weights(model, found)
+    return LoadedRun(model.to(device).eval(), tokenizer, config)

@@ -1,0 +1,112 @@
+"""Text to token numbers and back: bytes as they are, or a Hugging Face tokenizers file."""
+
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Protocol
+
+import numpy as np
+
+END_OF_DOCUMENT = "<|endoftext|>"
+# Names under which published tokenizers keep the token that ends a document.
+_END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+
+
+class Tokenizer(Protocol):
+    """What training and generation ask of a tokenizer.
+
+    num_tokens: size of the vocabulary. end_id: the token that ends a document, None if the vocabulary has none.
+    """
+
+    num_tokens: int
+    end_id: int | None
+
+    def encode(self, text: str) -> list[int]: ...
+
+    def decode(self, tokens: Sequence[int]) -> str: ...
+
+    def encode_stream(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        """Token numbers of one document that comes in chunks of bytes cut anywhere."""
+        ...
+
+
+class ByteTokenizer:
+    """One token per byte, 256 in all; byte 0, which no text contains, ends a document."""
+
+    num_tokens = 256
+    end_id: int | None = 0
+
+    def encode(self, text: str) -> list[int]:
+        return list(text.encode("utf-8", errors="surrogateescape"))
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        """The text; bytes that are no UTF-8, such as half of a character, become U+FFFD."""
+        return bytes(tokens).decode("utf-8", errors="replace")
+
+    def encode_stream(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        for chunk in chunks:
+            yield np.frombuffer(chunk, dtype=np.uint8)
+
+
+class SubwordTokenizer:
+    """A tokenizer of the `tokenizers` library.
+
+    Raises ValueError if the file is missing or is not one of that library's.
+    """
+
+    def __init__(self, path: Path | str):
+        from tokenizers import Tokenizer as Backend
+
+        if not Path(path).is_file():
+            raise ValueError(f"tokenizer {path} is not a file: give a tokenizer.json of the tokenizers library")
+        try:
+            self.backend = Backend.from_file(str(path))
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"tokenizer {path} is not a file of the tokenizers library: {error}") from error
+        self.num_tokens = self.backend.get_vocab_size(with_added_tokens=True)
+        ids = (self.backend.token_to_id(name) for name in _END_NAMES)
+        self.end_id = next((number for number in ids if number is not None), None)
+
+    def encode(self, text: str) -> list[int]:
+        return self.backend.encode(text, add_special_tokens=False).ids
+
+    def decode(self, tokens: Sequence[int]) -> str:
+        return self.backend.decode(list(tokens), skip_special_tokens=False)
+
+    def encode_stream(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
+        for text in decode_lines(chunks):
+            yield np.asarray(self.encode(text), dtype=np.uint32)
+
+
+def decode_lines(chunks: Iterable[bytes]) -> Iterator[str]:
+    """Text in pieces that end at line ends, from bytes cut anywhere. Raises UnicodeDecodeError if it is not UTF-8.
+
+    The error's `start` counts from the beginning of the document.
+    """
+    rest, passed = b"", 0
+    for chunk in chunks:
+        head, line_end, tail = chunk.rpartition(b"\n")
+        if not line_end:
+            rest += chunk
+            continue
+        piece, rest = rest + head + line_end, tail
+        yield _decode(piece, passed)
+        passed += len(piece)
+    if rest:
+        yield _decode(rest, passed)
+
+
+def _decode(piece: bytes, passed: int) -> str:
+    try:
+        return piece.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UnicodeDecodeError("utf-8", b"", passed + error.start, passed + error.end, error.reason) from None
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> SubwordTokenizer:
+    """Train a byte-level BPE on `texts`, write it to `path` and return it. It may end with fewer tokens than asked."""
+    from tokenizers.implementations import ByteLevelBPETokenizer
+
+    backend = ByteLevelBPETokenizer()
+    backend.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], show_progress=False)
+    backend.save(str(path))
+    return SubwordTokenizer(path)
