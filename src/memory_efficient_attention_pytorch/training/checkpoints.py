@@ -30,6 +30,7 @@ class TrainState:
 
     step: optimizer steps done. tokens: trained on so far, by all processes. seconds: spent training.
     validation_loss: nats per token measured after this very step, None if it was not measured then.
+    best_loss: the lowest validation loss so far. windows_per_step: of all processes, which the data position counts in.
     scaler: the fp16 gradient scaler's numbers, None in other precisions.
     """
 
@@ -37,6 +38,8 @@ class TrainState:
     tokens: int = 0
     seconds: float = 0.0
     validation_loss: float | None = None
+    best_loss: float | None = None
+    windows_per_step: int = 0
     scaler: dict[str, Any] | None = None
 
 
@@ -78,12 +81,7 @@ class Checkpoints:
         """
         if which not in ("last", "best"):
             raise ValueError(f"checkpoint must be 'last' or 'best', got {which!r}")
-        found = []
-        for path in self._paths():
-            try:
-                found.append(Checkpoint(path, read_state(path)))
-            except (OSError, ValueError, TypeError) as error:
-                report(f"checkpoint {path} is damaged ({error}); using another")
+        found = self._readable(report)
         found.sort(key=lambda checkpoint: checkpoint.state.step, reverse=True)
         if which == "best":
             found.sort(key=_loss_or_infinity)
@@ -94,12 +92,12 @@ class Checkpoints:
         return None
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` and the best, and what an interrupted write left behind."""
-        paths = sorted(self._paths())
-        best = min((Checkpoint(path, read_state(path)) for path in paths), key=_loss_or_infinity, default=None)
-        for path in paths[:-keep]:
-            if best is None or path != best.path:
-                discard(path)
+        """Remove all but the newest `keep` and the best."""
+        found = sorted(self._readable(), key=lambda checkpoint: checkpoint.state.step)
+        best = min(found, key=_loss_or_infinity, default=None)
+        for checkpoint in found[:-keep]:
+            if checkpoint is not best:
+                discard(checkpoint.path)
 
     def remove_after(self, step: int) -> None:
         """Remove the checkpoints beyond `step` (found damaged, since a run goes on from the last sound one)."""
@@ -112,6 +110,16 @@ class Checkpoints:
         for path in self.root.glob(f".{_PREFIX}*"):
             discard(path)
 
+    def _readable(self, report: Callable[[str], None] = lambda text: None) -> list[Checkpoint]:
+        found = []
+        for path in self._paths():
+            try:
+                state = TrainState(**json.loads((path / "state.json").read_text()))
+                found.append(Checkpoint(path, state))
+            except (OSError, ValueError, TypeError) as error:
+                report(f"checkpoint {path} is damaged ({error}); using the one before")
+        return found
+
     def _paths(self) -> list[Path]:
         return list(self.root.glob(f"{_PREFIX}*"))
 
@@ -121,14 +129,11 @@ def _loss_or_infinity(checkpoint: Checkpoint) -> float:
     return math.inf if loss is None else loss
 
 
-def read_state(path: Path) -> TrainState:
-    return TrainState(**json.loads((path / "state.json").read_text()))
-
-
 def find_flaw(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if every one has the sum it was written with."""
     try:
-        expected = dict(reversed(line.split("  ")) for line in (path / _SUMS).read_text().splitlines())
+        lines = (path / _SUMS).read_text().splitlines()
+        expected = {name: checksum for checksum, name in (line.split("  ") for line in lines)}
         for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
             if expected.get(name) != _sha256(path / name):
                 return f"{name} is truncated or altered"

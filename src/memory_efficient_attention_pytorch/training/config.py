@@ -1,4 +1,4 @@
-"""One dataclass holds everything about a training run; it is read from TOML and the command line, and saved beside the run."""
+"""One dataclass holds everything about a training run, whether it came from a TOML file or the command line."""
 
 import dataclasses
 import difflib
@@ -20,7 +20,7 @@ def _option(default: Any, help: str, *, group: str, low: float | None = None, ch
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides what a training run computes. None means "chosen for the machine", see `resources.resolve`.
+    """Everything that decides what a training run computes. Where None stands, `resources.resolve` may choose.
 
     Raises ValueError, naming the key, what was expected and what came, for a value of the wrong type or out of range
     and for options that contradict each other.
@@ -82,6 +82,9 @@ class TrainConfig:
         "arithmetic of the forward pass; auto: bf16 on an accelerator that has it, else fp32",
         group="optimisation",
         choices=("auto", "fp32", "bf16", "fp16"),
+    )
+    device: str = _option(
+        "auto", "auto: the accelerator if there is one", group="optimisation", choices=("auto", "cpu")
     )
     seed: int = _option(0, "seed of weights, batches, dropout and the validation split", group="optimisation", low=0)
 
@@ -199,10 +202,12 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         raise ValueError(f"{field.name} must be {_NAMES[kind]}, got {value!r}")
     low, choices = field.metadata["low"], field.metadata["choices"]
     # Written so that NaN fails too.
-    if low is not None and not value >= low or value == float("inf"):
+    if low is not None and (not value >= low or value == float("inf")):
         raise ValueError(f"{field.name} must be a finite number of at least {low}, got {value!r}")
     if choices and value not in choices:
-        raise ValueError(f"{field.name} must be one of {', '.join(choices)}, got {value!r}{nearest(value, choices)}")
+        raise ValueError(
+            f"{field.name} must be one of {', '.join(choices)}, got {value!r}{nearest(str(value), choices)}"
+        )
     return value
 
 

@@ -35,6 +35,7 @@ class RunDirectory:
         self.config = self.path / "config.toml"
         self.tokenizer = self.path / "tokenizer.json"
         self.data = self.path / "data"
+        self.standard_input = self.path / "standard-input.txt"
         self.checkpoints = Checkpoints(self.path / "checkpoints")
         self.metrics = self.path / "metrics.jsonl"
         self.plot = self.path / "loss.png"

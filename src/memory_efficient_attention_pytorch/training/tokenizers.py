@@ -1,5 +1,7 @@
 """Text to token numbers and back: bytes as they are, or a Hugging Face tokenizers file."""
 
+import codecs
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Protocol
@@ -9,6 +11,10 @@ import numpy as np
 END_OF_DOCUMENT = "<|endoftext|>"
 # Names under which published tokenizers keep the token that ends a document.
 _END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
+# Characters after which a text without line ends is cut anywhere.
+_LONGEST_LINE = 1 << 20
+# Lines given to the tokenizer at once; it works on such batches in parallel.
+_BATCH_LINES = 256
 
 
 class Tokenizer(Protocol):
@@ -74,35 +80,34 @@ class SubwordTokenizer:
 
     def encode_stream(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
         for text in decode_lines(chunks):
-            yield np.asarray(self.encode(text), dtype=np.uint32)
+            lines = text.splitlines(keepends=True)
+            batches = ["".join(lines[i : i + _BATCH_LINES]) for i in range(0, len(lines), _BATCH_LINES)]
+            for encoding in self.backend.encode_batch_fast(batches, add_special_tokens=False):
+                yield np.asarray(encoding.ids, dtype=np.uint32)
 
 
 def decode_lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Text in pieces that end at line ends, from bytes cut anywhere. Raises UnicodeDecodeError if it is not UTF-8.
+    """Text in pieces that end at line ends where there are any, from bytes cut anywhere.
 
-    The error's `start` counts from the beginning of the document.
+    Raises UnicodeDecodeError if it is not UTF-8; the error's `start` counts from the beginning of the document.
     """
-    rest, passed = b"", 0
-    for chunk in chunks:
-        head, line_end, tail = chunk.rpartition(b"\n")
-        if not line_end:
-            rest += chunk
-            continue
-        piece, rest = rest + head + line_end, tail
-        yield _decode(piece, passed)
-        passed += len(piece)
-    if rest:
-        yield _decode(rest, passed)
+    decoder = codecs.getincrementaldecoder("utf-8")()
+    rest, passed = "", 0
+    for chunk in itertools.chain(chunks, [b""]):
+        waiting = len(decoder.getstate()[0])
+        try:
+            rest += decoder.decode(chunk, final=not chunk)
+        except UnicodeDecodeError as error:
+            start = passed - waiting + error.start
+            raise UnicodeDecodeError("utf-8", b"", start, start + 1, error.reason) from None
+        passed += len(chunk)
+        cut = len(rest) if len(rest) > _LONGEST_LINE or not chunk else rest.rfind("\n") + 1
+        if cut:
+            yield rest[:cut]
+            rest = rest[cut:]
 
 
-def _decode(piece: bytes, passed: int) -> str:
-    try:
-        return piece.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UnicodeDecodeError("utf-8", b"", passed + error.start, passed + error.end, error.reason) from None
-
-
-def train_tokenizer(texts: Iterable[str], vocab_size: int, path: Path) -> SubwordTokenizer:
+def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path) -> SubwordTokenizer:
     """Train a byte-level BPE on `texts`, write it to `path` and return it. It may end with fewer tokens than asked."""
     from tokenizers.implementations import ByteLevelBPETokenizer
 

@@ -1,0 +1,90 @@
+"""The command line: `mea COMMAND`, also `python -m memory_efficient_attention_pytorch COMMAND`."""
+
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+
+from .parser import Parser, nearest
+
+# One row per command: its name, the module that does it and what `mea --help` says of it. The module offers
+#
+#   add_arguments(parser)   which declares the command's options (its docstring is the description in --help);
+#   run(args) -> int        which does the work, prints, and returns the exit status.
+#
+# A user's mistake is a ValueError with a one-line message that says what to do: status 2. What fails in the middle of
+# the work for a reason outside the options is a RuntimeError of class training.files.RunError: status 1. Neither shows
+# a traceback unless --debug is given, which every command has. A module is imported only when its command is called,
+# so that `mea --help` is fast and optional dependencies load on use.
+COMMANDS = {
+    "train": ("train", "train a Transformer on text, your own or the Python standard library's"),
+    "generate": ("generate", "write text with a model that `mea train` made"),
+    "plan": ("plan", "say before a run what memory it needs, or what fits in the memory there is"),
+    "bench": ("bench", "measure memory and speed on this machine"),
+}
+
+_USAGE_ERROR, _RUN_ERROR, _INTERRUPTED = 2, 1, 130
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command and return its exit status: 0 done, 1 failed on the way, 2 a mistake in what was asked."""
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    try:
+        if name is None or arguments[0] != name:
+            return _general(arguments)
+        if name not in COMMANDS:
+            raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS)}; mea --help lists them")
+        return _run(name, arguments[1:])
+    except ValueError as error:
+        if "--debug" in arguments:
+            raise
+        return _fail("mea" if name not in COMMANDS else f"mea {name}", error, _USAGE_ERROR)
+
+
+def _general(arguments: list[str]) -> int:
+    """`mea`, `mea --help`, `mea --version`."""
+    width = max(map(len, COMMANDS))
+    parser = Parser(
+        prog="mea",
+        usage="mea COMMAND [options]",
+        description="Transformers on sequences far longer than memory should allow.",
+        epilog="commands:\n"
+        + "\n".join(f"  {name:<{width}}  {text}" for name, (_, text) in COMMANDS.items())
+        + "\n\nmea COMMAND --help explains a command. To begin, run: mea train",
+    )
+    parser.add_argument("--version", action="store_true", help="print the version and exit")
+    if parser.parse_args(arguments).version:
+        from importlib.metadata import version
+
+        print("mea", version("memory-efficient-attention-pytorch"))
+    else:
+        parser.print_help()
+    return 0
+
+
+def _run(name: str, arguments: list[str]) -> int:
+    module = importlib.import_module(f".{COMMANDS[name][0]}", __name__)
+    parser = Parser(prog=f"mea {name}", description=module.__doc__)
+    module.add_arguments(parser)
+    parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
+    args = parser.parse_args(arguments)
+    try:
+        return module.run(args)
+    except BrokenPipeError:
+        # Whoever read our output has left; keep the interpreter from complaining about it when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return _RUN_ERROR
+    except KeyboardInterrupt:
+        if args.debug:
+            raise
+        return _fail(f"mea {name}", "interrupted", _INTERRUPTED)
+    except RuntimeError as error:
+        if args.debug or type(error).__name__ != "RunError":
+            raise
+        return _fail(f"mea {name}", error, _RUN_ERROR)
+
+
+def _fail(command: str, message: object, status: int) -> int:
+    print(f"{command}: {' '.join(str(message).split())}", file=sys.stderr)
+    return status

@@ -1,0 +1,79 @@
+"""Train a Transformer on text: files, directories, .gz files, standard input, or, with no argument, the sources of the
+Python standard library. What it learns and measures goes to a run directory, runs/1, runs/2 and so on.
+
+  mea train                                   see it work
+  mea train --data book.txt notes/            your own text, as bytes
+  mea train --data corpus/ --vocab-size 8000  with a tokenizer trained on it
+  mea train --resume                          go on with the latest run, whatever stopped it
+"""
+
+import argparse
+import dataclasses
+import sys
+from typing import Any
+
+from ..training.config import TrainConfig, option_type, read_values
+from .train_display import make_watcher, summary
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """One option per field of TrainConfig, and those that say where a run is."""
+    run = parser.add_argument_group("run")
+    run.add_argument("--config", metavar="FILE", help="a TOML file of the options below; the command line goes first")
+    run.add_argument("--out", metavar="DIR", help="the run's directory, new or empty (default: the next under runs/)")
+    run.add_argument(
+        "--resume",
+        metavar="RUN",
+        nargs="?",
+        const="",
+        help="go on with a run from its last checkpoint (default RUN: the latest under runs/)",
+    )
+    run.add_argument("--quiet", action="store_true", help="say only what went wrong")
+    groups: dict[str, Any] = {}
+    for field in dataclasses.fields(TrainConfig):
+        name = field.metadata["group"]
+        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
+        group.add_argument("--" + field.name.replace("_", "-"), **_argument(field))
+
+
+def _argument(field: dataclasses.Field) -> dict[str, Any]:
+    """What argparse needs to know of a field. An option that is not given leaves no trace, so that TOML may set it."""
+    kind, _ = option_type(field)
+    shown = field.default if not isinstance(field.default, bool) else ("on" if field.default else "off")
+    default = "" if field.default in (None, ()) else f" (default: {shown})"
+    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"] + default}
+    if kind is bool:
+        return options | {"action": argparse.BooleanOptionalAction}
+    if kind is tuple:
+        return options | {"nargs": "+", "metavar": "PATH"}
+    if field.metadata["choices"]:
+        return options | {"choices": field.metadata["choices"]}
+    return options | {"type": kind, "metavar": {int: "N", float: "X", str: "FILE"}[kind]}
+
+
+def run(args: argparse.Namespace) -> int:
+    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    if args.resume is not None:
+        for name in ("config", "out"):
+            if getattr(args, name) is not None:
+                raise ValueError(f"--resume and --{name} contradict each other: a run keeps its own {name}")
+    else:
+        options = (read_values(args.config) if args.config else {}) | options
+        config = TrainConfig(**options)
+
+    # Only now, when the options are known to be sound, the imports that take seconds.
+    from ..training.interruption import Interrupted
+    from ..training.launch import latest_run, resume_run, start_run
+
+    watch = make_watcher(quiet=args.quiet)
+    try:
+        if args.resume is not None:
+            outcome = resume_run(args.resume or latest_run(), options, watch)
+        else:
+            outcome = start_run(config, args.out, watch)
+    except Interrupted as interrupted:
+        print(f"mea train: {interrupted}", file=sys.stderr)
+        return 128 + interrupted.signal
+    if outcome.main and not args.quiet:
+        print(summary(outcome))
+    return 0

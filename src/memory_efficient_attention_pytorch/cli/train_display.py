@@ -1,0 +1,169 @@
+"""What a person sees of a training run: a live bar on a terminal, plain lines elsewhere, little when quiet."""
+
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from ..training.watching import Step, Validation, Watcher, read_metrics
+
+if TYPE_CHECKING:
+    from ..training.launch import Outcome
+
+_SECONDS_BETWEEN_LINES = 10.0
+
+
+def make_watcher(*, quiet: bool) -> Callable[[bool], Watcher]:
+    """A function that gives each process the display it needs: only the main one speaks."""
+
+    def watcher(main: bool) -> Watcher:
+        if not main:
+            return Watcher()
+        if quiet:
+            return Quiet()
+        return Live() if sys.stdout.isatty() else Lines()
+
+    return watcher
+
+
+class Quiet(Watcher):
+    """Says only what the user must know."""
+
+    def notice(self, text: str) -> None:
+        print(f"mea train: {text}", file=sys.stderr, flush=True)
+
+
+class Lines(Quiet):
+    """A line now and then, for a file or another program."""
+
+    def __init__(self) -> None:
+        self.next_line = 0.0
+
+    def reading(self, done: int, total: int) -> None:
+        self._now_and_then(f"reading: {done / 1e6:.1f} MB of text")
+
+    def started(self, plan: str, run: Path, first_step: int, steps: int) -> None:
+        self.next_line = 0.0
+        self._print(f"{run}: {plan}")
+        if first_step:
+            self._print(f"going on after step {first_step}")
+        self.steps = steps
+
+    def step(self, step: Step) -> None:
+        self._now_and_then(f"step {step.step}/{self.steps}  {numbers(step)}")
+
+    def validation(self, validation: Validation) -> None:
+        self._print(validation_line(validation))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        self._print(f"sample at step {step}:\n{indented(prompt)}|{indented(text, first='')}")
+
+    def _now_and_then(self, line: str) -> None:
+        if time.monotonic() >= self.next_line:
+            self._print(line)
+            self.next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+
+    def _print(self, text: str) -> None:
+        print(text, flush=True)
+
+
+class Live(Lines):
+    """A bar with the numbers of the moment at the foot of the terminal, the rest scrolls above it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        try:
+            from rich.console import Console
+            from rich.progress import BarColumn, Progress, TextColumn
+        except ImportError as error:
+            raise ValueError(
+                "the progress bar needs rich: pip install 'memory-efficient-attention-pytorch[train]'"
+            ) from error
+        console = Console(highlight=False)
+        self.progress = Progress(
+            TextColumn("{task.fields[name]}"),
+            BarColumn(bar_width=max(6, min(30, console.width - 76))),
+            TextColumn("{task.fields[numbers]}", markup=False),
+            console=console,
+            refresh_per_second=4,
+        )
+        self.task = self.progress.add_task("", name="reading", numbers="", total=None)
+        self.progress.start()
+
+    def reading(self, done: int, total: int) -> None:
+        self.progress.update(self.task, completed=done, total=max(done, total), numbers=f"{done / 1e6:.1f} MB")
+
+    def started(self, plan: str, run: Path, first_step: int, steps: int) -> None:
+        super().started(plan, run, first_step, steps)
+        self.progress.update(self.task, completed=first_step, total=steps, name=f"{first_step}/{steps}", numbers="")
+
+    def step(self, step: Step) -> None:
+        name = f"{step.step}/{self.steps}"
+        self.progress.update(self.task, completed=step.step, name=name, numbers=numbers(step))
+
+    def sample(self, step: int, prompt: str, text: str) -> None:
+        from rich.text import Text
+
+        continued = Text.assemble((indented(prompt), "dim"), indented(text, first=""))
+        self.progress.console.print(Text(f"sample at step {step}:", "bold"), continued, sep="\n")
+
+    def notice(self, text: str) -> None:
+        self.progress.console.print(f"[yellow]note:[/] {text}")
+
+    def close(self) -> None:
+        self.progress.stop()
+
+    def _print(self, text: str) -> None:
+        self.progress.console.print(text, markup=False)
+
+
+def numbers(step: Step) -> str:
+    """The numbers of a step in about sixty columns."""
+    return (
+        f"loss {step.loss:.3f}  {step.bits_per_byte:.2f} bits/byte  {_short(step.tokens_per_second)} tok/s  "
+        f"{duration(step.seconds_left)} left  {step.memory_now >> 20}/{step.memory_peak >> 20} MiB"
+    )
+
+
+def validation_line(validation: Validation) -> str:
+    return (
+        f"validation at step {validation.step}: loss {validation.validation_loss:.3f}, "
+        f"{validation.validation_bits_per_byte:.2f} bits per byte{' (best)' if validation.best else ''}"
+    )
+
+
+def indented(text: str, first: str = "    ") -> str:
+    """Text that cannot disturb a terminal: control characters shown as a dot, lines set off from the margin."""
+    shown = "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
+    return first + shown.replace("\n", "\n    ")
+
+
+def summary(outcome: "Outcome") -> str:
+    """What a finished run came to, and what to do next."""
+    run, state = outcome.run, outcome.state
+    records = read_metrics(run.metrics)
+    validations = [r for r in records if "validation_loss" in r]
+    steps = [r for r in records if "memory_peak" in r]
+    first, last = validations[0], validations[-1]
+    best = min(validations, key=lambda record: record["validation_loss"])
+    lines = [
+        f"done: {state.step} steps, {state.tokens:,} tokens in {duration(state.seconds)} "
+        f"({_short(state.tokens / max(state.seconds, 1e-9))} tok/s), {outcome.parameters:,} parameters",
+        f"validation: {first['validation_bits_per_byte']:.2f} -> {last['validation_bits_per_byte']:.2f} bits per byte, "
+        f"best {best['validation_bits_per_byte']:.2f} at step {best['step']}",
+        f"memory: {max(r['memory_peak'] for r in steps) >> 20} MiB at the peak",
+        f"curve: {run.plot}   numbers: {run.metrics}   weights: {run.checkpoints.root}",
+        f"next: mea generate {run.path} --prompt 'import '",
+    ]
+    return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    minutes, rest = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"
+
+
+def _short(number: float) -> str:
+    return f"{number / 1000:.1f}k" if number >= 1000 else f"{number:.0f}"

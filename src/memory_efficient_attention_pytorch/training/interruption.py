@@ -1,0 +1,51 @@
+"""Signals that ask a run to end: noted while a step is at work, acted on between steps."""
+
+import signal
+import threading
+import time
+from types import FrameType
+from typing import Self
+
+
+class Interruption:
+    """While entered, SIGINT, SIGTERM and SIGHUP are noted in `signal`; SIGINT again, a second later, is obeyed at once.
+
+    Within that second it is the same request: a launcher passes on what the terminal has sent to all processes already.
+    """
+
+    def __init__(self) -> None:
+        self.signal: signal.Signals | None = None
+        self._noted_at = 0.0
+        self._previous: dict[int, object] = {}
+
+    def __enter__(self) -> Self:
+        if threading.current_thread() is threading.main_thread():
+            for name in ("SIGINT", "SIGTERM", "SIGHUP"):
+                number = getattr(signal, name, None)
+                # Who has a signal ignored (nohup) wants it to stay so.
+                if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
+                    self._previous[number] = signal.signal(number, self._handle)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        for number, handler in self._previous.items():
+            signal.signal(number, handler)  # type: ignore[arg-type]
+        self._previous.clear()
+
+    def note(self, number: int) -> None:
+        """Take a signal's number as received; 0 for none."""
+        if number and self.signal is None:
+            self.signal, self._noted_at = signal.Signals(number), time.monotonic()
+
+    def _handle(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self.signal is not None and time.monotonic() - self._noted_at > 1:
+            raise KeyboardInterrupt
+        self.note(number)
+
+
+class Interrupted(Exception):
+    """A run ended early because a signal asked for it; its state is saved."""
+
+    def __init__(self, number: signal.Signals, step: int):
+        super().__init__(f"{number.name} after step {step}")
+        self.signal, self.step = number, step

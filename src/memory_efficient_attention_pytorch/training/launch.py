@@ -1,0 +1,267 @@
+"""Starting a run and going on with one: everything between the options and the loop."""
+
+import contextlib
+import datetime
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+
+from .. import select_backend
+from .checkpoints import Checkpoint, TrainState
+from .config import TrainConfig, dump_config
+from .data import Corpus, check_length
+from .files import WRITE_ERRORS, RunError, write_atomically
+from .model import build_model
+from .resources import pick_precision, resolve
+from .run_directory import RunDirectory
+from .text import prepare_text
+from .trainer import Trainer
+from .watching import MetricsFile, TensorBoardFile, Watcher, Watchers
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+RUNS = Path("runs")
+"""Where runs go that are given no place of their own."""
+
+_CHANGEABLE = {
+    *("steps", "batch_size", "accumulation", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"),
+    *("clip", "device", "head_chunks", "ff_chunks", "evaluate_every", "evaluation_windows", "sample_every"),
+    *("sample_tokens", "checkpoint_every", "keep", "tensorboard"),
+}
+
+
+class Outcome(NamedTuple):
+    """A run that came to its last step. main: whether this process is the one that speaks for all."""
+
+    run: RunDirectory
+    config: TrainConfig
+    state: TrainState
+    parameters: int
+    main: bool
+
+
+def start_run(config: TrainConfig, out: Path | str | None, make_watcher: Callable[[bool], Watcher]) -> Outcome:
+    """Make a run directory and train to the end.
+
+    out: the directory, new or empty; None for the next number under `runs/`. make_watcher: called in each process with
+    whether it is the main one. Raises what `Trainer.train` raises, and ValueError for what cannot be trained; then no
+    directory is left behind.
+    """
+    accelerator = _make_accelerator(config)
+    # Absolute, so that the run can be gone on with from anywhere even if it was killed before it had read its text.
+    text: dict[str, Any] = {"data": tuple(name if name == "-" else str(Path(name).absolute()) for name in config.data)}
+    if config.tokenizer is not None:
+        text["tokenizer"] = str(Path(config.tokenizer).absolute())
+    config = resolve(config.updated(text), accelerator.device)
+    path, made = _on_main(accelerator, lambda: _make_directory(out, config))
+    return _train(accelerator, RunDirectory(path), config, make_watcher, refused=lambda: _remove(path, made))
+
+
+def resume_run(path: Path | str, changes: Mapping[str, Any], make_watcher: Callable[[bool], Watcher]) -> Outcome:
+    """Go on with a run from its last sound checkpoint, to the bit as if it had never stopped.
+
+    changes: options to change from here on. Raises ValueError if `path` is no run directory of this format or an
+    option decides what was trained so far, and what `Trainer.train` raises.
+    """
+    run = RunDirectory(path)
+    before = run.load_config()
+    config = before.updated(changes)
+    for key in changes:
+        if key not in _CHANGEABLE and getattr(config, key) != getattr(before, key):
+            raise ValueError(
+                f"{key} is {getattr(before, key)!r} in {run.path} and cannot change on the way: start a new run for it"
+            )
+    accelerator = _make_accelerator(config)
+    return _train(accelerator, run, resolve(config, accelerator.device), make_watcher)
+
+
+def latest_run() -> Path:
+    """The run under `runs/` that was written to last. Raises ValueError if there is none."""
+    found = [path.parent for path in RUNS.glob("*/config.toml")]
+    if not found:
+        raise ValueError(f"there is no run in {RUNS}/ to go on with: name one, mea train --resume RUN")
+    return max(found, key=lambda path: path.stat().st_mtime)
+
+
+def _train(
+    accelerator: "Accelerator",
+    run: RunDirectory,
+    config: TrainConfig,
+    make_watcher: Callable[[bool], Watcher],
+    refused: Callable[[], None] | None = None,
+) -> Outcome:
+    """refused: called when a new run's text or model is found to be unusable; None when going on with a run."""
+    main = accelerator.is_main_process
+    watcher = make_watcher(main)
+    with contextlib.ExitStack() as stack:
+        stack.callback(accelerator.end_training)
+        if main:
+            stack.enter_context(_locked(run.path))
+        with _clear_about_writing(run), _undone(refused):
+            checkpoint = _on_main(accelerator, lambda: _prepare(run, config, watcher, resuming=refused is None))
+            files = _files(run, config, first_step=checkpoint.state.step if checkpoint else -1) if main else []
+        watcher = Watchers([*files, watcher])
+        stack.callback(watcher.close)
+        corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
+        trainer = Trainer(accelerator, run, config, corpus, tokenizer, watcher, checkpoint)
+        parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
+        plan = describe(config, accelerator, corpus, parameters)
+        watcher.started(plan, run.path, trainer.state.step, config.steps)
+        return Outcome(run, config, trainer.train(), parameters, main)
+
+
+def _prepare(run: RunDirectory, config: TrainConfig, watcher: Watcher, *, resuming: bool) -> Checkpoint | None:
+    """Everything on disk that the loop needs; the checkpoint to go on from."""
+    write_atomically(run.config, dump_config(config))
+    with torch.device("meta"):
+        build_model(config, num_tokens=256)  # refuses an impossible shape before the text is read
+    prepare_text(run, config, watcher)
+    check_length(Corpus(run.data), config.seq_len)
+    if not resuming:
+        return None
+    run.checkpoints.remove_unfinished()
+    checkpoint = run.checkpoints.find("last", watcher.notice)
+    if checkpoint is None:
+        watcher.notice(f"{run.path} holds no sound checkpoint yet: beginning at step 0")
+    run.checkpoints.remove_after(checkpoint.state.step if checkpoint else -1)
+    return checkpoint
+
+
+def _files(run: RunDirectory, config: TrainConfig, *, first_step: int) -> list[Watcher]:
+    files: list[Watcher] = [MetricsFile(run.metrics, first_step)]
+    if config.tensorboard:
+        files.append(TensorBoardFile(run.tensorboard, first_step))
+    return files
+
+
+def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, parameters: int) -> str:
+    """What the run uses and why, in one line."""
+    device = accelerator.device
+    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+    if accelerator.num_processes > 1:
+        where = f"{accelerator.num_processes} processes, each on {where}"
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
+    heads = (config.heads, config.kv_heads or config.heads, config.kv_heads or config.heads)
+    # One element seen as a tensor of the run's shape: the choice looks at shapes and types, not at numbers.
+    shapes = [(config.batch_size, number, config.seq_len, config.dim_head) for number in heads]
+    q, k, v = (torch.zeros((), device=device, dtype=dtype).expand(shape) for shape in shapes)
+    window = None if config.window is None else (config.window, 0)
+    choice = select_backend(q, k, v, causal=True, window=window, dropout=config.dropout)
+    if not config.reversible:
+        reversal = "activations stored (reversal is off)"
+    elif config.exact:
+        reversal = f"activations rebuilt bit for bit (exact reversal, since {config.precision} would round)"
+    else:
+        reversal = f"activations rebuilt (reversal, not exact: {config.precision} rounds little)"
+    return (
+        f"{parameters:,} parameters on {where} in {config.precision}; {choice.name} attention ({choice.reason}); "
+        f"{reversal}; attention in {config.head_chunks} and feed-forward in {config.ff_chunks} pieces; "
+        f"{corpus.info.train_tokens:,} tokens to train on, {corpus.info.validation_tokens:,} to validate on "
+        f"({corpus.info.split})"
+    )
+
+
+def _make_accelerator(config: TrainConfig) -> "Accelerator":
+    try:
+        from accelerate import Accelerator
+        from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+    except ImportError as error:
+        raise ValueError(
+            f"training needs {error.name}: pip install 'memory-efficient-attention-pytorch[train]'"
+        ) from error
+    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
+    device = None if on_cpu else torch.accelerator.current_accelerator()
+    precision = pick_precision(config, device or torch.device("cpu"))
+    return Accelerator(
+        cpu=on_cpu,
+        mixed_precision="no" if precision == "fp32" else precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(
+            num_steps=config.accumulation, sync_with_dataloader=False
+        ),
+        # The other processes wait while the main one tokenises, which may take hours.
+        kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
+    )
+
+
+def _on_main(accelerator: "Accelerator", work: Callable[[], Any]) -> Any:
+    """What `work` returns in the main process, in every process."""
+    from accelerate.utils import broadcast_object_list
+
+    result = [work() if accelerator.is_main_process else None]
+    broadcast_object_list(result)
+    return result[0]
+
+
+def _make_directory(out: Path | str | None, config: TrainConfig) -> tuple[Path, bool]:
+    """The run's directory with its configuration in it, and whether it was made here."""
+    path = Path(out) if out is not None else _next_number()
+    made = not path.exists()
+    try:
+        if not made and any(path.iterdir()):
+            hint = f"go on with it, mea train --resume {path}, or" if (path / "config.toml").exists() else "please"
+            raise ValueError(f"out: {path} is not empty: {hint} choose another --out")
+        path.mkdir(parents=True, exist_ok=True)
+        write_atomically(path / "config.toml", dump_config(config))
+    except OSError as error:
+        raise ValueError(f"out: cannot write to {path}: {error.strerror}; choose another place with --out") from error
+    return path, made
+
+
+def _next_number() -> Path:
+    numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()]
+    return RUNS / str(max(numbers, default=0) + 1)
+
+
+def _remove(path: Path, made: bool) -> None:
+    """Take a refused run's directory away, or empty it if it was there before."""
+    for child in path.iterdir():
+        shutil.rmtree(child) if child.is_dir() else child.unlink()
+    if made:
+        path.rmdir()
+        with contextlib.suppress(OSError):
+            RUNS.rmdir()
+
+
+@contextlib.contextmanager
+def _undone(undo: Callable[[], None] | None) -> Iterator[None]:
+    try:
+        yield
+    except ValueError:
+        if undo is not None:
+            undo()
+        raise
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[None]:
+    """Hold the run directory, so that no second process trains in it. The system lets go when the process ends."""
+    try:
+        import fcntl
+    except ImportError:  # Windows
+        yield
+        return
+    with _clear_about_writing(RunDirectory(path)):
+        file = (path / ".lock").open("w")
+    with file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            raise ValueError(f"another process is training in {path}: wait for it or stop it") from error
+        yield
+
+
+@contextlib.contextmanager
+def _clear_about_writing(run: RunDirectory) -> Iterator[None]:
+    try:
+        yield
+    except BrokenPipeError:
+        raise
+    except WRITE_ERRORS as error:
+        raise RunError(
+            f"cannot write to {run.path} ({error}): make room or make it writable, and go on with: "
+            f"mea train --resume {run.path}"
+        ) from error

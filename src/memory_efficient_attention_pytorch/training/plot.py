@@ -1,0 +1,34 @@
+"""The picture of a run: loss against tokens."""
+
+from pathlib import Path
+
+from .watching import read_metrics
+
+
+def plot_losses(metrics: Path, picture: Path) -> None:
+    """Draw training and validation bits per byte against tokens from `metrics.jsonl` into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    records = read_metrics(metrics)
+    train = [(r["tokens"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
+    validation = [(r["tokens"], r["validation_bits_per_byte"]) for r in records if "validation_bits_per_byte" in r]
+    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    axes = figure.add_subplot()
+    if train:
+        axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, alpha=0.6, label="training batch")
+    if validation:
+        axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
+        axes.annotate(
+            f"{validation[-1][1]:.2f}", validation[-1], textcoords="offset points", xytext=(0, 7), ha="center"
+        )
+    axes.set_xlabel("tokens trained on")
+    axes.set_ylabel("bits per byte")
+    axes.set_ylim(bottom=0)
+    axes.xaxis.set_major_formatter(lambda value, _: f"{value / 1e6:g} M")
+    axes.grid(alpha=0.3)
+    if train or validation:
+        axes.legend()
+    temporary = picture.with_name(f".{picture.name}.partial")
+    FigureCanvasAgg(figure).print_png(str(temporary))
+    temporary.replace(picture)

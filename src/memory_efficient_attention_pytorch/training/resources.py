@@ -1,0 +1,76 @@
+"""What the machine offers: choices made for it, with their reasons, and the memory in use."""
+
+import os
+import sys
+
+import torch
+
+from .config import TrainConfig
+
+_PIECE_BYTES = 32 << 20
+"""Working memory a piece of a branch may take before it is cut: large enough that cutting costs no speed."""
+
+
+def pick_precision(config: TrainConfig, device: torch.device) -> str:
+    """`config.precision` with "auto" resolved, for accelerate. Raises ValueError for fp16 on a CPU."""
+    if config.precision == "fp16" and device.type == "cpu":
+        raise ValueError("precision fp16 needs an accelerator: use bf16 or fp32 on a CPU")
+    if config.precision != "auto":
+        return config.precision
+    launched = os.environ.get("ACCELERATE_MIXED_PRECISION", "no")
+    if launched in ("fp16", "bf16"):
+        return launched
+    return "bf16" if device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+
+
+def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
+    """The configuration with every choice that was left to the machine made.
+
+    Exact reversal wherever the branches compute in less than fp32, since rounding would grow on the way back. Pieces
+    small enough for their working memory to stay below 32 MiB, and attention pieces with at least as many heads as
+    there are threads to compute them.
+    """
+    precision = pick_precision(config, device)
+    stream = config.batch_size * config.seq_len * config.dim * 4
+    return config.updated(
+        {
+            "precision": precision,
+            "exact": config.reversible and precision != "fp32" if config.exact is None else config.exact,
+            "ff_chunks": config.ff_chunks or _ff_chunks(config, stream),
+            "head_chunks": config.head_chunks or _head_chunks(config, device),
+        }
+    )
+
+
+def _ff_chunks(config: TrainConfig, stream: int) -> int:
+    # A piece holds the hidden layer before and after its non-linearity.
+    return min(config.seq_len, -(-2 * config.ff_mult * stream // _PIECE_BYTES))
+
+
+def _head_chunks(config: TrainConfig, device: torch.device) -> int:
+    # Queries, keys, values and outputs with their cotangents.
+    working = 8 * config.batch_size * config.seq_len * config.heads * config.dim_head * 4
+    # Grouped key and value heads stay whole: a piece takes some of them with all of their query heads.
+    groups = [n for n in range(1, config.heads + 1) if (config.kv_heads or config.heads) % n == 0]
+    threads = torch.get_num_threads() if device.type == "cpu" else 1
+    allowed = [n for n in groups if n == 1 or config.heads // n * config.batch_size >= threads]
+    return next((n for n in allowed if working / n <= _PIECE_BYTES), allowed[-1])
+
+
+def memory_now(device: torch.device) -> int:
+    """Bytes in use: of the device, or resident for this process where the device has no memory of its own."""
+    if device.type == "cuda":
+        return torch.cuda.memory_allocated(device)
+    import psutil
+
+    return psutil.Process().memory_info().rss
+
+
+def memory_peak(device: torch.device) -> int:
+    """The most bytes in use so far, of the kind `memory_now` counts."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    import resource
+
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit

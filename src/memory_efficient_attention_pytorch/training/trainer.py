@@ -1,0 +1,267 @@
+"""The loop: steps, validations, samples and checkpoints, on accelerate."""
+
+import dataclasses
+import math
+import time
+from collections.abc import Iterator
+
+import numpy as np
+import torch
+from torch import nn
+
+from ..autoregressive_wrapper import AutoregressiveWrapper
+from .checkpoints import Checkpoint, TrainState, load_optimizer, load_weights
+from .config import TrainConfig
+from .data import Batches, Corpus, evaluation_starts, shifted
+from .files import WRITE_ERRORS, RunError
+from .interruption import Interrupted, Interruption
+from .model import build_model
+from .plot import plot_losses
+from .resources import memory_now, memory_peak
+from .run_directory import RunDirectory
+from .tokenizers import Tokenizer
+from .watching import Step, Validation, Watcher
+
+_PROMPT_TOKENS = 48
+
+
+class Trainer:
+    """Trains one model from a run directory's configuration, text and, if given, checkpoint.
+
+    Everything a step does follows from the weights, the optimizer's averages, the seed and the step's number: batches
+    and dropout have no state of their own. So a run that goes on from a checkpoint repeats what an uninterrupted one
+    does, to the bit, on the same machine.
+    """
+
+    def __init__(
+        self,
+        accelerator,
+        run: RunDirectory,
+        config: TrainConfig,
+        corpus: Corpus,
+        tokenizer: Tokenizer,
+        watcher: Watcher,
+        checkpoint: Checkpoint | None,
+    ):
+        self.accelerator, self.run, self.config = accelerator, run, config
+        self.corpus, self.tokenizer, self.watcher = corpus, tokenizer, watcher
+        self.state = checkpoint.state if checkpoint else TrainState()
+        self.saved_step = self.state.step if checkpoint else None
+        self.batches = Batches(corpus.train, config, accelerator.num_processes, accelerator.process_index)
+        self._check_position()
+
+        torch.manual_seed(config.seed)
+        self.model = build_model(config, tokenizer.num_tokens)
+        if checkpoint:
+            load_weights(self.model, checkpoint)
+        self.wrapped, self.optimizer = accelerator.prepare(self.model, make_optimizer(self.model, config))
+        if checkpoint:
+            load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
+            if accelerator.scaler is not None and self.state.scaler is not None:
+                accelerator.scaler.load_state_dict(self.state.scaler)
+        self.seconds_per_step: float | None = None
+
+    def train(self) -> TrainState:
+        """Go on to the last step and return where the run stands then.
+
+        Raises Interrupted, with everything saved, when a signal asks for it; RunError when the loss is not finite or
+        nothing can be written, with the last good checkpoint kept.
+        """
+        try:
+            with Interruption() as interruption:
+                if self.state.step == 0:
+                    self._validate()
+                while self.state.step < self.config.steps:
+                    self._step(interruption)
+                    self._after_step(interruption)
+            return self.state
+        except BrokenPipeError:
+            raise
+        except WRITE_ERRORS as error:
+            raise RunError(
+                f"cannot write to {self.run.path} ({error}); {self._last_good()}; "
+                f"make it writable again and go on with: mea train --resume {self.run.path}"
+            ) from error
+
+    def _step(self, interruption: Interruption) -> None:
+        began = time.perf_counter()
+        config, step = self.config, self.state.step
+        torch.manual_seed(_seed_of(config.seed, step, self.accelerator.process_index))
+        rate = learning_rate(config, step)
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+        self.wrapped.train()
+        losses = []
+        for x, labels in self.batches(step):
+            with self.accelerator.accumulate(self.wrapped):
+                loss = self.wrapped(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
+                self.accelerator.backward(loss)
+                losses.append(loss.detach())
+                if self.accelerator.sync_gradients:
+                    norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip or math.inf)
+                    mean, norm = self._agree(torch.stack(losses).mean(), norm, interruption)
+                    self._check_finite(mean, norm)
+                self.optimizer.step()
+                self.optimizer.zero_grad()
+        self._tell_step(mean, norm, rate, time.perf_counter() - began)
+
+    def _agree(self, loss: torch.Tensor, norm: torch.Tensor, interruption: Interruption) -> tuple[float, float]:
+        """The mean loss of all processes; a signal that reached one of them is noted by all."""
+        if self.accelerator.num_processes > 1:
+            number = float(interruption.signal or 0)
+            every = self.accelerator.gather(torch.stack([loss.float(), loss.new_tensor(number).float()])[None])
+            loss = every[:, 0].mean()
+            interruption.note(int(every[:, 1].max()))
+        return loss.item(), float(norm)
+
+    def _check_finite(self, loss: float, norm: float) -> None:
+        # The fp16 scaler expects gradients to overflow now and then, and skips those steps by itself.
+        if math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None):
+            return
+        what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
+        raise RunError(
+            f"{what} at step {self.state.step + 1}; {self._last_good()}; try a smaller learning rate: "
+            f"mea train --resume {self.run.path} --learning-rate {self.config.learning_rate / 3:.1g}"
+        )
+
+    def _tell_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
+        tokens = self.batches.windows_per_step * self.config.seq_len
+        self.state = dataclasses.replace(
+            self.state,
+            step=self.state.step + 1,
+            tokens=self.state.tokens + tokens,
+            seconds=self.state.seconds + seconds,
+            validation_loss=None,
+            windows_per_step=self.batches.windows_per_step,
+        )
+        # Smoothed over some ten steps, so that the time left does not jump about.
+        self.seconds_per_step = (
+            seconds if self.seconds_per_step is None else 0.9 * self.seconds_per_step + 0.1 * seconds
+        )
+        self.watcher.step(
+            Step(
+                step=self.state.step,
+                tokens=self.state.tokens,
+                loss=loss,
+                bits_per_byte=self._bits_per_byte(loss),
+                learning_rate=rate,
+                gradient_norm=norm,
+                tokens_per_second=tokens / self.seconds_per_step,
+                seconds_left=(self.config.steps - self.state.step) * self.seconds_per_step,
+                memory_now=memory_now(self.accelerator.device),
+                memory_peak=memory_peak(self.accelerator.device),
+            )
+        )
+
+    def _after_step(self, interruption: Interruption) -> None:
+        config, step = self.config, self.state.step
+        last = step == config.steps
+        improved = self._validate() if last or step % config.evaluate_every == 0 else False
+        if config.sample_every and (last or step % config.sample_every == 0):
+            self._sample()
+        if last or improved or interruption.signal or step % config.checkpoint_every == 0:
+            self.save()
+        if interruption.signal and not last:
+            self._draw()
+            raise Interrupted(interruption.signal, step)
+
+    def _validate(self) -> bool:
+        """Measure the loss over the fixed validation set; whether it is the lowest so far."""
+        loss = self.measure(self.corpus.validation)
+        improved = self.state.best_loss is None or loss < self.state.best_loss
+        best = loss if improved else self.state.best_loss
+        self.state = dataclasses.replace(self.state, validation_loss=loss, best_loss=best)
+        bits = self._bits_per_byte(loss)
+        self.watcher.validation(Validation(self.state.step, self.state.tokens, loss, bits, improved))
+        self._draw()
+        return improved
+
+    @torch.no_grad()
+    def measure(self, tokens: np.ndarray) -> float:
+        """Mean loss in nats per token over evenly spread windows of `tokens`; the processes share the work."""
+        starts, length = evaluation_starts(tokens, self.config)
+        mine = starts[self.accelerator.process_index :: self.accelerator.num_processes]
+        total = torch.zeros(2, dtype=torch.float64)
+        self.model.eval()
+        for batch in _divided(mine, self.config.batch_size):
+            x, labels = shifted(tokens, batch, length)
+            loss = self.model(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
+            total += torch.tensor([loss.item() * labels.numel(), labels.numel()], dtype=torch.float64)
+        if self.accelerator.num_processes > 1:
+            total = self.accelerator.gather(total.float().to(self.accelerator.device)[None]).sum(0)
+        return (total[0] / total[1]).item()
+
+    def _sample(self) -> None:
+        if not self.accelerator.is_main_process:
+            return
+        prompt = self.corpus.validation[:_PROMPT_TOKENS].astype(np.int64)
+        torch.manual_seed(_seed_of(self.config.seed, self.state.step, self.accelerator.process_index))
+        self.model.eval()
+        start = torch.from_numpy(prompt)[None].to(self.accelerator.device)
+        tokens = AutoregressiveWrapper(self.model).generate(
+            start, self.config.sample_tokens, temperature=0.8, filter_thres=0.9
+        )
+        text = self.tokenizer.decode(tokens[0].tolist())
+        self.watcher.sample(self.state.step, self.tokenizer.decode(prompt.tolist()), text)
+
+    def save(self) -> None:
+        """Write a checkpoint of this step, unless there is one, and remove those no longer kept."""
+        if self.saved_step == self.state.step:
+            return
+        if self.accelerator.is_main_process:
+            if self.accelerator.scaler is not None:
+                self.state = dataclasses.replace(self.state, scaler=self.accelerator.scaler.state_dict())
+            saved = self.run.checkpoints.save(self.model, self.optimizer.optimizer, self.state)
+            self.run.checkpoints.prune(self.config.keep)
+            self.watcher.saved(self.state.step, saved.path)
+        self.saved_step = self.state.step
+        self.accelerator.wait_for_everyone()
+
+    def _draw(self) -> None:
+        if self.accelerator.is_main_process:
+            plot_losses(self.run.metrics, self.run.plot)
+
+    def _bits_per_byte(self, loss: float) -> float:
+        return loss / math.log(2) / self.corpus.info.bytes_per_token
+
+    def _last_good(self) -> str:
+        if self.saved_step is None:
+            return "no checkpoint had been written yet"
+        return f"the checkpoint of step {self.saved_step} is kept"
+
+    def _check_position(self) -> None:
+        before, now = self.state.windows_per_step, self.batches.windows_per_step
+        if before not in (0, now):
+            raise ValueError(
+                f"the run took {before} windows a step and would now take {now}: "
+                "choose --batch-size, --accumulation and the processes so that their product stays the same"
+            )
+
+
+def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """AdamW with weight decay on matrices only (Loshchilov and Hutter, 2019), not on gains, biases and norms."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    groups = [
+        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
+        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
+    ]
+    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2))
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Linear warm-up, then half a cosine down to `final_learning_rate` times the peak at the last step."""
+    if step < config.warmup_steps:
+        return config.learning_rate * (step + 1) / config.warmup_steps
+    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
+    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
+
+
+def _seed_of(*numbers: int) -> int:
+    """One 63-bit seed from several numbers, unlike for unlike numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
+
+
+def _divided(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
+    for start in range(0, len(items), size):
+        yield items[start : start + size]
