@@ -1,0 +1,26 @@
+"""Checks shared by every floor: one sentence that names the argument, what was expected and what came."""
+
+from __future__ import annotations
+
+from typing import Any
+
+
+def require(condition: bool, argument: str, expected: str, got: Any) -> None:
+    """Raise ``ValueError("{argument}: expected {expected}, got {got}")`` unless ``condition`` holds."""
+    if not condition:
+        raise ValueError(f"{argument}: expected {expected}, got {got}")
+
+
+def require_positive_int(argument: str, value: Any) -> None:
+    """Raise unless ``value`` is an integer of at least 1 (booleans are refused)."""
+    require(
+        isinstance(value, int) and not isinstance(value, bool) and value > 0,
+        argument,
+        "a positive integer",
+        repr(value),
+    )
+
+
+def require_probability(argument: str, value: Any) -> None:
+    """Raise unless ``0 <= value < 1``."""
+    require(isinstance(value, int | float) and 0 <= value < 1, argument, "a number in [0, 1)", repr(value))

@@ -1,0 +1,1 @@
+"""Attention and the loss as plain functions."""

@@ -1,0 +1,76 @@
+"""PyTorch's own fused kernels, where they compute exactly what is asked without an n × m tensor of their own."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from .request import AttentionRequest
+
+
+def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Output ``(b, h, n, e)`` of PyTorch's ``scaled_dot_product_attention``; see ``naive`` for the meaning.
+
+    Only for requests to which :func:`reason_against` has no objection.
+    """
+    # The CPU kernel wants each row of a head contiguous, else everything falls back to the whole score matrix.
+    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    return F.scaled_dot_product_attention(
+        q,
+        k,
+        v,
+        attn_mask=_added(request),
+        is_causal=request.visibility.plain_causal and not request.visibility.trivial,
+        scale=request.scale,
+        enable_gqa=request.h != request.kv,
+    )
+
+
+def reason_against(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    """Why the fused kernels cannot serve this request; None when they can."""
+    visibility = request.visibility
+    if request.return_lse:
+        return "scaled_dot_product_attention does not return the log-sum-exp"
+    if request.dropout:
+        return "dropout: the kernels draw other masks than the tiles, and on a CPU they hold the whole score matrix"
+    if request.d != request.e:
+        return f"q and v differ in width ({request.d} and {request.e})"
+    if visibility.document_ids is not None:
+        return "document_ids need a mask of n × m"
+    structured = not (visibility.with_tensors(None, None).trivial or visibility.plain_causal)
+    if structured:
+        return "the window, or causality together with a mask or with unequal lengths, needs a mask of n × m"
+    if request.bias is not None:
+        if not isinstance(request.bias, Tensor):
+            return "a bias module would have to be evaluated for all n × m positions at once"
+        if request.bias_needs_grad:
+            return "the gradient of the bias would hold the whole score matrix"
+        if not visibility.trivial:
+            return "bias and mask or causality together need a mask of n × m"
+        if request.bias.dtype != request.dtype:
+            return f"the bias's dtype {request.bias.dtype} is not that of q, {request.dtype}"
+    return _no_kernel(request, q, k, v)
+
+
+def _added(request: AttentionRequest) -> Tensor | None:
+    return request.bias if isinstance(request.bias, Tensor) else request.visibility.mask
+
+
+def _no_kernel(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+    device = request.device.type
+    if device not in ("cpu", "cuda"):
+        return f"no fused kernel with a backward pass is known for device type {device!r}"
+    if request.b == 0 or request.n == 0 or request.m == 0:
+        return "there is nothing to attend"
+    if device == "cpu":
+        return None
+    if isinstance(q, FakeTensor):
+        return None if request.dtype != torch.float64 else "no CUDA kernel for float64"
+    mask = _added(request)
+    causal = request.visibility.plain_causal and not request.visibility.trivial
+    cuda = torch.backends.cuda
+    params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, request.h != request.kv)  # type: ignore[arg-type]
+    fits = cuda.can_use_flash_attention(params) or cuda.can_use_efficient_attention(params)
+    return None if fits else f"no CUDA kernel takes {request.dtype}, width {request.d} with these arguments"

@@ -1,0 +1,295 @@
+"""Reversible residual blocks: backward rebuilds each block's input from its output, so no activation is stored.
+
+Two streams, ``y1 = x1 + f(x2)`` and ``y2 = x2 + g(y1)`` (Gomez et al., "The reversible residual network", 2017,
+arXiv:1707.04585). A block is the same step twice: ``(a, b) → (b, a + f(b))``.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd.function import once_differentiable
+
+from .errors import require
+from .pieces import Branch, Index, Replay, branch_of
+
+Routes = Mapping[str, Sequence[tuple[bool, bool]]]
+
+
+class Grid:
+    """Rounding to multiples of ``step``, a power of two.
+
+    Sums of such multiples are exact in fp32 while they stay below ``2**24 · step``, so a subtraction undoes an addition
+    bit for bit.
+    """
+
+    def __init__(self, step: float) -> None:
+        require(step > 0 and math.frexp(step)[0] == 0.5, "grid", "a power of two", step)
+        self.step = step
+
+    def round(self, value: Tensor) -> Tensor:
+        """``value`` in at least fp32, on the grid; a new tensor."""
+        wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        return torch.mul(wide, 1 / self.step).round_().mul_(self.step)
+
+    def limit(self, dtype: torch.dtype) -> float:
+        """Below this magnitude every multiple of ``step`` is a number of ``dtype``."""
+        return self.step * 2 / torch.finfo(dtype).eps
+
+
+class _OntoGrid(torch.autograd.Function):
+    """Rounding whose gradient is the identity."""
+
+    @staticmethod
+    def forward(ctx: Any, value: Tensor, grid: Grid) -> Tensor:
+        ctx.dtype = value.dtype
+        return grid.round(value)
+
+    @staticmethod
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor, None]:
+        return cotangent.to(ctx.dtype), None
+
+
+class _Tape:
+    """What one forward call's steps share: the rebuilt streams and the gradients that they may overwrite."""
+
+    def __init__(self, grid: Grid | None, dtype: torch.dtype) -> None:
+        self.grid = grid
+        self.dtype = dtype
+        self.streams: tuple[Tensor, Tensor] | None = None
+        self.started = False
+        self.handed: set[int] = set()
+        self.peaks: list[Tensor] = []
+
+    def onto_grid(self, value: Tensor) -> Tensor:
+        return value if self.grid is None else self.grid.round(value)
+
+    def watch(self, stream: Tensor) -> None:
+        """Remember the stream's largest magnitude, for :meth:`report`."""
+        if self.grid is not None and not isinstance(stream, FakeTensor):
+            self.peaks.append(torch.linalg.vector_norm(stream.detach(), math.inf))
+
+    def report(self, dtype: torch.dtype) -> None:
+        """Warn when a stream left the range in which its additions are exact."""
+        if self.grid is None or not self.peaks:
+            return
+        peak, limit = float(torch.stack(self.peaks).max()), self.grid.limit(dtype)
+        self.peaks.clear()
+        if peak >= limit:
+            warnings.warn(
+                f"a stream reached {peak:.3g}, outside the exact range of {limit:.3g} (grid {self.grid.step:.3g}): "
+                "reversal is subject to ordinary rounding here; a larger grid widens the range",
+                stacklevel=3,
+            )
+
+    def take(self, gradient: Tensor) -> Tensor:
+        """``gradient`` if a step of this chain made it, else a copy: what came from outside is not ours to change."""
+        mine = gradient.untyped_storage()._cdata in self.handed and gradient.is_contiguous()
+        return gradient if mine else gradient.clone(memory_format=torch.contiguous_format)
+
+    def hand(self, *gradients: Tensor | None) -> None:
+        self.handed = {g.untyped_storage()._cdata for g in gradients if g is not None}
+
+
+class _Step(torch.autograd.Function):
+    """``(a, b) → (b, a + branch(b))``, keeping neither."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: _Tape, branch: Branch, a: Tensor, b: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+        ctx.tape, ctx.branch, ctx.replay = tape, branch, Replay(b)
+        ctx.first, tape.started = not tape.started, True
+        ctx.save_for_backward(*inputs)
+        c = a.clone(memory_format=torch.contiguous_format)
+
+        def add(index: Index, value: Tensor) -> None:
+            c[index].add_(tape.onto_grid(value))
+
+        with ctx.replay.settings():
+            branch.run(b.to(tape.dtype), inputs, add)
+        return b, c
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_b: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
+        tape, branch, inputs = ctx.tape, ctx.branch, ctx.saved_tensors
+        assert tape.streams is not None, "a step of a reversible chain ran backward before its end did"
+        b, c = tape.streams
+        needs_streams = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        mine = grad_c.untyped_storage()._cdata in tape.handed
+        total = tape.take(grad_b) if needs_streams else None
+        tape.streams = None
+
+        def subtract(index: Index, value: Tensor) -> None:
+            c[index].sub_(tape.onto_grid(value))
+
+        def add_gradient(index: Index, value: Tensor) -> None:
+            assert total is not None
+            total[index].add_(value)
+
+        with ctx.replay.again():
+            grads = branch.differentiate(
+                b.to(tape.dtype),
+                inputs,
+                ctx.needs_input_grad[4:],
+                grad_c,
+                subtract if needs_streams else None,
+                add_gradient if needs_streams else None,
+            )
+        if not needs_streams:
+            return (None, None, None, None, *grads)
+        tape.streams = None if ctx.first else (c, b)
+        tape.hand(grad_c if mine else None, total)
+        return (None, None, grad_c, total, *grads)
+
+
+class _Exit(torch.autograd.Function):
+    """The sum of the two streams, which it keeps: backward starts from them."""
+
+    @staticmethod
+    def forward(ctx: Any, tape: _Tape, y1: Tensor, y2: Tensor) -> Tensor:
+        ctx.tape = tape
+        ctx.save_for_backward(y1, y2)
+        return (y1 + y2).to(tape.dtype)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
+        y1, y2 = ctx.saved_tensors
+        gradient = gradient.to(y1.dtype)
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            y1, y2 = y1.clone(), y2.clone()
+        ctx.tape.streams = (y1, y2)
+        ctx.tape.hand()
+        return None, gradient, gradient
+
+
+class ReversibleBlock(nn.Sequential):
+    """One pair (f, g): ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``."""
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__(f, g)
+
+    @property
+    def f(self) -> nn.Module:
+        return self[0]
+
+    @property
+    def g(self) -> nn.Module:
+        return self[1]
+
+    def forward(
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        tape: _Tape,
+        reverse: bool,
+        f_kwargs: Mapping[str, Any],
+        g_kwargs: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Two streams in and out. ``reverse``: rebuild in backward rather than store."""
+        streams = (x1, x2)
+        for module, kwargs in ((self.f, f_kwargs), (self.g, g_kwargs)):
+            streams = (
+                _reversible_step(module, tape, *streams, kwargs) if reverse else _step(module, tape, *streams, kwargs)
+            )
+            tape.watch(streams[1])
+        return streams
+
+
+def _reversible_step(
+    module: nn.Module, tape: _Tape, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]
+) -> tuple[Tensor, Tensor]:
+    branch = branch_of(module, kwargs)
+    return _Step.apply(tape, branch, a, b, *branch.bound())
+
+
+def _step(module: nn.Module, tape: _Tape, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    value = module(b.to(tape.dtype), **kwargs)
+    return b, a + (value if tape.grid is None else _OntoGrid.apply(value, tape.grid))
+
+
+class ReversibleSequence(nn.Sequential):
+    """Reversible blocks whose activation memory does not grow with their number.
+
+    x is duplicated into two streams, each block adds ``f`` of the second to the first and ``g`` of the first to the
+    second, and their sum comes out. Backward rebuilds each block's input from its output and recomputes f and g with
+    the random state and autocast settings of the forward pass.
+
+    Args:
+        blocks: pairs (f, g) of modules that map ``(…, d)`` to the same shape.
+        args_route: for each keyword of ``forward``, per block a pair of booleans: does it go to f, does it go to g.
+            Tensors among the keywords (also nested in tuples, lists and dictionaries) and parameters of modules passed
+            as keywords receive gradients.
+        exact: streams of fp32 (at least) on a grid: the input and everything added to a stream is rounded to a multiple
+            of ``grid``, with gradient 1. While every stream stays below ``2**24 · grid`` the rebuilt values equal the
+            original ones bit for bit, whatever precision f and g compute in, provided they are deterministic. A stream
+            that leaves this range is reported by a warning.
+        grid: the step, a power of two.
+        reversible: False stores activations instead, by the same arithmetic.
+
+    Raises:
+        ValueError: a keyword without a route, a route that does not name every block, a grid that is no power of two.
+
+    Works under ``eval()``, autocast, dropout, frozen inputs or parameters, several forwards before a backward,
+    ``retain_graph``, ``torch.autograd.grad``, DDP, and FSDP2 applied to each block. Differentiable once.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Iterable[nn.Module]],
+        args_route: Routes | None = None,
+        *,
+        exact: bool = False,
+        grid: float = 2**-16,
+        reversible: bool = True,
+    ) -> None:
+        super().__init__(*(ReversibleBlock(*pair) for pair in blocks))
+        self.args_route = dict(args_route or {})
+        for keyword, routes in self.args_route.items():
+            require(
+                len(routes) == len(self),
+                f"args_route[{keyword!r}]",
+                f"a pair for each of {len(self)} blocks",
+                len(routes),
+            )
+        self.exact, self.reversible = exact, reversible
+        self.grid = Grid(grid)
+        self.register_load_state_dict_pre_hook(_rename_upstream_keys)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return tuple(self)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        """x ``(…, d)`` → ``(…, d)`` in x's dtype."""
+        for keyword in kwargs:
+            require(
+                keyword in self.args_route,
+                keyword,
+                f"a keyword of args_route ({', '.join(self.args_route)})",
+                "no route",
+            )
+        tape = _Tape(self.grid if self.exact else None, x.dtype)
+        reverse = self.reversible and torch.is_grad_enabled()
+        stream = _OntoGrid.apply(x, self.grid) if self.exact else x
+        streams = (stream, stream)
+        for i, block in enumerate(self):
+            routed = [{k: v for k, v in kwargs.items() if self.args_route[k][i][side]} for side in (0, 1)]
+            streams = block(*streams, tape, reverse, *routed)
+        tape.report(stream.dtype)
+        if not reverse:
+            return (streams[0] + streams[1]).to(x.dtype)
+        return _Exit.apply(tape, *streams)
+
+
+def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Accept the keys ``blocks.{i}.f.net.…`` and ``blocks.{i}.g.net.…`` of memory_efficient_attention_pytorch 0.1."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}blocks.")]:
+        block, side, _, name = key.removeprefix(f"{prefix}blocks.").split(".", 3)
+        state_dict.setdefault(f"{prefix}{block}.{'fg'.index(side)}.{name}", state_dict.pop(key))
