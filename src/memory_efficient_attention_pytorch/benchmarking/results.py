@@ -1,0 +1,130 @@
+"""What a comparison found, with the machine, the versions and the date, as one JSON file."""
+
+from __future__ import annotations
+
+import datetime
+import json
+import os
+import platform
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from ..errors import require
+from ..training.files import write_atomically
+from .packages import OUR_DISTRIBUTION
+from .schedule import Settings
+from .shape import Shape
+from .systems import System
+
+FORMAT = 1
+OUTCOMES = ("measured", "out_of_memory", "too_slow", "not_installed", "failed")
+
+
+@dataclass(frozen=True)
+class Run:
+    """One system at one shape in one round. ``outcome`` is one of ``OUTCOMES``; ``note`` says why it is not measured.
+
+    ``seconds`` are the timed steps after the first; a run so long that only its first step was taken has just that.
+    """
+
+    experiment: str
+    round: int
+    system: str
+    shape: Shape
+    outcome: str
+    note: str = ""
+    peak_bytes: int | None = None
+    seconds: tuple[float, ...] = ()
+    loss: float | None = None
+    parameters: int | None = None
+
+    def __post_init__(self) -> None:
+        require(self.outcome in OUTCOMES, "outcome", f"one of {', '.join(OUTCOMES)}", self.outcome)
+
+    @property
+    def units(self) -> float | None:
+        return None if self.peak_bytes is None else self.peak_bytes / self.shape.unit_bytes
+
+
+@dataclass
+class Results:
+    """All runs of one comparison and what they were made with."""
+
+    date: str
+    machine: dict[str, Any]
+    versions: dict[str, str]
+    settings: Settings
+    labels: dict[str, str]
+    runs: list[Run] = field(default_factory=list)
+
+    def save(self, path: Path) -> None:
+        """Write the file, making its folder; an interrupted write leaves the old one."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, json.dumps({"format": FORMAT} | asdict(self), indent=1) + "\n")
+
+    @classmethod
+    def load(cls, path: Path) -> Results:
+        """Read a saved file.
+
+        Raises:
+            ValueError: the file is not one, or of a later format.
+        """
+        content = json.loads(path.read_text())
+        if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
+            raise ValueError(f"path: expected a benchmark result of format {FORMAT}, got {path}")
+        settings, runs = content.pop("settings"), content.pop("runs")
+        settings |= {name: tuple(settings[name]) for name in ("lengths", "depths", "vocabularies")}
+        return cls(
+            settings=Settings(**settings | {"base": Shape(**settings["base"])}),
+            runs=[Run(**run | {"shape": Shape(**run["shape"]), "seconds": tuple(run["seconds"])}) for run in runs],
+            **content,
+        )
+
+
+def begin(settings: Settings, systems: Sequence[System], packages: Path) -> Results:
+    """Results without runs yet, dated now; ``packages`` is where the systems' packages may lie."""
+    versions = {
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "ours": metadata.version(OUR_DISTRIBUTION),
+    }
+    for package in (system.package for system in systems):
+        if package is not None and (version := package.version(packages)) is not None:
+            versions[package.distribution] = version
+    return Results(
+        date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        machine=describe_machine(settings.device),
+        versions=versions,
+        settings=settings,
+        labels={system.name: system.label for system in systems},
+    )
+
+
+def describe_machine(device: str) -> dict[str, Any]:
+    """Processor, cores usable, memory, system, and the CUDA device if one is used. No host name."""
+    machine: dict[str, Any] = {
+        "processor": _processor(),
+        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
+        "system": f"{platform.system()} {platform.machine()}",
+        "device": device,
+    }
+    if torch.device(device).type == "cuda":
+        properties = torch.cuda.get_device_properties(device)
+        machine["gpu"] = properties.name
+        machine["gpu_memory_bytes"] = properties.total_memory
+    return machine
+
+
+def _processor() -> str:
+    info = Path("/proc/cpuinfo")
+    if info.exists():
+        for line in info.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or "unknown"

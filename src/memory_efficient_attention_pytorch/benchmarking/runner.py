@@ -1,0 +1,155 @@
+"""Runs a comparison: each system in a fresh process, in turn, with progress and the time left."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import torch
+
+from ..errors import require
+from ..planner.measure import Measurement, measure_peak
+from .results import Results, Run, begin
+from .schedule import Forecast, Job, Settings, schedule
+from .step import TARGET
+from .systems import System
+
+MEMORY_SHARE = 0.9  # of what is available; beyond it an allocation fails, before the machine itself runs out
+MEMORY_INFO = Path("/proc/meminfo")
+STOP_AFTER = 4  # times the step limit, for a run that takes longer than could be foreseen
+
+
+@dataclass(frozen=True)
+class Progress:
+    """A run has ended: how many are done, of how many, and the seconds expected for the rest (None: not known yet)."""
+
+    run: Run
+    done: int
+    total: int
+    seconds_left: float | None
+
+
+def compare(
+    settings: Settings,
+    systems: Sequence[System],
+    packages: Path,
+    output: Path,
+    on_progress: Callable[[Progress], None] = lambda progress: None,
+) -> Results:
+    """Run everything ``settings`` ask for and return it; ``output`` (JSON) is rewritten after every run.
+
+    ``packages`` is the folder in which other projects' packages may be installed, each in a folder of its own.
+    Systems whose package is missing, that do not fit the memory, would take too long or fail are part of the results.
+
+    Raises:
+        ValueError: memory cannot be measured on ``settings.device`` here.
+    """
+    _require_measurable(settings.device)
+    results = begin(settings, systems, packages)
+    forecast = Forecast(settings.patience)
+    jobs = schedule(settings, systems)
+    for done, job in enumerate(jobs, start=1):
+        began = time.perf_counter()
+        run = run_job(job, settings, packages, forecast.step_seconds(job), results.runs)
+        if run.outcome == "measured":
+            forecast.learn(job, median(run.seconds), 1 + len(run.seconds), time.perf_counter() - began)
+        results.runs.append(run)
+        results.save(output)
+        left = sum(forecast.run_seconds(later, settings.step_limit) for later in jobs[done:])
+        on_progress(Progress(run, done, len(jobs), left if forecast.step_seconds(job) is not None else None))
+    return results
+
+
+def run_job(
+    job: Job, settings: Settings, packages: Path, expected_seconds: float | None = None, earlier: Sequence[Run] = ()
+) -> Run:
+    """Run one job in a fresh process, unless its package is missing or it is expected to be beyond the limits."""
+
+    def ended(outcome: str, note: str = "", **readings: Any) -> Run:
+        return Run(job.experiment, job.round, job.system.name, job.shape, outcome, note, **readings)
+
+    package = job.system.package
+    if package is not None and package.version(packages) is None:
+        return ended("not_installed", f"pip {' '.join(package.pip_arguments(packages))}")
+    if expected_seconds is not None and expected_seconds > settings.step_limit:
+        return ended(
+            "too_slow", f"a step would take about {expected_seconds:.0f} s; the limit is {settings.step_limit:.0f} s"
+        )
+    if any(_implies_too_large(run, job) for run in earlier):
+        return ended("out_of_memory", "a shorter sequence did not fit")
+    try:
+        measurement, readings = _measure(job, settings, packages)
+    except MemoryError as error:
+        return ended("out_of_memory", _last_line(error))
+    except subprocess.TimeoutExpired as error:
+        return ended("too_slow", f"stopped after {error.timeout:.0f} s")
+    except RuntimeError as error:
+        return ended("failed", _last_line(error))
+    return ended(
+        "measured",
+        peak_bytes=measurement.peak_bytes,
+        seconds=tuple(readings["seconds"] or [readings["first_seconds"]]),
+        loss=readings["loss"],
+        parameters=readings["parameters"],
+    )
+
+
+def _measure(job: Job, settings: Settings, packages: Path) -> tuple[Measurement, dict[str, Any]]:
+    with tempfile.TemporaryDirectory() as folder:
+        report = Path(folder) / "report.json"
+        measurement = measure_peak(
+            TARGET,
+            {
+                "system": job.system.name,
+                "shape": asdict(job.shape),
+                "device": settings.device,
+                "repeats": job.repeats,
+                "patience": settings.patience,
+                "packages": str(packages),
+                "report": str(report),
+                "keep_freed": settings.keep_freed,
+            },
+            device=settings.device,
+            threads=settings.threads,
+            limit_bytes=_memory_limit(settings.device),
+            timeout=STOP_AFTER * settings.step_limit,
+        )
+        return measurement, json.loads(report.read_text())
+
+
+def _require_measurable(device: str) -> None:
+    kind = device.partition(":")[0]
+    if kind == "cuda":
+        require(torch.cuda.is_available(), "device", "one that is there", f"{device} without a usable CUDA device")
+    else:
+        require(kind == "cpu", "device", "cpu or cuda", device)
+        require(MEMORY_INFO.exists(), "device", "cuda, or cpu on Linux, whose /proc tells memory", device)
+
+
+def _implies_too_large(run: Run, job: Job) -> bool:
+    return (
+        run.outcome == "out_of_memory"
+        and run.system == job.system.name
+        and run.shape.seq_len < job.shape.seq_len
+        and replace(run.shape, seq_len=job.shape.seq_len) == job.shape
+    )
+
+
+def _memory_limit(device: str) -> int | None:
+    """Bytes a run on the CPU may take; a CUDA device enforces its own."""
+    if torch.device(device).type != "cpu":
+        return None
+    available = next(line for line in MEMORY_INFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(MEMORY_SHARE * int(available.split()[1]) * 1024)
+
+
+def _last_line(error: Exception) -> str:
+    lines = str(error).strip().splitlines()
+    return lines[-1] if lines else type(error).__name__

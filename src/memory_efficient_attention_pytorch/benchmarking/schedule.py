@@ -1,0 +1,125 @@
+"""Which runs a comparison consists of, in which order, and how long each is expected to take."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field, replace
+from math import ceil
+from statistics import median
+
+from ..errors import require_positive_int
+from .shape import Shape
+from .systems import System
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What to compare, and how patiently.
+
+    ``base`` is compared in ``rounds`` rounds of ``repeats`` timed steps after a first one; beside it, one run each for
+    every other value of ``lengths``, ``depths`` (at ``sweep_seq_len`` tokens) and ``vocabularies`` (likewise).
+    A run whose step is expected to take longer than ``step_limit`` seconds is left out and reported as such; within a
+    run, steps are repeated until ``patience`` seconds have gone. ``keep_freed`` lets the CPU's allocator keep freed
+    blocks, as glibc does unless told otherwise: faster, with more memory held.
+    """
+
+    base: Shape = field(default_factory=Shape)
+    rounds: int = 3
+    repeats: int = 5
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 16384, 32768, 65536)
+    depths: tuple[int, ...] = (2, 4, 8, 16, 24)
+    vocabularies: tuple[int, ...] = (256, 8192, 32000)
+    sweep_seq_len: int = 4096
+    step_limit: float = 150.0
+    patience: float = 20.0
+    device: str = "cpu"
+    threads: int | None = None
+    keep_freed: bool = False
+
+    def __post_init__(self) -> None:
+        require_positive_int("rounds", self.rounds)
+        require_positive_int("repeats", self.repeats)
+
+
+QUICK = Settings(
+    base=Shape(seq_len=256, dim=64, depth=2, heads=4),
+    rounds=1,
+    lengths=(128,),
+    depths=(1,),
+    vocabularies=(),
+    sweep_seq_len=128,
+)
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run of one system in a process of its own. ``experiment``: compare, length, depth or vocabulary."""
+
+    experiment: str
+    round: int
+    system: System
+    shape: Shape
+    repeats: int
+
+
+def schedule(settings: Settings, systems: Sequence[System]) -> list[Job]:
+    """All runs: shapes from cheap to costly, so that each system's speed is known before its long runs; within a
+    round every system in turn, so that what the machine does meanwhile falls on all of them alike."""
+    base = settings.base
+    lengths = [replace(base, seq_len=length) for length in sorted(set(settings.lengths) - {base.seq_len})]
+    shorter = [shape for shape in lengths if shape.seq_len < base.seq_len]
+    longer = [shape for shape in lengths if shape.seq_len > base.seq_len]
+    at_sweep = replace(base, seq_len=settings.sweep_seq_len)
+    depths = [replace(at_sweep, depth=depth) for depth in sorted(set(settings.depths))]
+    vocabularies = [
+        replace(at_sweep, depth=min(2, base.depth), num_tokens=size) for size in sorted(set(settings.vocabularies))
+    ]
+
+    def in_turn(experiment: str, shapes: Iterable[Shape], repeats: int, rounds: int = 1) -> list[Job]:
+        return [
+            Job(experiment, round_, system, shape, repeats)
+            for shape in shapes
+            for round_ in range(rounds)
+            for system in systems
+        ]
+
+    return [
+        *in_turn("length", shorter, settings.repeats),
+        *in_turn("compare", [base], settings.repeats, settings.rounds),
+        *in_turn("depth", depths, 0),
+        *in_turn("vocabulary", vocabularies, 0),
+        *in_turn("length", longer, settings.repeats),
+    ]
+
+
+@dataclass
+class Forecast:
+    """Predicts seconds from the runs so far: a step's by each system's seconds per operation, and the rest of a run.
+
+    A system that has not run yet is taken to be like the median of the others; before any run nothing is predicted.
+    """
+
+    patience: float
+    _rates: dict[str, float] = field(default_factory=dict)
+    _overheads: dict[str, float] = field(default_factory=dict)
+
+    def learn(self, job: Job, step_seconds: float, steps: int, run_seconds: float) -> None:
+        self._rates[job.system.name] = step_seconds / _operations(job)
+        self._overheads[job.system.name] = max(0.0, run_seconds - steps * step_seconds)
+
+    def step_seconds(self, job: Job) -> float | None:
+        if not self._rates:
+            return None
+        rate = self._rates.get(job.system.name, median(self._rates.values()))
+        return rate * _operations(job)
+
+    def run_seconds(self, job: Job, limit: float) -> float:
+        step = self.step_seconds(job)
+        if step is None or step > limit:
+            return 0.0
+        repeated = min(job.repeats, ceil(max(0.0, self.patience - step) / step))
+        return self._overheads.get(job.system.name, median(self._overheads.values())) + (1 + repeated) * step
+
+
+def _operations(job: Job) -> int:
+    return job.shape.forward_flops(job.system.window)

@@ -1,0 +1,51 @@
+"""The shape every system of a comparison is built in."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields
+
+from ..errors import require, require_positive_int
+
+BYTES_PER_NUMBER = 4  # the unit counts numbers of 4 bytes, whatever precision a system computes in
+
+
+@dataclass(frozen=True)
+class Shape:
+    """One causal language model and its batch."""
+
+    seq_len: int = 8192
+    batch_size: int = 1
+    dim: int = 512
+    depth: int = 4
+    heads: int = 8
+    ff_mult: int = 4
+    num_tokens: int = 256
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            require_positive_int(field.name, getattr(self, field.name))
+        require(self.dim % self.heads == 0, "heads", f"a divisor of dim ({self.dim})", self.heads)
+
+    @property
+    def dim_head(self) -> int:
+        return self.dim // self.heads
+
+    @property
+    def unit_bytes(self) -> int:
+        """Bytes of one activation of the whole batch in fp32: tokens · dim · 4."""
+        return self.batch_size * self.seq_len * self.dim * BYTES_PER_NUMBER
+
+    def describe(self) -> str:
+        """What differs between the runs of a comparison, in words."""
+        layers = f"{self.depth} layer{'s' if self.depth > 1 else ''}"
+        return f"{self.seq_len} tokens, {layers}, vocabulary {self.num_tokens}"
+
+    def forward_flops(self, window: int | None = None) -> int:
+        """Multiply-adds of a forward pass times two, attention's masked half not counted.
+
+        Used to predict how long the next run takes from the ones before it, not to judge any system.
+        """
+        tokens = self.batch_size * self.seq_len
+        keys = min(self.seq_len / 2, window) if window is not None else self.seq_len / 2
+        products = self.dim * (4 + 2 * self.ff_mult) + 2 * keys
+        return int(2 * tokens * self.dim * (self.depth * products + self.num_tokens))

@@ -1,0 +1,98 @@
+"""What runs in each fresh process: a system is built, then its training step is repeated under the clock."""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..planner.measure import zero_grads
+from .shape import Shape
+from .systems import find_systems
+
+TARGET = f"{__name__}:build"
+WARM_UP_TOKENS = 64
+
+
+def build(
+    system: str,
+    shape: Mapping[str, int],
+    device: str,
+    repeats: int,
+    patience: float,
+    packages: str,
+    report: str,
+    keep_freed: bool = False,
+) -> Callable[[], None]:
+    """Build the system with its gradients and return its measured part; the target of ``measure_peak``.
+
+    The measured part takes a forward and backward, then repeats it ``repeats`` times or until ``patience`` seconds
+    have gone, gradients accumulating in place. It writes to the file ``report``: ``first_seconds`` (kernels and
+    workspaces are made in it), ``seconds`` of the repetitions, ``loss`` of the first, and ``parameters``, a count.
+    ``keep_freed`` lets glibc keep freed blocks, which is faster and takes more memory.
+    """
+    if keep_freed:
+        keep_freed_blocks()
+    chosen = find_systems([system])[0]
+    built = Shape(**shape)
+    torch.manual_seed(0)
+    model, loss = chosen.build(built, Path(packages))
+    model.to(device)
+    tokens = torch.randint(built.num_tokens, (built.batch_size, built.seq_len), device=device)
+    labels = tokens.roll(-1, dims=1)
+    parameters = sum(parameter.numel() for parameter in model.parameters())
+
+    def train_step(length: int = built.seq_len) -> Tensor:
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=chosen.autocast):
+            value = loss(tokens[:, :length], labels[:, :length])
+        value.backward()
+        return value.detach()
+
+    # PyTorch loads modules on first use (checkpointing: 80 MB of them), which are not the step's memory.
+    train_step(min(WARM_UP_TOKENS, built.seq_len))
+    zero_grads(model)
+
+    def measured() -> None:
+        first_seconds, value = timed(train_step, tokens.device)
+        seconds: list[float] = []
+        while len(seconds) < repeats and first_seconds + sum(seconds) < patience:
+            seconds.append(timed(train_step, tokens.device)[0])
+        readings = {
+            "first_seconds": first_seconds,
+            "seconds": seconds,
+            "loss": value.item(),
+            "parameters": parameters,
+        }
+        Path(report).write_text(json.dumps(readings))
+
+    return measured
+
+
+def keep_freed_blocks() -> None:
+    """Set glibc's thresholds where they drift to by themselves in a process that frees blocks of many megabytes.
+
+    Left alone, glibc starts at 128 KiB and raises them as blocks are freed (mallopt(3), M_MMAP_THRESHOLD).
+    """
+    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 32 * 1024**2
+    libc = ctypes.CDLL(None)
+    if not (libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, 2 * largest)):
+        raise RuntimeError("this C library does not let the allocator keep freed blocks")
+
+
+def timed(step: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
+    """Seconds the step took on its device, by events on CUDA, and what it returned."""
+    if device.type != "cuda":
+        began = time.perf_counter()
+        value = step()
+        return time.perf_counter() - began, value
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    start.record()
+    value = step()
+    end.record()
+    end.synchronize()
+    return start.elapsed_time(end) / 1000, value

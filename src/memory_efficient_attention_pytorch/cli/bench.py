@@ -1,0 +1,149 @@
+"""Measure the memory and speed of a training step on this machine: ours in its settings beside what one would pick
+instead, each in fresh processes, in turn. Writes results.json, report.md and figures.
+
+  mea bench --quick           tiny shapes, to see that everything works
+  mea bench --list            what would be compared, and what is installed of it
+  mea bench --install         first install the other projects' packages, apart from this environment
+  mea bench --systems ours sdpa-checkpoint --lengths --depths --vocabularies
+                              only these two, only at the compared shape
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from ..benchmarking.results import Results
+    from ..benchmarking.runner import Progress
+    from ..benchmarking.schedule import Settings
+    from ..benchmarking.systems import System
+
+DEFAULT_OUTPUT = Path("benchmarks") / "results"
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these; the ratios need sdpa-checkpoint")
+    parser.add_argument("--list", action="store_true", help="print the systems and what is installed, and exit")
+    parser.add_argument("--install", action="store_true", help="install missing packages into --packages with pip")
+    parser.add_argument("--packages", default="benchmarks/packages", metavar="DIR", help="their folder (%(default)s)")
+    parser.add_argument(
+        "--output", type=Path, metavar="DIR", help=f"folder of the results (a new one in {DEFAULT_OUTPUT})"
+    )
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
+    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's default)")
+    parser.add_argument("--rounds", type=int, metavar="N", help="rounds at the compared shape (3)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="timed steps in a process at most (5)")
+    parser.add_argument("--step-limit", type=float, metavar="SECONDS", help="leave out runs with longer steps (150)")
+    parser.add_argument(
+        "--keep-freed", action="store_true", help="let the CPU's allocator keep freed blocks, as glibc does by default"
+    )
+    shape = parser.add_argument_group("the compared shape")
+    shape.add_argument("--seq-len", type=int, metavar="N", help="tokens in a sequence (8192)")
+    shape.add_argument("--batch-size", type=int, metavar="N", help="sequences (1)")
+    shape.add_argument("--dim", type=int, metavar="N", help="model dimension (512)")
+    shape.add_argument("--depth", type=int, metavar="N", help="layers (4)")
+    shape.add_argument("--heads", type=int, metavar="N", help="attention heads (8)")
+    shape.add_argument("--ff-mult", type=int, metavar="N", help="feed-forward's width over dim (4)")
+    shape.add_argument("--num-tokens", type=int, metavar="N", help="vocabulary (256)")
+    sweeps = parser.add_argument_group("beside it, one run each; no value: none")
+    sweeps.add_argument("--lengths", type=int, nargs="*", metavar="N", help="sequence lengths (1024 to 65536)")
+    sweeps.add_argument("--depths", type=int, nargs="*", metavar="N", help="layers (2 4 8 16 24)")
+    sweeps.add_argument("--vocabularies", type=int, nargs="*", metavar="N", help="vocabularies (256 8192 32000)")
+    sweeps.add_argument("--sweep-seq-len", type=int, metavar="N", help="tokens for depths and vocabularies (4096)")
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..benchmarking.runner import compare
+    from ..benchmarking.systems import find_systems
+
+    systems = find_systems(args.systems)
+    packages = Path(args.packages)
+    if args.install:
+        _install(systems, packages)
+    if args.list:
+        return _list(systems, packages)
+    settings = _settings(args)
+    output = args.output or _new_folder(args.device, args.quick)
+    file = output / "results.json"
+    try:
+        results = compare(settings, systems, packages, file, _print_progress)
+    except KeyboardInterrupt:
+        print(f"stopped; what was measured is in {file}", file=sys.stderr)
+        raise
+    _report(results, output)
+    return 1 if any(run.outcome == "failed" for run in results.runs) else 0
+
+
+def _settings(args: argparse.Namespace) -> Settings:
+    from ..benchmarking.schedule import QUICK, Settings
+
+    def given(*names: str) -> dict[str, Any]:
+        values = {name: getattr(args, name) for name in names}
+        return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
+
+    start = QUICK if args.quick else Settings()
+    base = replace(start.base, **given("seq_len", "batch_size", "dim", "depth", "heads", "ff_mult", "num_tokens"))
+    sweeps = given("lengths", "depths", "vocabularies", "sweep_seq_len")
+    method = given("rounds", "repeats", "step_limit", "device", "threads", "keep_freed")
+    return replace(start, base=base, **sweeps, **method)
+
+
+def _new_folder(device: str, quick: bool) -> Path:
+    import datetime
+
+    if not DEFAULT_OUTPUT.parent.is_dir():
+        raise ValueError(f"--output: expected a folder for the results, since there is no {DEFAULT_OUTPUT.parent} here")
+    stamp = datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d-%H%M")
+    return DEFAULT_OUTPUT / f"{stamp}-{device.replace(':', '')}{'-quick' if quick else ''}"
+
+
+def _install(systems: Sequence[System], packages: Path) -> None:
+    for system in systems:
+        package = system.package
+        if package is not None and package.extra is None and package.version(packages) is None:
+            print(f"installing {package.distribution} into {package.folder(packages)}")
+            package.install(packages)
+
+
+def _list(systems: Sequence[System], packages: Path) -> int:
+    width = max(len(system.name) for system in systems)
+    for system in systems:
+        print(f"{system.name:<{width}}  {system.label}")
+        if system.package is not None:
+            version = system.package.version(packages)
+            missing = f"not installed: pip {' '.join(system.package.pip_arguments(packages))}"
+            print(f"{'':<{width}}  {f'installed: {version}' if version else missing}")
+    return 0
+
+
+def _print_progress(progress: Progress) -> None:
+    from ..benchmarking.summary import describe_outcome, step_seconds
+
+    run = progress.run
+    found = f"{run.units:6.1f} units {step_seconds(run):9.3f} s" if run.units is not None else describe_outcome(run)
+    left = f"{_duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
+    done = f"[{progress.done}/{progress.total}]"
+    print(f"{done:<9} {run.system:<24}{run.shape.describe():<42}{found:<26}{left}".rstrip(), flush=True)
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 90 else f"{seconds / 60:.0f} min"
+
+
+def _report(results: Results, output: Path) -> None:
+    from ..benchmarking.figures import draw
+    from ..benchmarking.report import comparison, full
+
+    try:
+        figures = [path.name for path in draw(results, output)]
+    except ModuleNotFoundError as error:
+        figures = []
+        print(f"no figures: {error}; pip install matplotlib", file=sys.stderr)
+    (output / "report.md").write_text(full(results, figures) + "\n")
+    print(f"\n{comparison(results)}\n\nresults, report and figures: {output}")

@@ -1,0 +1,119 @@
+"""Medians, paired ratios, growth, the report and the figures, from runs whose answers are known."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+
+from memory_efficient_attention_pytorch.benchmarking.figures import draw
+from memory_efficient_attention_pytorch.benchmarking.report import (
+    BEGIN,
+    END,
+    between_markers,
+    comparison,
+    full,
+    rewrite,
+)
+from memory_efficient_attention_pytorch.benchmarking.results import Results, Run, begin
+from memory_efficient_attention_pytorch.benchmarking.schedule import Settings
+from memory_efficient_attention_pytorch.benchmarking.shape import Shape
+from memory_efficient_attention_pytorch.benchmarking.summary import compared, growth, series, step_seconds, units
+from memory_efficient_attention_pytorch.benchmarking.systems import REFERENCE, find_systems
+
+BASE = Shape(seq_len=8192)
+
+
+def a_run(system, units_, seconds, *, round_=0, experiment="compare", shape=BASE):
+    return Run(
+        experiment, round_, system, shape, "measured", peak_bytes=units_ * shape.unit_bytes, seconds=tuple(seconds)
+    )
+
+
+@pytest.fixture
+def results():
+    found = begin(Settings(base=BASE), find_systems(["ours", REFERENCE, "upstream"]), Path("nowhere"))
+    found.runs = [
+        *(a_run("ours", 9, [seconds], round_=i) for i, seconds in enumerate((2.0, 3.0, 30.0))),
+        *(a_run(REFERENCE, 30, [seconds], round_=i) for i, seconds in enumerate((4.0, 2.0, 20.0))),
+        *(
+            a_run("ours", 9, [n / 8192], experiment="length", shape=Shape(seq_len=n))
+            for n in (1024, 4096, 16384, 32768)
+        ),
+        *(a_run(REFERENCE, 2 * d, [1.0], experiment="depth", shape=Shape(seq_len=4096, depth=d)) for d in (2, 8)),
+        Run("compare", 0, "upstream", BASE, "not_installed", "pip install it"),
+        Run("length", 0, "upstream", Shape(seq_len=16384), "too_slow", "a step would take about 300 s"),
+    ]
+    return found
+
+
+def test_ratios_are_paired_within_a_round(results):
+    ours, reference, upstream = compared(results)
+    assert ours.figures.seconds == 3.0
+    # Rounds give 0.5, 1.5 and 1.5; the ratio of the medians, 0.75, would hide that two rounds of three were slower.
+    assert ours.figures.time_ratio == 1.5
+    assert ours.figures.memory_ratio == pytest.approx(0.3)
+    assert (reference.figures.time_ratio, reference.figures.units) == (1.0, 30.0)
+    assert upstream.figures is None
+    assert upstream.missing == "not installed: pip install it"
+
+
+def test_series_join_the_sweep_and_the_compared_shape(results):
+    lengths = series(results, "seq_len", step_seconds)
+    assert lengths["ours"] == [(1024, 0.125), (4096, 0.5), (8192, 3.0), (16384, 2.0), (32768, 4.0)]
+    assert series(results, "depth", units)[REFERENCE] == [(2, 4.0), (8, 16.0)]
+    assert lengths["upstream"] == []
+
+
+@pytest.mark.parametrize("exponent", [1.0, 2.0])
+def test_growth_is_fitted_from_the_long_sequences_only(exponent):
+    points = [(n, 3 * n**exponent) for n in (4096, 8192, 65536)]
+    assert growth([(1024, 1e12), *points]) == pytest.approx(exponent)
+    assert growth(points[:2]) is None
+
+
+def test_results_survive_the_file_and_name_no_host(results, tmp_path):
+    file = tmp_path / "new" / "results.json"
+    results.save(file)
+    assert Results.load(file) == results
+    assert {"processor", "cores", "memory_bytes", "device"} <= results.machine.keys()
+    assert {"python", "torch", "ours"} <= results.versions.keys()
+    assert os.uname().nodename not in json.dumps([results.machine, results.versions])
+    assert [path.name for path in file.parent.iterdir()] == ["results.json"]
+    file.write_text('{"format": 99}')
+    with pytest.raises(ValueError, match="format 1"):
+        Results.load(file)
+
+
+def test_the_report_says_what_was_left_out_and_why(results):
+    text = full(results, ["memory-by-depth.png"])
+    assert "![memory by depth](memory-by-depth.png)" in text
+    assert "memory-efficient-attention-pytorch 0.1.6: not installed: pip install it" in text
+    assert "at 16384 tokens, 4 layers, vocabulary 256: too slow: a step would take about 300 s" in text
+    row = next(line for line in comparison(results).splitlines() if line.startswith("| ours"))
+    assert [cell.strip() for cell in row.split("|")[2:-1]] == ["9.0", "144", "3", "0.30×", "1.50×"]
+    tables = [line for line in text.splitlines() if line.startswith("|")]
+    assert all(line.endswith("|") for line in tables)
+
+
+def test_only_the_lines_between_the_markers_are_rewritten(results, tmp_path):
+    document = tmp_path / "README.md"
+    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
+    block = comparison(results)
+    assert rewrite(document, block)
+    assert between_markers(document) == block
+    assert document.read_text().startswith(f"before\n{BEGIN}\n")
+    assert document.read_text().endswith(f"{END}\nafter\n")
+    assert not rewrite(document, block)
+    document.write_text("no markers")
+    with pytest.raises(ValueError, match=r"README\.md"):
+        rewrite(document, block)
+
+
+def test_figures_are_drawn_where_there_is_something_to_see(results, tmp_path):
+    pytest.importorskip("matplotlib")
+    names = {path.name for path in draw(results, tmp_path)}
+    assert names == {"memory-and-time.png", "memory-by-length.png", "time-by-length.png", "memory-by-depth.png"}
+    assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
+    results.runs = [run for run in results.runs if run.experiment == "depth"]
+    assert [path.name for path in draw(results, tmp_path / "depth")] == ["memory-by-depth.png"]
