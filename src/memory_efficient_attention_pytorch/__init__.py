@@ -4,6 +4,7 @@ What backpropagation can compute again or invert is never stored: attention scor
 activations of layers, logits.
 """
 
+from .autoregressive_wrapper import AutoregressiveWrapper
 from .cache import KVCache
 from .feedforward import FeedForward, PreNorm
 from .flash_attention import FlashAttention
@@ -19,6 +20,7 @@ from .transformer import Transformer
 __all__ = [
     "AlibiBias",
     "Attention",
+    "AutoregressiveWrapper",
     "BackendChoice",
     "Chunked",
     "CosineSimAttention",
