@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from .errors import require, require_positive_int
-from .pieces import Branch, apply_piecewise, chunked_branch
+from .pieces import Branch, apply_piecewise, chunked_branch, pieces_of
 
 
 class FeedForward(nn.Module):
@@ -42,7 +42,7 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def as_branch(self, kwargs: Mapping[str, Any]) -> Branch:
-        offer = getattr(self.fn, "as_branch", None)
+        offer = pieces_of(self.fn)
         return Branch(self, [self], kwargs) if offer is None else offer(kwargs, norm=self.norm)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:

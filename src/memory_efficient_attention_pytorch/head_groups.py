@@ -6,6 +6,7 @@ projections is applied to a slab of tokens where it is needed, forward and backw
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -14,13 +15,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import require
-from .pieces import Add, Branch, Index
+from .pieces import Add, Branch, Index, vector_jacobian_product
 
 if TYPE_CHECKING:
     from .memory_efficient_attention import Attention
 
-# Tokens whose normed values, or projections' cotangents, are held at a time.
-SLAB_TOKENS = 512
+# Normed values and the projections' cotangents are held for one slab of tokens at a time: this part of all of them,
+# but not so few that the matrix products suffer.
+SLAB_PART, SLAB_MINIMUM = 1 / 16, 512
 
 
 class HeadGroup(NamedTuple):
@@ -44,14 +46,15 @@ class HeadGroup(NamedTuple):
 
 
 def slabs(x: Tensor) -> Iterator[Index]:
-    """Slices of the first two dimensions of ``(b, n, …)``, each contiguous and of about ``SLAB_TOKENS`` tokens."""
+    """Slices of the first two dimensions of ``(b, n, …)``, each contiguous: a slab of tokens."""
     b, n = x.shape[:2]
-    if n > SLAB_TOKENS:
+    size = max(SLAB_MINIMUM, math.ceil(b * n * SLAB_PART))
+    if n > size:
         for i in range(b):
-            for start in range(0, n, SLAB_TOKENS):
-                yield slice(i, i + 1), slice(start, min(start + SLAB_TOKENS, n))
+            for start in range(0, n, size):
+                yield slice(i, i + 1), slice(start, min(start + size, n))
         return
-    rows = max(1, SLAB_TOKENS // max(n, 1))
+    rows = max(1, size // max(n, 1))
     for start in range(0, b, rows):
         yield slice(start, min(start + rows, b)), slice(None)
 
@@ -212,7 +215,7 @@ class _Gradients:
     def through_core(self, out: Tensor, heads: list[Tensor], grad_out: Tensor) -> list[Tensor]:
         """Gradients of q, k, v; those of a bias or of the module's own scale are added to the totals."""
         others = [leaf for leaf, need in zip(self._leaves, self._needed, strict=True) if need]
-        found = torch.autograd.grad(out, [*heads, *others], grad_out, allow_unused=True)
+        found = vector_jacobian_product(out, [*heads, *others], grad_out)
         for leaf, grad in zip(others, found[len(heads) :], strict=True):
             self._add(leaf, grad)
         return [g for g in found[: len(heads)] if g is not None]
@@ -228,10 +231,10 @@ class _Gradients:
                 self._add_gradient(index, upstream)
             return
         parameters = [p for p in source.norm.parameters() if self._needed[self._places[id(p)]]]
-        of_piece, *of_norm = torch.autograd.grad(normed, [piece, *parameters], upstream)
+        of_piece, *of_norm = vector_jacobian_product(normed, [piece, *parameters], upstream)
         for parameter, grad in zip(parameters, of_norm, strict=True):
             self._add(parameter, grad)
-        if self._add_gradient is not None:
+        if self._add_gradient is not None and of_piece is not None:
             self._add_gradient(index, of_piece)
 
     def _add(self, leaf: Tensor, grad: Tensor | None) -> None:

@@ -13,7 +13,7 @@ from .errors import require, require_positive_int, require_probability
 from .functional.attention import BACKENDS, dot_product_attention
 from .functional.request import BiasModule, accepts_heads
 from .head_groups import HeadGroup, HeadGroupBranch
-from .pieces import Branch, apply_piecewise
+from .pieces import Branch, apply_piecewise, has_hooks
 from .positions import rotate
 from .visibility import window_sides
 
@@ -119,7 +119,9 @@ class Attention(nn.Module):
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Pieces over groups of heads; a single piece when there is one group or the projections are not plain ones."""
         kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "memory_efficient"}
-        plain = all(type(p) is nn.Linear and not p._forward_hooks for p in (self.to_q, self.to_kv, self.to_out))
+        plain = all(
+            type(p) is nn.Linear and p.bias is None and not has_hooks(p) for p in (self.to_q, self.to_kv, self.to_out)
+        )
         if len(self.head_groups) > 1 and plain:
             return HeadGroupBranch(self, norm, kwargs)
         require(

@@ -8,7 +8,7 @@ piece's intermediate values live only while that piece is at work, and nothing i
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from typing import Any
 
 import torch
@@ -134,7 +134,7 @@ class Branch:
             wanted = [*totals.leaves, *([piece] if piece.requires_grad else [])]
             if not value.requires_grad or not wanted:
                 continue
-            grads = torch.autograd.grad(value, wanted, cotangent[index].to(value.dtype), allow_unused=True)
+            grads = vector_jacobian_product(value, wanted, cotangent[index].to(value.dtype))
             del value
             totals.add(grads[: len(totals.leaves)], cotangent)
             if add_gradient is not None and grads[-1] is not None:
@@ -176,10 +176,61 @@ def same_storage(first: Tensor, second: Tensor) -> bool:
     return first.untyped_storage()._cdata == second.untyped_storage()._cdata
 
 
+def vector_jacobian_product(value: Tensor, wanted: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor | None, ...]:
+    """Gradients of ``wanted``, as an ordinary backward would find them.
+
+    An ordinary backward runs outside of autocast, so that what the forward kept in fp32 is differentiated in fp32. And
+    it runs the hooks of a parameter once, on the whole gradient: that is left to the pass that receives it.
+    """
+    with autocast_off(value.device.type), hooks_off(wanted):
+        return torch.autograd.grad(value, wanted, cotangent, allow_unused=True)
+
+
+def autocast_off(device_type: str) -> AbstractContextManager[Any]:
+    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
+    return torch.autocast(device_type, enabled=False) if on else nullcontext()
+
+
+@contextmanager
+def hooks_off(tensors: Sequence[Tensor]) -> Iterator[None]:
+    """Tensor hooks (``Tensor.register_hook``) of leaves do not run inside."""
+    held = [(hooks, list(hooks.items())) for t in tensors if (hooks := t._backward_hooks)]
+    for hooks, _ in held:
+        hooks.clear()
+    try:
+        yield
+    finally:
+        for hooks, items in held:
+            hooks.update(items)
+
+
 def branch_of(module: nn.Module, kwargs: Mapping[str, Any]) -> Branch:
     """The module's own pieces where it offers any (``as_branch``), else all of it as a single piece."""
-    offer = getattr(module, "as_branch", None)
+    refuse_sharded(module)
+    offer = pieces_of(module)
     return Branch(module, [module], kwargs) if offer is None else offer(kwargs)
+
+
+def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:
+    """``module.as_branch``. None where the module has none or has hooks: pieces do not call the module as a whole."""
+    return None if has_hooks(module) else getattr(module, "as_branch", None)
+
+
+def has_hooks(module: nn.Module) -> bool:
+    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
+    return any(kinds)
+
+
+def refuse_sharded(module: nn.Module) -> None:
+    """Raise where a part of ``module`` gathers its parameters by itself: the gradients would go past autograd."""
+    for name, part in module.named_modules():
+        kinds = {kind.__name__ for kind in type(part).__mro__}
+        require(
+            not kinds & {"FSDPModule", "FullyShardedDataParallel"},
+            f"{type(module).__name__}.{name}".rstrip("."),
+            "fully_shard applied to the whole reversible block, or to the Chunked module, not to a part of it",
+            "a sharded part",
+        )
 
 
 def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
@@ -239,6 +290,7 @@ class ChunkBranch(Branch):
         self.chunks, self.chunk_size, self.dim = chunks, chunk_size, dim
 
     def slices(self, x: Tensor) -> Iterator[Index]:
+        require(-x.dim() <= self.dim < x.dim(), "dim", f"a dimension of x, {tuple(x.shape)}", self.dim)
         length = x.shape[self.dim]
         size = self.chunk_size or max(1, -(-length // (self.chunks or 1)))
         before = (slice(None),) * (self.dim % x.dim())
@@ -295,6 +347,7 @@ class Chunked(nn.Module):
 
 def chunked_branch(module: nn.Module, norm: nn.Module | None, **cut: Any) -> ChunkBranch:
     """``module``, after ``norm`` if there is one, in chunks."""
+    refuse_sharded(module)
     if norm is None:
         return ChunkBranch(module, [module], **cut)
     return ChunkBranch(lambda x: module(norm(x)), [norm, module], **cut)

@@ -112,7 +112,8 @@ class _Step(torch.autograd.Function):
 
         with ctx.replay.settings():
             branch.run(b.to(tape.dtype), inputs, add)
-        return b, c
+        # Detached, b is an output of its own and no view: hooks that FSDP puts on outputs refuse views.
+        return b.detach(), c
 
     @staticmethod
     @once_differentiable
@@ -183,7 +184,7 @@ class ReversibleBlock(nn.Sequential):
     def g(self) -> nn.Module:
         return self[1]
 
-    def forward(
+    def forward(  # type: ignore[override]
         self,
         x1: Tensor,
         x2: Tensor,
@@ -266,7 +267,7 @@ class ReversibleSequence(nn.Sequential):
     def blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self)
 
-    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """x ``(…, d)`` → ``(…, d)`` in x's dtype."""
         for keyword in kwargs:
             require(
@@ -290,6 +291,6 @@ class ReversibleSequence(nn.Sequential):
 
 def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Accept the keys ``blocks.{i}.f.net.…`` and ``blocks.{i}.g.net.…`` of memory_efficient_attention_pytorch 0.1."""
-    for key in [key for key in state_dict if key.startswith(f"{prefix}blocks.")]:
-        block, side, _, name = key.removeprefix(f"{prefix}blocks.").split(".", 3)
-        state_dict.setdefault(f"{prefix}{block}.{'fg'.index(side)}.{name}", state_dict.pop(key))
+    for key in [name for name in state_dict if name.startswith(f"{prefix}blocks.")]:
+        number, side, _net, name = key.removeprefix(f"{prefix}blocks.").split(".", 3)
+        state_dict.setdefault(f"{prefix}{number}.{'fg'.index(side)}.{name}", state_dict.pop(key))

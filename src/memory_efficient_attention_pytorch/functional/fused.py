@@ -71,6 +71,6 @@ def _no_kernel(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> st
     mask = _added(request)
     causal = request.visibility.plain_causal and not request.visibility.trivial
     cuda = torch.backends.cuda
-    params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, request.h != request.kv)  # type: ignore[arg-type]
+    params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, request.h != request.kv)
     fits = cuda.can_use_flash_attention(params) or cuda.can_use_efficient_attention(params)
     return None if fits else f"no CUDA kernel takes {request.dtype}, width {request.d} with these arguments"

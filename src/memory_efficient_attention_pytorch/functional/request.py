@@ -25,7 +25,7 @@ TILE_ELEMENTS_ELSEWHERE = 2**25
 class Part(NamedTuple):
     """A slice of the batch and of the query heads, and the slice of key/value heads that serves them."""
 
-    index: int
+    number: int
     batch: slice
     heads: slice
     kv_heads: slice
@@ -75,12 +75,12 @@ class AttentionRequest:
         heads = _part_of_heads(self.h, self.h // self.kv, per_part)
         batch = max(1, per_part // self.h) if heads == self.h else 1
         group = self.h // self.kv
-        index = 0
+        number = 0
         for b0 in range(0, self.b, batch):
             for h0 in range(0, self.h, heads):
                 kv = slice(h0 // group, max(h0 // group + 1, (h0 + heads) // group))
-                yield Part(index, slice(b0, min(b0 + batch, self.b)), slice(h0, h0 + heads), kv)
-                index += 1
+                yield Part(number, slice(b0, min(b0 + batch, self.b)), slice(h0, h0 + heads), kv)
+                number += 1
 
     def bias_tile(self, tile: Tile, part: Part) -> Tensor | None:
         """The bias of one tile, broadcastable to the part's ``(b, h, i, j)``; None without a bias."""
@@ -111,7 +111,7 @@ class AttentionRequest:
             tile.i1 - tile.i0,
             tile.j1 - tile.j0,
         )
-        generator = torch.Generator(self.device).manual_seed(_mix(self.seed, part.index, tile.i0, tile.j0))
+        generator = torch.Generator(self.device).manual_seed(_mix(self.seed, part.number, tile.i0, tile.j0))
         keep = torch.empty(shape, dtype=torch.bool, device=self.device)
         return keep.bernoulli_(1 - self.dropout, generator=generator)
 

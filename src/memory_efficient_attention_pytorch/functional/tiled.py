@@ -276,7 +276,7 @@ class _Scores:
         return out.to(self.request.compute_dtype), lse
 
     def fused_backward(self, row: _Row, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor, None]:
-        """:meth:`differentiate` by PyTorch's kernel: given the whole row's output and log-sum-exp, a tile's part is exact."""
+        """:meth:`differentiate` by PyTorch's kernel: a tile's part is exact given the whole row's output."""
         q, out, grad_out = row.fused
         added = self._added()
         scale = self.request.scale
