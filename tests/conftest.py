@@ -1,0 +1,25 @@
+"""Shared set-up: one way to import the tests' own helpers, fixed seeds, repeatable property tests."""
+
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import HealthCheck, settings
+
+# Under --import-mode=importlib nothing puts the helpers on the path: `from tests.reference import ...` needs the root.
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+settings.register_profile(
+    "repeatable",
+    derandomize=True,
+    deadline=None,
+    max_examples=25,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("repeatable")
+
+
+@pytest.fixture(autouse=True)
+def _seeded():
+    torch.manual_seed(0)
