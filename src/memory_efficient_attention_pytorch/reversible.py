@@ -292,5 +292,5 @@ class ReversibleSequence(nn.Sequential):
 def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Accept the keys ``blocks.{i}.f.net.…`` and ``blocks.{i}.g.net.…`` of memory_efficient_attention_pytorch 0.1."""
     for key in [name for name in state_dict if name.startswith(f"{prefix}blocks.")]:
-        number, side, _net, name = key.removeprefix(f"{prefix}blocks.").split(".", 3)
-        state_dict.setdefault(f"{prefix}{number}.{'fg'.index(side)}.{name}", state_dict.pop(key))
+        number, side, _net, rest = key.removeprefix(f"{prefix}blocks.").split(".", 3)
+        state_dict.setdefault(f"{prefix}{number}.{'fg'.index(side)}.{rest}", state_dict.pop(key))
