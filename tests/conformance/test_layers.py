@@ -14,6 +14,7 @@ from memory_efficient_attention_pytorch import (
 )
 from memory_efficient_attention_pytorch.cosine_sim_flash_attention import FlashAttention as CosineSimFlashAttention
 from tests import reference
+from tests.conformance.cases import LearnedBias
 
 
 @pytest.mark.parametrize(
@@ -57,6 +58,31 @@ def test_attention_layer_beyond_upstream(kind, kwargs):
     out, truth = net(x, mask=mask), reference.attention_layer(x, *weights, heads=4, mask=mask, **what)
     reference.assert_close("out", out, truth, 1e-5)
     for ours, true in zip(*(torch.autograd.grad(o.square().sum(), (x, *weights)) for o in (out, truth)), strict=True):
+        reference.assert_close("gradient", ours, true, 1e-4)
+
+
+@pytest.mark.parametrize("kind_of_bias", ["1hnm", "b1nm", "hnm", "11nm", "T5", "learned"])
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"kv_heads": 2}, {"head_chunks": 2}, {"head_chunks": 4, "kv_heads": 2}], ids=str
+)
+def test_biases_through_head_groups(kwargs, kind_of_bias):
+    """Each group of heads takes its own part of a bias; the gradient of what the groups share is their sum."""
+    net = FlashAttention(dim=16, heads=4, dim_head=4, causal=True, q_bucket_size=4, k_bucket_size=3, **kwargs)
+    x = torch.randn(2, 9, 16, requires_grad=True)
+    modules = {"T5": RelativePositionBias(4, num_buckets=8, max_distance=6), "learned": LearnedBias(4)}
+    if kind_of_bias in modules:
+        bias = modules[kind_of_bias]
+        torch.nn.init.normal_(next(bias.parameters()))
+        wanted = (x, *net.parameters(), *bias.parameters())
+    else:
+        sizes = {"b": 2, "h": 4, "n": 9, "m": 9, "1": 1}
+        bias = torch.randn([sizes[letter] for letter in kind_of_bias], requires_grad=True)
+        wanted = (x, *net.parameters(), bias)
+    weights = net.to_q.weight, net.to_kv.weight, net.to_out.weight
+    what = {"heads": 4, "causal": True, "attn_bias": bias, "kv_heads": kwargs.get("kv_heads")}
+    out, truth = net(x, attn_bias=bias), reference.attention_layer(x, *weights, **what)
+    reference.assert_close("out", out, truth, 1e-5)
+    for ours, true in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, truth)), strict=True):
         reference.assert_close("gradient", ours, true, 1e-4)
 
 
