@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
+import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import require, require_positive_int
-from .pieces import Branch, apply_piecewise, chunked_branch, pieces_of
+from .linear_pieces import Gradients, compute_dtype, normed_piece
+from .pieces import Add, Branch, ChunkBranch, apply_piecewise, chunked_branch, has_hooks, pieces_of
 
 
 class FeedForward(nn.Module):
@@ -27,10 +30,62 @@ class FeedForward(nn.Module):
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         require(not kwargs, "FeedForward", "no keyword arguments", ", ".join(kwargs))
+        plain = [type(layer) for layer in self.net] == [nn.Linear, nn.GELU, nn.Linear]
+        if self.chunks > 1 and plain and not any(has_hooks(module) for module in self.net.modules()):
+            return FeedForwardBranch(self.net, norm, self.chunks)
         return chunked_branch(self.net, norm, chunks=self.chunks)
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) if self.chunks == 1 else apply_piecewise(self.as_branch({}), x)
+
+
+class FeedForwardBranch(ChunkBranch):
+    """``net(norm(x))`` in chunks of tokens, with the weights' gradients summed in place."""
+
+    def __init__(self, net: nn.Sequential, norm: nn.Module | None, chunks: int) -> None:
+        modules = [net] if norm is None else [norm, net]
+        super().__init__(self._piece, modules, chunks=chunks)
+        self.net: Any = net
+        self.norm = norm
+
+    def _piece(self, x: Tensor) -> Tensor:
+        return self.net(x if self.norm is None else self.norm(x))
+
+    def differentiate(
+        self,
+        x: Tensor,
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        cotangent: Tensor,
+        add: Add | None,
+        add_gradient: Add | None,
+    ) -> list[Tensor | None]:
+        inner, activation, outer = self.net
+        grads = Gradients(self.leaves(inputs, needed), needed, add_gradient)
+        dtype = compute_dtype(x)
+        inward, outward = inner.weight.to(dtype), outer.weight.to(dtype)
+        for index in self.slices(x):
+            piece, normed = normed_piece(x, index, self.norm)
+            values = normed.detach().to(dtype)
+            before = F.linear(values, inward, inner.bias.to(dtype))
+            hidden = activation(before)
+            if add is not None:
+                add(index, F.linear(hidden, outward, outer.bias.to(dtype)))
+            upstream = cotangent[index].to(dtype)
+            grads.add_product(outer.weight, upstream, hidden)
+            grads.add(outer.bias, _over_tokens(upstream))
+            del hidden
+            upstream = torch.ops.aten.gelu_backward(upstream @ outward, before, approximate=activation.approximate)
+            del before
+            grads.add_product(inner.weight, upstream, values)
+            grads.add(inner.bias, _over_tokens(upstream))
+            grads.through_norm(index, self.norm, piece, normed, upstream @ inward)
+        return grads.totals
+
+
+def _over_tokens(upstream: Tensor) -> Tensor:
+    """Sum over all but the last dimension, in fp32 at least."""
+    return upstream.flatten(0, -2).sum(dim=0, dtype=torch.promote_types(upstream.dtype, torch.float32))
 
 
 class PreNorm(nn.Module):

@@ -6,8 +6,7 @@ projections is applied to a slab of tokens where it is needed, forward and backw
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -15,14 +14,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import require
-from .pieces import Add, Branch, Index, vector_jacobian_product
+from .linear_pieces import Gradients, compute_dtype, normed_piece, slabs
+from .pieces import Add, Branch, vector_jacobian_product
 
 if TYPE_CHECKING:
     from .memory_efficient_attention import Attention
-
-# Normed values and the projections' cotangents are held for one slab of tokens at a time: this part of all of them,
-# but not so few that the matrix products suffer.
-SLAB_PART, SLAB_MINIMUM = 1 / 16, 512
 
 
 class HeadGroup(NamedTuple):
@@ -45,26 +41,13 @@ class HeadGroup(NamedTuple):
         )
 
 
-def slabs(x: Tensor) -> Iterator[Index]:
-    """Slices of the first two dimensions of ``(b, n, …)``, each contiguous: a slab of tokens."""
-    b, n = x.shape[:2]
-    size = max(SLAB_MINIMUM, math.ceil(b * n * SLAB_PART))
-    if n > size:
-        for i in range(b):
-            for start in range(0, n, size):
-                yield slice(i, i + 1), slice(start, min(start + size, n))
-        return
-    rows = max(1, size // max(n, 1))
-    for start in range(0, b, rows):
-        yield slice(start, min(start + rows, b)), slice(None)
-
-
 class _Source(NamedTuple):
     """Tokens that are projected: x after its norm, or a context; with the rows of the weights that project them."""
 
     tokens: Tensor
     norm: nn.Module | None
     rows: tuple[tuple[Tensor, slice], ...]
+    is_context: bool = False
 
     def weight(self, dtype: torch.dtype) -> Tensor:
         return torch.cat([weight[rows] for weight, rows in self.rows]).to(dtype)
@@ -106,7 +89,7 @@ class HeadGroupBranch(Branch):
         leaves = self.leaves(inputs, needed)
         kwargs = self.kwargs(leaves)
         context = kwargs.pop("context", None)
-        grads = _Gradients(leaves, needed, context, add_gradient)
+        grads = Gradients(leaves, needed, add_gradient)
         for group in self.attention.head_groups:
             sources = self._sources(x, context, group)
             heads = [t.requires_grad_() for t in self._project(sources, group)]
@@ -117,7 +100,10 @@ class HeadGroupBranch(Branch):
                 self._emit(values, group, add)
             grad_values = self._through_output(values, cotangent, group, grads)
             del values
-            of_heads = grads.through_core(out, heads, _heads(grad_values, out))
+            found = vector_jacobian_product(out, [*heads, *grads.wanted], _heads(grad_values, out))
+            of_heads = [grad for grad in found[: len(heads)] if grad is not None]
+            for leaf, grad in zip(grads.wanted, found[len(heads) :], strict=True):
+                grads.add(leaf, grad)
             del out, heads, grad_values
             self._through_projections(sources, of_heads, grads)
         return grads.totals
@@ -130,14 +116,14 @@ class HeadGroupBranch(Branch):
         v = (attention.to_kv.weight, _scaled(group.kv_heads, width, half))
         if context is None:
             return [_Source(x, self.norm, (q, k, v))]
-        return [_Source(x, self.norm, (q,)), _Source(context, None, (k, v))]
+        return [_Source(x, self.norm, (q,)), _Source(context, None, (k, v), is_context=True)]
 
     def _project(self, sources: Sequence[_Source], group: HeadGroup) -> tuple[Tensor, ...]:
         """q, k and v of the group's heads ``(b, heads, tokens, d)``, views of one buffer per source."""
         found: list[Tensor] = []
         for source in sources:
             tokens = source.tokens
-            dtype = _compute_dtype(tokens)
+            dtype = compute_dtype(tokens)
             weight = source.weight(dtype)
             buffer = tokens.new_empty(*tokens.shape[:2], len(weight), dtype=dtype)
             for index in slabs(tokens):
@@ -153,104 +139,36 @@ class HeadGroupBranch(Branch):
         for index in slabs(values):
             add(index, F.linear(values[index], weight))
 
-    def _through_output(self, values: Tensor, cotangent: Tensor, group: HeadGroup, grads: _Gradients) -> Tensor:
+    def _through_output(self, values: Tensor, cotangent: Tensor, group: HeadGroup, grads: Gradients) -> Tensor:
         """Back through the output projection: the gradient of ``values (b, n, heads·d)``."""
         columns = _scaled(group.heads, self.attention.dim_head)
         output = self.attention.to_out.weight
         weight = output[:, columns].to(values.dtype)
-        total = grads.total(output)
         back = torch.empty_like(values)
         for index in slabs(values):
             upstream = cotangent[index].to(values.dtype)
             back[index] = upstream @ weight
-            if total is not None:
-                _accumulate(total[:, columns], upstream, values[index])
+            grads.add_product(output, upstream, values[index], (slice(None), columns))
         return back
 
-    def _through_projections(self, sources: Sequence[_Source], of_heads: list[Tensor], grads: _Gradients) -> None:
+    def _through_projections(self, sources: Sequence[_Source], of_heads: list[Tensor], grads: Gradients) -> None:
         """Back through the projections and the norm, slab by slab; consumes ``of_heads``."""
         for source in sources:
             mine = [_tokens(of_heads.pop(0)) for _ in source.rows]
             weight = source.weight(mine[0].dtype)
             for index in slabs(source.tokens):
                 upstream = torch.cat([t[index] for t in mine], dim=-1)
-                piece = source.tokens[index].detach().requires_grad_(source.norm is not None)
-                with torch.enable_grad():
-                    normed = piece if source.norm is None else source.norm(piece)
+                piece, normed = normed_piece(source.tokens, index, source.norm)
                 values = normed.detach().to(upstream.dtype)
                 start = 0
                 for matrix, rows in source.rows:
-                    total, size = grads.total(matrix), rows.stop - rows.start
-                    if total is not None:
-                        _accumulate(total[rows], upstream[..., start : start + size], values)
-                    start += size
-                grads.through_norm(index, source, piece, normed, upstream @ weight)
-
-
-class _Gradients:
-    """Where the gradients of a pass over all groups gather."""
-
-    def __init__(
-        self, leaves: Sequence[Tensor], needed: Sequence[bool], context: Tensor | None, add_gradient: Add | None
-    ) -> None:
-        self._places = {id(leaf): i for i, leaf in enumerate(leaves)}
-        self._needed, self._leaves = needed, leaves
-        self._totals: list[Tensor | None] = [None] * len(leaves)
-        self._context, self._add_gradient = context, add_gradient
-
-    def total(self, leaf: Tensor) -> Tensor | None:
-        """The accumulator of a leaf (fp32 at least), None where no gradient is wanted."""
-        place = self._places[id(leaf)]
-        if self._needed[place] and self._totals[place] is None:
-            dtype = torch.promote_types(leaf.dtype, torch.float32)
-            self._totals[place] = torch.zeros_like(leaf, dtype=dtype, memory_format=torch.contiguous_format)
-        return self._totals[place]
-
-    @property
-    def totals(self) -> list[Tensor | None]:
-        """One gradient per leaf, in its dtype."""
-        pairs = zip(self._leaves, self._totals, strict=True)
-        return [None if total is None else total.to(leaf.dtype) for leaf, total in pairs]
-
-    def through_core(self, out: Tensor, heads: list[Tensor], grad_out: Tensor) -> list[Tensor]:
-        """Gradients of q, k, v; those of a bias or of the module's own scale are added to the totals."""
-        others = [leaf for leaf, need in zip(self._leaves, self._needed, strict=True) if need]
-        found = vector_jacobian_product(out, [*heads, *others], grad_out)
-        for leaf, grad in zip(others, found[len(heads) :], strict=True):
-            self._add(leaf, grad)
-        return [g for g in found[: len(heads)] if g is not None]
-
-    def through_norm(self, index: Index, source: _Source, piece: Tensor, normed: Tensor, upstream: Tensor) -> None:
-        upstream = upstream.to(normed.dtype)
-        if source.norm is None:
-            if source.tokens is self._context:
-                total = self.total(source.tokens)
-                if total is not None:
-                    total[index].add_(upstream)
-            elif self._add_gradient is not None:
-                self._add_gradient(index, upstream)
-            return
-        parameters = [p for p in source.norm.parameters() if self._needed[self._places[id(p)]]]
-        of_piece, *of_norm = vector_jacobian_product(normed, [piece, *parameters], upstream)
-        for parameter, grad in zip(parameters, of_norm, strict=True):
-            self._add(parameter, grad)
-        if self._add_gradient is not None and of_piece is not None:
-            self._add_gradient(index, of_piece)
-
-    def _add(self, leaf: Tensor, grad: Tensor | None) -> None:
-        if grad is not None:
-            total = self.total(leaf)
-            assert total is not None
-            total.add_(grad)
-
-
-def _accumulate(total: Tensor, upstream: Tensor, values: Tensor) -> None:
-    """``total += upstreamᵀ values``, over tokens."""
-    upstream, values = upstream.flatten(0, 1), values.flatten(0, 1)
-    if total.dtype == values.dtype:
-        total.addmm_(upstream.t(), values)
-    else:
-        total.add_(upstream.t() @ values)
+                    stop = start + rows.stop - rows.start
+                    grads.add_product(matrix, upstream[..., start:stop], values, rows)
+                    start = stop
+                if source.is_context:
+                    grads.add(source.tokens, upstream @ weight, index)
+                else:
+                    grads.through_norm(index, source.norm, piece, normed, upstream @ weight)
 
 
 def _scaled(heads: slice, width: int, offset: int = 0) -> slice:
@@ -266,11 +184,3 @@ def _tokens(heads: Tensor) -> Tensor:
 def _heads(tokens: Tensor, like: Tensor) -> Tensor:
     """``(b, n, heads·d)`` → ``(b, heads, n, d)``."""
     return tokens.unflatten(-1, (like.shape[1], like.shape[3])).transpose(1, 2)
-
-
-def _compute_dtype(tokens: Tensor) -> torch.dtype:
-    """What a linear layer computes in: autocast's dtype where it is on, else the tokens' own."""
-    kind = tokens.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and tokens.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return tokens.dtype
