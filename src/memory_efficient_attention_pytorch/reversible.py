@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.function import once_differentiable
 
+from .differentiation import once_differentiable
 from .errors import require
 from .pieces import Branch, Index, Replay, branch_of
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.autograd.function import once_differentiable
 
+from ..differentiation import once_differentiable
 from ..visibility import Tile, Visibility
 from .request import AttentionRequest, Part, full_precision
 
