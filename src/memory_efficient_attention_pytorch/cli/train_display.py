@@ -38,7 +38,7 @@ class Lines(Quiet):
     """A line now and then, for a file or another program."""
 
     def __init__(self) -> None:
-        self.next_line = 0.0
+        self.next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
 
     def reading(self, done: int, total: int) -> None:
         self._now_and_then(f"reading: {done / 1e6:.1f} MB of text")

@@ -53,6 +53,8 @@ class Corpus:
         size = path.stat().st_size if path.is_file() else 0
         if size != expected:
             raise ValueError(f"{path} is damaged: {size} bytes instead of {expected}; start a new run")
+        if not count:
+            return np.empty(0, dtype=self.info.dtype)  # a file without bytes cannot be mapped
         return np.memmap(path, dtype=self.info.dtype, mode="r")
 
 

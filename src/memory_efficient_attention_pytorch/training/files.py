@@ -19,11 +19,15 @@ class RunError(RuntimeError):
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name, flush it to the disk and rename it into place."""
     temporary = path.with_name(f".{path.name}.partial")
-    with temporary.open("wb") as file:
-        file.write(content.encode() if isinstance(content, str) else content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        with temporary.open("wb") as file:
+            file.write(content.encode() if isinstance(content, str) else content)
+            file.flush()
+            os.fsync(file.fileno())
+        temporary.replace(path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
     flush(path.parent)
 
 

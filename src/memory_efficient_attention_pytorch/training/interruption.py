@@ -3,6 +3,7 @@
 import signal
 import threading
 import time
+from pathlib import Path
 from types import FrameType
 from typing import Self
 
@@ -46,6 +47,6 @@ class Interruption:
 class Interrupted(Exception):
     """A run ended early because a signal asked for it; its state is saved."""
 
-    def __init__(self, number: signal.Signals, step: int):
-        super().__init__(f"{number.name} after step {step}")
-        self.signal, self.step = number, step
+    def __init__(self, number: signal.Signals, step: int, run: Path):
+        super().__init__(f"stopped by {number.name} after step {step}, all saved; go on with: mea train --resume {run}")
+        self.signal = number

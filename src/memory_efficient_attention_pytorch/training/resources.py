@@ -73,4 +73,5 @@ def memory_peak(device: torch.device) -> int:
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+    # The kernel brings its peak up to date later than the present size.
+    return max(memory_now(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)

@@ -138,6 +138,7 @@ class Trainer:
         self.seconds_per_step = (
             seconds if self.seconds_per_step is None else 0.9 * self.seconds_per_step + 0.1 * seconds
         )
+        now = memory_now(self.accelerator.device)
         self.watcher.step(
             Step(
                 step=self.state.step,
@@ -148,8 +149,8 @@ class Trainer:
                 gradient_norm=norm,
                 tokens_per_second=tokens / self.seconds_per_step,
                 seconds_left=(self.config.steps - self.state.step) * self.seconds_per_step,
-                memory_now=memory_now(self.accelerator.device),
-                memory_peak=memory_peak(self.accelerator.device),
+                memory_now=now,
+                memory_peak=max(now, memory_peak(self.accelerator.device)),
             )
         )
 
@@ -163,7 +164,7 @@ class Trainer:
             self.save()
         if interruption.signal and not last:
             self._draw()
-            raise Interrupted(interruption.signal, step)
+            raise Interrupted(interruption.signal, step, self.run.path)
 
     def _validate(self) -> bool:
         """Measure the loss over the fixed validation set; whether it is the lowest so far."""

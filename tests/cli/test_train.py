@@ -1,0 +1,213 @@
+"""`mea train` as a person runs it: the real command in a process of its own, in an empty directory."""
+
+import functools
+import gzip
+import json
+import math
+import os
+import subprocess
+import sys
+
+import pytest
+
+from tests.cli import train_command
+
+TINY = ["--dim=16", "--depth=2", "--heads=2", "--dim-head=8", "--seq-len=16", "--batch-size=2", "--steps=6"]
+OFTEN = [
+    "--evaluate-every=3",
+    "--checkpoint-every=2",
+    "--sample-every=3",
+    "--sample-tokens=8",
+    "--evaluation-windows=4",
+]
+
+
+@pytest.fixture
+def mea(tmp_path):
+    """Runs `mea` in an empty directory."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    return functools.partial(train_command.mea, folder)
+
+
+@pytest.fixture
+def here(mea, tmp_path):
+    """The directory `mea` runs in."""
+    return tmp_path / "here"
+
+
+@pytest.fixture
+def text(here):
+    path = here / "text.txt"
+    path.write_text("".join(f"line {i} of a text to learn\n" for i in range(300)))
+    return path
+
+
+def refused(result, *parts):
+    """Exit status 2 and one line that says these things, no traceback."""
+    error = result.error
+    assert result.status == 2, error
+    assert error.count("\n") == 1, error
+    assert error.startswith("mea train: ")
+    for part in parts:
+        assert part in error
+
+
+def records(run):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def test_a_run_from_a_file_leaves_everything_and_says_it(mea, text, here):
+    result = mea("train", "--data", "text.txt", *TINY, *OFTEN)
+    assert result.status == 0, result.error
+    run = here / "runs" / "1"
+    assert {path.name for path in run.iterdir()} >= {"config.toml", "data", "checkpoints", "metrics.jsonl", "loss.png"}
+    assert (run / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+    steps = [record for record in records(run) if "loss" in record]
+    assert [record["step"] for record in steps] == [1, 2, 3, 4, 5, 6]
+    assert [record["tokens"] for record in steps] == [32, 64, 96, 128, 160, 192]
+    assert all(0 < record["memory_now"] <= record["memory_peak"] for record in steps)
+    validations = [record for record in records(run) if "validation_loss" in record]
+    assert [record["step"] for record in validations] == [0, 3, 6]
+    # 8690 bytes and the token that ends the document.
+    bits = validations[-1]["validation_loss"] / math.log(2) * 8691 / 8690
+    assert validations[-1]["validation_bits_per_byte"] == pytest.approx(bits)
+    assert [record["step"] for record in records(run) if "sample" in record] == [3, 6]
+
+    out = result.out
+    for part in ("attention (", "reversal", "pieces", "to validate on (the end of the document)", "sample at step 6"):
+        assert part in out
+    for part in (
+        "done: 6 steps, 192 tokens",
+        "bits per byte, best",
+        "MiB at the peak",
+        "loss.png",
+        "mea generate runs/1",
+    ):
+        assert part in out
+
+
+def test_text_from_standard_input_with_a_tokenizer_trained_on_it(mea, text, here):
+    result = mea("train", "--data", "-", "--vocab-size", "300", *TINY, "--quiet", stdin=text.read_bytes())
+    assert result.status == 0, result.error
+    assert result.out == result.error == ""
+    run = here / "runs" / "1"
+    assert not (run / "standard-input.txt").exists()
+    corpus = json.loads((run / "data" / "corpus.json").read_text())
+    assert corpus["dtype"] == "uint16"
+    assert corpus["bytes_per_token"] > 1.5
+
+    result = mea(
+        "train", "--data", "text.txt", "--tokenizer", "runs/1/tokenizer.json", "--out", "mine/a", *TINY, "--quiet"
+    )
+    assert result.status == 0, result.error
+    assert json.loads((here / "mine/a/data/corpus.json").read_text()) == corpus
+
+
+def test_options_from_toml_with_the_command_line_going_first(mea, text, here):
+    packed = here / "packed"
+    packed.mkdir()
+    (packed / "text.txt.gz").write_bytes(gzip.compress(text.read_bytes()))
+    (here / "c.toml").write_text(
+        'data = ["packed"]\ndim = 16\ndepth = 1\nheads = 2\ndim_head = 8\nseq_len = 16\nbatch_size = 2\n'
+        "steps = 9\nsample_every = 0\n"
+    )
+    result = mea("train", "--config", "c.toml", "--steps", "2", "--tensorboard", "--accumulation", "2", "--quiet")
+    assert result.status == 0, result.error
+    run = here / "runs" / "1"
+    assert [record["tokens"] for record in records(run) if "loss" in record] == [64, 128]
+    assert list((run / "tensorboard").glob("events.*"))
+    assert "steps = 2 " in (run / "config.toml").read_text()
+
+    # What was trained decides: a finished run has nothing left to do, more steps go on from there.
+    again = mea("train", "--resume")
+    assert again.status == 0
+    assert "done: 2 steps" in again.out
+    more = mea("train", "--resume", "runs/1", "--steps", "3", "--quiet")
+    assert more.status == 0, more.error
+    assert [record["step"] for record in records(run) if "loss" in record] == [1, 2, 3]
+    refused(mea("train", "--resume", "runs/1", "--dim", "32"), "dim is 16 in runs/1 and cannot change on the way")
+    refused(mea("train", "--out", "runs/1"), "runs/1 is not empty", "mea train --resume runs/1")
+    refused(
+        mea("train", "--resume", "runs/1", "--steps", "4", "--batch-size", "3"), "took 4 windows a step", "now take 6"
+    )
+    config = run / "config.toml"
+    config.write_text(config.read_text().replace("format = 1", "format = 99"))
+    refused(mea("train", "--resume", "runs/1"), "format 99", "this version reads format 1")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "parts"),
+    [
+        (["--data", "nowhere"], ["there is no file or directory", "nowhere"]),
+        (["--data", "empty.txt"], ["the text is empty"]),
+        (["--data", "short.txt"], ["too short", "--seq-len"]),
+        (["--data", "folder"], ["the directory", "folder has no files"]),
+        (["--data", "-"], ["standard input is empty"]),
+        (["--data", "latin.txt", "--vocab-size", "300"], ["latin.txt is not UTF-8 at byte 1", "train on bytes"]),
+        (["--tokenizer", "short.txt"], ["short.txt is not a file of the tokenizers library"]),
+        (["--tokenizer", "a", "--vocab-size", "300"], ["contradict"]),
+        (["--config", "bad.toml"], ["unknown key 'learning_rat'", "did you mean learning_rate?"]),
+        (["--config", "nowhere.toml"], ["cannot read the configuration nowhere.toml"]),
+        (["--exact", "--no-reversible"], ["exact", "contradict"]),
+        (["--resume", "folder"], ["folder is not a run directory"]),
+        (["--resume"], ["no run in runs/"]),
+        (["--resume", "x", "--out", "y"], ["--resume and --out contradict"]),
+        (["--out", "short.txt/run"], ["cannot write to short.txt/run: Not a directory", "--out"]),
+        (["--precision", "fp16", "--device", "cpu"], ["fp16 needs an accelerator"]),
+        (["--stepz", "3"], ["unknown argument --stepz (did you mean --steps?)"]),
+        (["--steps", "many"], ["--steps: invalid int value: 'many'"]),
+    ],
+    ids=lambda value: " ".join(value) if value and value[0].startswith("--") else "",
+)
+def test_bad_input_is_refused_in_one_line(mea, here, arguments, parts):
+    (here / "folder").mkdir()
+    (here / "empty.txt").touch()
+    (here / "short.txt").write_text("short")
+    (here / "latin.txt").write_bytes("längst".encode("latin-1"))
+    (here / "bad.toml").write_text("learning_rat = 1")
+    before = sorted(here.rglob("*"))
+    if "--data" not in arguments and "--resume" not in arguments:
+        arguments = ["--data", "short.txt", *arguments]
+    refused(mea("train", *arguments), *parts)
+    assert sorted(here.rglob("*")) == before
+
+
+def test_an_unreadable_text_is_refused(mea, text):
+    if os.geteuid() == 0:
+        pytest.skip("everything is readable to root")
+    text.chmod(0)
+    refused(mea("train", "--data", "text.txt"), "cannot read", "Permission denied")
+
+
+def test_debug_shows_the_traceback(mea):
+    result = mea("train", "--data", "nowhere", "--debug")
+    assert result.status != 0
+    assert "Traceback" in result.error
+    assert "ValueError: data: there is no file or directory" in result.error
+
+
+@pytest.mark.parametrize("command", [["mea"], [sys.executable, "-m", "memory_efficient_attention_pytorch"]])
+def test_the_installed_command_helps(command, tmp_path):
+    environment = os.environ | {"PATH": f"{os.path.dirname(sys.executable)}:{os.environ['PATH']}"}
+
+    def call(*arguments):
+        return subprocess.run(
+            [*command, *arguments], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=120
+        )
+
+    helped = call("--help")
+    assert helped.returncode == 0
+    assert "train a Transformer on text" in helped.stdout
+    wrong = call("trian")
+    assert wrong.returncode == 2
+    assert wrong.stderr == "mea: unknown command 'trian' (did you mean train?); mea --help lists them\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_help_names_every_option(mea):
+    result = mea("train", "--help")
+    assert result.status == 0
+    for option in ("--resume", "--config", "--learning-rate", "--no-reversible", "--debug"):
+        assert option in result.out

@@ -1,0 +1,110 @@
+"""Runs `mea` in a process of its own, without the seconds that importing everything takes each time.
+
+The processes are forked from one that has imported it all and done nothing else; arguments, files, signals, exit status
+and death are those of the real command.
+"""
+
+import dataclasses
+import multiprocessing
+import os
+import resource
+import signal
+import sys
+import tempfile
+from pathlib import Path
+
+_CONTEXT = multiprocessing.get_context("forkserver")
+_CONTEXT.set_forkserver_preload(
+    [
+        "tests.cli.train_command",
+        "accelerate",
+        "matplotlib.backends.backend_agg",
+        "matplotlib.figure",
+        "memory_efficient_attention_pytorch.cli.train",
+        "memory_efficient_attention_pytorch.training.launch",
+    ]
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Result:
+    status: int
+    out: str
+    error: str
+
+
+class Mea:
+    """One call of `mea`, begun at once.
+
+    file_limit: bytes beyond which its files cannot grow; what it meets then is what a full disk is.
+    kill_at: the stage of writing checkpoints, counted from 1, before which it kills itself.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        *arguments: str,
+        stdin: bytes = b"",
+        file_limit: int | None = None,
+        kill_at: int | None = None,
+    ):
+        self.streams = Path(tempfile.mkdtemp(dir=folder.parent, prefix="streams"))
+        (self.streams / "stdin").write_bytes(stdin)
+        self.process = _CONTEXT.Process(
+            target=_command, args=(str(folder), arguments, str(self.streams), file_limit, kill_at)
+        )
+        self.process.start()
+
+    def finish(self) -> Result:
+        self.process.join(timeout=120)
+        assert self.process.exitcode is not None, "it does not end"
+        return Result(
+            self.process.exitcode, (self.streams / "stdout").read_text(), (self.streams / "stderr").read_text()
+        )
+
+    def send(self, number: signal.Signals) -> None:
+        os.kill(self.process.pid, number)
+
+
+def mea(folder: Path, *arguments: str, **options) -> Result:
+    """Run `mea` in a folder to its end."""
+    return Mea(folder, *arguments, **options).finish()
+
+
+def _command(folder: str, arguments: tuple[str, ...], streams: str, file_limit: int | None, kill_at: int | None):
+    import torch
+
+    from memory_efficient_attention_pytorch.cli import main
+
+    os.chdir(folder)
+    torch.set_num_threads(1)  # the others would wait for each other on a busy machine
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        flags = os.O_RDONLY if name == "stdin" else os.O_WRONLY | os.O_CREAT | os.O_APPEND
+        os.dup2(os.open(f"{streams}/{name}", flags), number)
+        setattr(sys, name, open(number, "r" if name == "stdin" else "w", closefd=False))  # noqa: SIM115
+    if file_limit is not None:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (file_limit, file_limit))
+    if kill_at is not None:
+        _die_while_writing(kill_at)
+    sys.exit(main(arguments))
+
+
+def _die_while_writing(kill_at: int) -> None:
+    from memory_efficient_attention_pytorch.training import checkpoints, files
+
+    calls = 0
+
+    def dying(work):
+        def act(*arguments, **options):
+            nonlocal calls
+            calls += 1
+            if calls == kill_at:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return work(*arguments, **options)
+
+        return act
+
+    for name in ("save_model", "save_file", "_sha256", "discard"):
+        setattr(checkpoints, name, dying(getattr(checkpoints, name)))
+    for name in ("flush", "discard"):
+        setattr(files, name, dying(getattr(files, name)))

@@ -1,0 +1,191 @@
+import os
+import shutil
+import subprocess
+
+import pytest
+import torch
+from torch import nn
+
+from memory_efficient_attention_pytorch.training import checkpoints as module
+from memory_efficient_attention_pytorch.training.checkpoints import (
+    Checkpoints,
+    TrainState,
+    load_optimizer,
+    load_weights,
+)
+from memory_efficient_attention_pytorch.training.files import WRITE_ERRORS, write_atomically
+
+
+def trained(steps=2, seed=0):
+    torch.manual_seed(seed)
+    model = nn.Sequential(nn.Linear(4, 5), nn.LayerNorm(5), nn.Linear(5, 3))
+    optimizer = torch.optim.AdamW(
+        [
+            {"params": [p for p in model.parameters() if p.ndim >= 2]},
+            {"params": [p for p in model.parameters() if p.ndim < 2]},
+        ]
+    )
+    for _ in range(steps):
+        take_step(model, optimizer)
+    return model, optimizer
+
+
+def take_step(model, optimizer):
+    model(torch.linspace(-1, 1, 8).reshape(2, 4)).square().sum().backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+def same(one, other):
+    return all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
+
+
+@pytest.fixture
+def store(tmp_path):
+    return Checkpoints(tmp_path / "checkpoints")
+
+
+def save_steps(store, losses):
+    model, optimizer = trained()
+    for step, loss in losses.items():
+        store.save(model, optimizer, TrainState(step=step, validation_loss=loss))
+
+
+def steps_of(store):
+    return sorted(int(path.name.split("-")[1]) for path in store.root.iterdir())
+
+
+def test_training_goes_on_from_a_checkpoint_to_the_bit(store):
+    model, optimizer = trained()
+    store.save(model, optimizer, TrainState(step=2, tokens=64))
+    take_step(model, optimizer)
+
+    other, other_optimizer = trained(steps=0, seed=1)
+    found = store.find()
+    load_weights(other, found)
+    load_optimizer(other, other_optimizer, found)
+    assert found.state == TrainState(step=2, tokens=64)
+    assert not same(model, other)
+    take_step(other, other_optimizer)
+    assert same(model, other)
+
+
+def test_tied_weights_are_stored_once_and_come_back_tied(store):
+    model = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    model[1].weight = model[0].weight
+    optimizer = torch.optim.AdamW(model.parameters())
+    take_step(model, optimizer)
+    store.save(model, optimizer, TrainState(step=1))
+    other = nn.Sequential(nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False))
+    other[1].weight = other[0].weight
+    load_weights(other, store.find())
+    assert same(model, other)
+    assert other[1].weight is other[0].weight
+
+
+def test_last_and_best(store):
+    save_steps(store, {10: 3.0, 20: 2.0, 30: 2.5, 35: None})
+    assert store.find("last").state.step == 35
+    assert store.find("best").state.step == 20
+    with pytest.raises(ValueError, match="checkpoint must be 'last' or 'best', got 'first'"):
+        store.find("first")
+
+
+def test_best_means_last_when_nothing_was_measured(store):
+    save_steps(store, {10: None, 20: None})
+    assert store.find("best").state.step == 20
+
+
+def test_the_newest_and_the_best_are_kept(store):
+    save_steps(store, {10: 3.0, 20: 2.0, 30: 2.5, 40: 2.6, 50: None})
+    store.prune(keep=2)
+    assert steps_of(store) == [20, 40, 50]
+
+
+def test_sums_are_those_of_sha256sum(store):
+    save_steps(store, {10: 3.0})
+    if shutil.which("sha256sum") is None:
+        pytest.skip("no sha256sum here")
+    subprocess.run(
+        ["sha256sum", "--check", "--quiet", "SHA256SUMS"], cwd=store.find().path, check=True, capture_output=True
+    )
+
+
+FILES = ["model.safetensors", "optimizer.safetensors", "state.json", "SHA256SUMS"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["truncate", "alter", "remove"])
+def test_a_damaged_checkpoint_is_passed_over_and_named(store, name, damage):
+    save_steps(store, {10: 3.0, 20: 2.0})
+    path = store.find().path / name
+    content = path.read_bytes()
+    if damage == "truncate":
+        path.write_bytes(content[:-9])
+    elif damage == "alter":
+        path.write_bytes(content[:20] + bytes([content[20] ^ 1]) + content[21:])
+    else:
+        path.unlink()
+    reports = []
+    assert store.find("last", reports.append).state.step == 10
+    assert len(reports) == 1
+    assert "step-00000020" in reports[0]
+    assert "damaged" in reports[0]
+
+
+def test_damage_is_a_warning_unless_someone_listens(store):
+    save_steps(store, {10: 3.0})
+    (store.find().path / "model.safetensors").write_bytes(b"")
+    with pytest.warns(UserWarning, match=r"model\.safetensors is truncated or altered"):
+        assert store.find() is None
+
+
+@pytest.mark.parametrize("failing", ["save_model", "save_file", "_sha256"])
+def test_a_write_that_fails_leaves_what_was_there(store, monkeypatch, failing):
+    save_steps(store, {10: 3.0, 20: 2.0})
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(module, failing, fail)
+    with pytest.raises(WRITE_ERRORS, match="No space left"):
+        save_steps(store, {20: 1.0, 30: 1.0})
+    monkeypatch.undo()
+    assert steps_of(store) == [10, 20]
+    assert store.find().state.validation_loss == 2.0
+
+
+def test_a_write_cut_short_by_a_kill_is_not_seen_and_is_cleared(store):
+    save_steps(store, {10: 3.0})
+    partial = store.root / ".step-00000020.partial"
+    shutil.copytree(store.find().path, partial)
+    os.mkdir(store.root / ".step-00000005.discarded")
+    assert store.find().state.step == 10
+    store.remove_unfinished()
+    assert [path.name for path in store.root.iterdir()] == ["step-00000010"]
+
+
+def test_a_checkpoint_is_replaced_whole(store):
+    save_steps(store, {10: 3.0})
+    save_steps(store, {10: 2.0})
+    assert steps_of(store) == [10]
+    assert store.find().state.validation_loss == 2.0
+
+
+def test_what_lies_beyond_a_step_is_removed(store):
+    save_steps(store, {10: 3.0, 20: 2.0, 30: 2.0})
+    store.remove_after(20)
+    assert steps_of(store) == [10, 20]
+
+
+def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):
+    path = tmp_path / "a.txt"
+    write_atomically(path, "first")
+
+    def fail(descriptor):
+        raise OSError(5, "Input/output error")
+
+    monkeypatch.setattr(os, "fsync", fail)
+    with pytest.raises(OSError, match="Input/output"):
+        write_atomically(path, "second")
+    assert path.read_text() == "first"
