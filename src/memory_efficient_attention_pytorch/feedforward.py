@@ -30,10 +30,17 @@ class FeedForward(nn.Module):
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         require(not kwargs, "FeedForward", "no keyword arguments", ", ".join(kwargs))
-        plain = [type(layer) for layer in self.net] == [nn.Linear, nn.GELU, nn.Linear]
-        if self.chunks > 1 and plain and not any(has_hooks(module) for module in self.net.modules()):
+        if self.chunks > 1 and self._plain:
             return FeedForwardBranch(self.net, norm, self.chunks)
         return chunked_branch(self.net, norm, chunks=self.chunks)
+
+    @property
+    def _plain(self) -> bool:
+        """Is everything as it was built, with nobody watching the layers?"""
+        layers = list(self.net)
+        built = [type(layer) for layer in layers] == [nn.Linear, nn.GELU, nn.Linear]
+        unwatched = not any(has_hooks(module) for module in self.net.modules())
+        return built and unwatched and layers[0].bias is not None and layers[2].bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) if self.chunks == 1 else apply_piecewise(self.as_branch({}), x)
