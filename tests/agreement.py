@@ -1,0 +1,54 @@
+"""Two computations of the same thing compared: outputs, gradients by their largest relative difference, work done."""
+
+from collections.abc import Callable, Iterable, Sequence
+
+import pytest
+import torch
+from torch import Tensor
+
+from tests.memory.live_bytes import PRODUCTS, LiveBytes
+
+
+@pytest.fixture
+def one_thread():
+    """Tensors this small gain nothing from threads, and lose much when others use the cores too."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+def gradients(out: Tensor, wanted: Iterable[Tensor], seed: int = 1, **kwargs) -> tuple[Tensor | None, ...]:
+    """Gradients of ``(out * c).sum()`` for a fixed random c, so that no two outputs weigh alike."""
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
+    return torch.autograd.grad(out, tuple(wanted), cotangent.to(out.dtype), **kwargs)
+
+
+def difference(ours: Tensor, truth: Tensor) -> float:
+    """Largest difference over the largest true value."""
+    assert ours.shape == truth.shape, f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"
+    if not truth.numel():
+        return 0.0
+    return ((ours.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
+
+
+def assert_same(ours: Sequence[Tensor | None], truth: Sequence[Tensor | None], tolerance: float) -> None:
+    """Every pair equal to ``tolerance``, and None only where both are."""
+    assert len(ours) == len(truth)
+    for i, (mine, true) in enumerate(zip(ours, truth, strict=True)):
+        assert (mine is None) == (true is None), f"tensor {i}: {mine}, expected {true}"
+        if mine is not None and true is not None:
+            assert mine.dtype == true.dtype, f"tensor {i}: {mine.dtype}, expected {true.dtype}"
+            error = difference(mine, true)
+            assert error <= tolerance, f"tensor {i} {tuple(true.shape)}: off by {error:.2e}, allowed {tolerance:.1e}"
+
+
+def with_seed(function: Callable[[], Tensor], seed: int = 7) -> Tensor:
+    """``function()`` from a fixed random state."""
+    torch.manual_seed(seed)
+    return function()
+
+
+def products(count: LiveBytes) -> int:
+    """Matrix products called, those that add to a sum in place included."""
+    return sum(count.calls[name] for name in {*PRODUCTS, "addmm_", "baddbmm_"})
