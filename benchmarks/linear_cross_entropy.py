@@ -1,0 +1,113 @@
+"""The chunked loss against PyTorch's: peak memory, each in a fresh process, and time, in turn in one process.
+
+    python benchmarks/linear_cross_entropy.py [--tokens 4096 --width 256 --vocabulary 32000 --dtype float32]
+
+One forward and backward of the mean loss, gradients for the hidden vectors and the weight. Memory is how far the
+process's resident set rises (Linux only) above the inputs, after a small run of the same code has loaded its kernels;
+glibc is told to return freed blocks. Times are the median of the rounds and of each round's ratio to ours.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from memory_efficient_attention_pytorch.functional.linear_cross_entropy import linear_cross_entropy
+
+Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+
+def losses(chunk_size: int | None) -> dict[str, Loss]:
+    """The losses this PyTorch can run, by name: ours first."""
+    found: dict[str, Loss] = {"ours": lambda h, w, y: linear_cross_entropy(h, w, y, chunk_size=chunk_size)}
+    if hasattr(F, "linear_cross_entropy"):
+        options = torch.nn.LinearCrossEntropyOptions()
+        found["torch, chunked"] = lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
+    found["torch, plain"] = lambda h, w, y: F.cross_entropy(F.linear(h, w), y)
+    return found
+
+
+def inputs(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """Hidden vectors, weight and labels; the logits are about normally distributed."""
+    torch.manual_seed(0)
+    hidden = torch.randn(tokens, width).to(dtype).requires_grad_()
+    weight = (torch.randn(vocabulary, width) * width**-0.5).to(dtype).requires_grad_()
+    return hidden, weight, torch.randint(vocabulary, (tokens,))
+
+
+def peak_mib(loss: Loss, args: argparse.Namespace) -> float:
+    """How far the resident set of this process rises in a forward and backward, in MiB."""
+    loss(*inputs(64, args.width, 512, args.dtype)).backward()
+    tensors = inputs(args.tokens, args.width, args.vocabulary, args.dtype)
+    with open("/proc/self/clear_refs", "w") as reset:
+        reset.write("5")
+    before = high_water_mib()
+    loss(*tensors).backward()
+    return high_water_mib() - before
+
+
+def high_water_mib() -> float:
+    with open("/proc/self/status") as status:
+        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
+
+
+def in_fresh_process(name: str) -> float:
+    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+
+def seconds_in_turn(candidates: dict[str, Loss], args: argparse.Namespace) -> dict[str, list[float]]:
+    """Seconds of a forward and backward, every loss once in each round."""
+    tensors = inputs(args.tokens, args.width, args.vocabulary, args.dtype)
+    seconds: dict[str, list[float]] = {name: [] for name in candidates}
+    for turn in range(args.rounds + 1):
+        for name, loss in candidates.items():
+            for tensor in tensors[:2]:
+                tensor.grad = None
+            start = time.perf_counter()
+            loss(*tensors).backward()
+            if turn:  # the first round only warms up
+                seconds[name].append(time.perf_counter() - start)
+    return seconds
+
+
+def main() -> None:
+    """Parse, measure, print a table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--tokens", type=int, default=4096)
+    parser.add_argument("--width", type=int, default=256)
+    parser.add_argument("--vocabulary", type=int, default=32_000)
+    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--chunk-size", type=int, help="of ours; its default if not given")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    candidates = losses(args.chunk_size)
+    if args.memory_of:
+        print(peak_mib(candidates[args.memory_of], args))
+        return
+    memory = {name: in_fresh_process(name) for name in candidates}
+    seconds = seconds_in_turn(candidates, args)
+    print(
+        f"{args.tokens} x {args.width} x {args.vocabulary}, {args.dtype}, {args.threads} threads, {torch.__version__}"
+    )
+    print(f"{'':16}{'MiB':>9}{'s':>8}{'x ours':>8}")
+    for name, times in seconds.items():
+        ratio = statistics.median(a / b for a, b in zip(times, seconds["ours"], strict=True))
+        print(f"{name:16}{memory[name]:>9.1f}{statistics.median(times):>8.2f}{ratio:>8.2f}")
+
+
+if __name__ == "__main__":
+    main()
