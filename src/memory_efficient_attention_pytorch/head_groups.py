@@ -100,12 +100,12 @@ class HeadGroupBranch(Branch):
                 self._emit(values, group, add)
             grad_values = self._through_output(values, cotangent, group, grads)
             del values
-            found = vector_jacobian_product(out, [*heads, *grads.wanted], _heads(grad_values, out))
-            of_heads = [grad for grad in found[: len(heads)] if grad is not None]
-            for leaf, grad in zip(grads.wanted, found[len(heads) :], strict=True):
-                grads.add(leaf, grad)
+            wanted = grads.wanted
+            found = list(vector_jacobian_product(out, [*heads, *wanted], _heads(grad_values, out)))
             del out, heads, grad_values
-            self._through_projections(sources, of_heads, grads)
+            while wanted:
+                grads.add(wanted.pop(), found.pop())
+            self._through_projections(sources, found, grads)
         return grads.totals
 
     def _sources(self, x: Tensor, context: Tensor | None, group: HeadGroup) -> list[_Source]:
@@ -151,7 +151,7 @@ class HeadGroupBranch(Branch):
             grads.add_product(output, upstream, values[index], (slice(None), columns))
         return back
 
-    def _through_projections(self, sources: Sequence[_Source], of_heads: list[Tensor], grads: Gradients) -> None:
+    def _through_projections(self, sources: Sequence[_Source], of_heads: list[Any], grads: Gradients) -> None:
         """Back through the projections and the norm, slab by slab; consumes ``of_heads``."""
         for source in sources:
             mine = [_tokens(of_heads.pop(0)) for _ in source.rows]
