@@ -23,13 +23,13 @@ def slabs(x: Tensor) -> Iterator[Index]:
     """Slices of the first two dimensions of ``(b, n, …)``, each contiguous: a slab of tokens."""
     b, n = x.shape[:2]
     size = max(SLAB_MINIMUM, math.ceil(b * n * SLAB_PART))
-    if n > size:
+    if n > size and b:
         for i in range(b):
             for start in range(0, n, size):
                 yield slice(i, i + 1), slice(start, min(start + size, n))
         return
     rows = max(1, size // max(n, 1))
-    for start in range(0, b, rows):
+    for start in range(0, max(b, 1), rows):
         yield slice(start, min(start + rows, b)), slice(None)
 
 
