@@ -57,6 +57,7 @@ class HeadGroupBranch(Branch):
     """``to_out(attend(norm(x)))`` as a sum over groups of heads."""
 
     overlapping = True
+    single_piece = False
 
     def __init__(self, attention: Attention, norm: nn.Module | None, kwargs: Mapping[str, Any]) -> None:
         modules = [attention] if norm is None else [norm, attention]

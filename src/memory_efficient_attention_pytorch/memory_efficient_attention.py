@@ -122,14 +122,9 @@ class Attention(nn.Module):
         plain = all(
             type(p) is nn.Linear and p.bias is None and not has_hooks(p) for p in (self.to_q, self.to_kv, self.to_out)
         )
-        if len(self.head_groups) > 1 and plain:
+        if len(self.head_groups) > 1 and "cache" not in kwargs:
+            require(plain, "head_chunks", "1 where a projection is replaced or hooked", len(self.head_groups))
             return HeadGroupBranch(self, norm, kwargs)
-        require(
-            len(self.head_groups) == 1,
-            "head_chunks",
-            "1 where a projection is replaced or hooked",
-            len(self.head_groups),
-        )
         if norm is None:
             return Branch(self, [self], kwargs)
         return Branch(lambda x, **kw: self(norm(x), **kw), [norm, self], kwargs)
@@ -170,8 +165,8 @@ class Attention(nn.Module):
             dropout=self.dropout if self.training else 0.0,
             scale=scale,
             backend=self.backend,
-            q_bucket_size=q_bucket_size or self.q_bucket_size,
-            k_bucket_size=k_bucket_size or self.k_bucket_size,
+            q_bucket_size=self.q_bucket_size if q_bucket_size is None else q_bucket_size,
+            k_bucket_size=self.k_bucket_size if k_bucket_size is None else k_bucket_size,
         )
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
@@ -190,6 +185,8 @@ class Attention(nn.Module):
             width = self.to_q.in_features if argument == "x" else self.to_kv.in_features
             fits = tensor.dim() == 3 and tensor.shape[-1] == width
             require(fits, argument, f"shape (batch, tokens, {width})", tuple(tensor.shape))
+        same_batch = context is None or len(context) == len(x)
+        require(same_batch, "context", f"batch {len(x)}, that of x", None if context is None else len(context))
         require(context is None or (rotary is None and cache is None), "context", "none beside rotary or cache", "both")
 
 

@@ -38,6 +38,19 @@ class CosineSimAttention(Attention):
         return q.to(dtype), k.to(dtype), 1.0
 
 
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    attn_bias: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Unscaled attention by the whole score matrix; q ``(b, h, n, d)`` already scaled. Other keywords: not needed."""
+    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, scale=1.0, backend="naive")
+
+
 def numerically_unstable_memory_efficient_attention(
     q: Tensor,
     k: Tensor,

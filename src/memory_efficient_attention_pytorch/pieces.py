@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -61,10 +62,12 @@ class Branch:
 
     ``inputs`` are the tensors besides x that may be differentiated: those among the keyword arguments (nested ones
     too), then the parameters. They are handed to an autograd Function, which keeps them; the branch itself keeps no
-    tensor but parameters. ``overlapping``: several pieces add to the same slice of the output.
+    tensor but parameters. ``overlapping``: several pieces add to the same slice of the output. ``single_piece``:
+    all of it at once.
     """
 
     overlapping = False
+    single_piece = True
 
     def __init__(
         self, function: Callable[..., Tensor], modules: Sequence[nn.Module], kwargs: Mapping[str, Any]
@@ -73,14 +76,17 @@ class Branch:
         flat, self._spec = tree_flatten(dict(kwargs))
         self._flat = [None if isinstance(leaf, Tensor) else leaf for leaf in flat]
         self._places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-        holders = [*modules, *(leaf for leaf in flat if isinstance(leaf, nn.Module))]
-        self.parameters = list(dict.fromkeys(p for module in holders for p in module.parameters()))
-        self.inputs = [*(flat[i] for i in self._places), *self.parameters]
+        self._tensors = [flat[i] for i in self._places]
+        self._holders = [*modules, *(leaf for leaf in flat if isinstance(leaf, nn.Module))]
+
+    @cached_property
+    def parameters(self) -> list[Tensor]:
+        return list(dict.fromkeys(p for module in self._holders for p in module.parameters()))
 
     def bound(self) -> tuple[Tensor, ...]:
         """``inputs``, of which the branch then lets go."""
-        inputs, self.inputs = self.inputs, []
-        return tuple(inputs)
+        tensors, self._tensors = self._tensors, []
+        return *tensors, *self.parameters
 
     def kwargs(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """The keyword arguments, with tensors from ``inputs``."""
@@ -206,7 +212,6 @@ def hooks_off(tensors: Sequence[Tensor]) -> Iterator[None]:
 
 def branch_of(module: nn.Module, kwargs: Mapping[str, Any]) -> Branch:
     """The module's own pieces where it offers any (``as_branch``), else all of it as a single piece."""
-    refuse_sharded(module)
     offer = pieces_of(module)
     return Branch(module, [module], kwargs) if offer is None else offer(kwargs)
 
@@ -288,6 +293,7 @@ class ChunkBranch(Branch):
     ) -> None:
         super().__init__(function, modules, {})
         self.chunks, self.chunk_size, self.dim = chunks, chunk_size, dim
+        self.single_piece = chunks == 1
 
     def slices(self, x: Tensor) -> Iterator[Index]:
         require(-x.dim() <= self.dim < x.dim(), "dim", f"a dimension of x, {tuple(x.shape)}", self.dim)

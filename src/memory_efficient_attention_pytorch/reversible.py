@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from .differentiation import once_differentiable
 from .errors import require
-from .pieces import Branch, Index, Replay, branch_of
+from .pieces import Branch, Index, Replay, branch_of, refuse_sharded
 
 Routes = Mapping[str, Sequence[tuple[bool, bool]]]
 
@@ -56,12 +56,11 @@ class _OntoGrid(torch.autograd.Function):
         return cotangent.to(ctx.dtype), None
 
 
-class _Tape:
+class Tape:
     """What one forward call's steps share: the rebuilt streams and the gradients that they may overwrite."""
 
-    def __init__(self, grid: Grid | None, dtype: torch.dtype) -> None:
-        self.grid = grid
-        self.dtype = dtype
+    def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool) -> None:
+        self.grid, self.dtype, self.rebuild = grid, dtype, rebuild
         self.streams: tuple[Tensor, Tensor] | None = None
         self.started = False
         self.handed: set[int] = set()
@@ -93,18 +92,25 @@ class _Tape:
         mine = gradient.untyped_storage()._cdata in self.handed and gradient.is_contiguous()
         return gradient if mine else gradient.clone(memory_format=torch.contiguous_format)
 
+    def begin(self, y1: Tensor, y2: Tensor, *gradients: Tensor) -> None:
+        """Start backward from the last block's output. ``gradients``: those that the steps may overwrite."""
+        if torch._C._autograd._get_current_graph_task_keep_graph():
+            y1, y2 = y1.clone(), y2.clone()
+        self.streams = (y1, y2)
+        self.hand(*gradients)
+
     def hand(self, *gradients: Tensor | None) -> None:
         self.handed = {g.untyped_storage()._cdata for g in gradients if g is not None}
 
 
 class _Step(torch.autograd.Function):
-    """``(a, b) → (b, a + branch(b))``, keeping neither."""
+    """``(a, b) → (b, a + branch(b))``, keeping neither; or b, where the tape is not to rebuild."""
 
     @staticmethod
-    def forward(ctx: Any, tape: _Tape, branch: Branch, a: Tensor, b: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, tape: Tape, branch: Branch, a: Tensor, b: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
         ctx.tape, ctx.branch, ctx.replay = tape, branch, Replay(b)
         ctx.first, tape.started = not tape.started, True
-        ctx.save_for_backward(*inputs)
+        ctx.save_for_backward(None if tape.rebuild else b, *inputs)
         c = a.clone(memory_format=torch.contiguous_format)
 
         def add(index: Index, value: Tensor) -> None:
@@ -118,15 +124,19 @@ class _Step(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_b: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
-        tape, branch, inputs = ctx.tape, ctx.branch, ctx.saved_tensors
-        assert tape.streams is not None, "a step of a reversible chain ran backward before its end did"
-        b, c = tape.streams
+        tape, branch = ctx.tape, ctx.branch
+        b, *inputs = ctx.saved_tensors
+        c = None
+        if tape.rebuild:
+            assert tape.streams is not None, "a step of a reversible chain ran backward before its end did"
+            b, c = tape.streams
         needs_streams = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
         mine = grad_c.untyped_storage()._cdata in tape.handed
         total = tape.take(grad_b) if needs_streams else None
         tape.streams = None
 
         def subtract(index: Index, value: Tensor) -> None:
+            assert c is not None
             c[index].sub_(tape.onto_grid(value))
 
         def add_gradient(index: Index, value: Tensor) -> None:
@@ -139,12 +149,12 @@ class _Step(torch.autograd.Function):
                 inputs,
                 ctx.needs_input_grad[4:],
                 grad_c,
-                subtract if needs_streams else None,
+                subtract if needs_streams and tape.rebuild else None,
                 add_gradient if needs_streams else None,
             )
         if not needs_streams:
             return (None, None, None, None, *grads)
-        tape.streams = None if ctx.first else (c, b)
+        tape.streams = None if ctx.first or c is None else (c, b)
         tape.hand(grad_c if mine else None, total)
         return (None, None, grad_c, total, *grads)
 
@@ -153,7 +163,7 @@ class _Exit(torch.autograd.Function):
     """The sum of the two streams, which it keeps: backward starts from them."""
 
     @staticmethod
-    def forward(ctx: Any, tape: _Tape, y1: Tensor, y2: Tensor) -> Tensor:
+    def forward(ctx: Any, tape: Tape, y1: Tensor, y2: Tensor) -> Tensor:
         ctx.tape = tape
         ctx.save_for_backward(y1, y2)
         return (y1 + y2).to(tape.dtype)
@@ -163,10 +173,7 @@ class _Exit(torch.autograd.Function):
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
         y1, y2 = ctx.saved_tensors
         gradient = gradient.to(y1.dtype)
-        if torch._C._autograd._get_current_graph_task_keep_graph():
-            y1, y2 = y1.clone(), y2.clone()
-        ctx.tape.streams = (y1, y2)
-        ctx.tape.hand()
+        ctx.tape.begin(y1, y2)
         return None, gradient, gradient
 
 
@@ -188,29 +195,24 @@ class ReversibleBlock(nn.Sequential):
         self,
         x1: Tensor,
         x2: Tensor,
-        tape: _Tape,
-        reverse: bool,
+        tape: Tape,
         f_kwargs: Mapping[str, Any],
         g_kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
-        """Two streams in and out. ``reverse``: rebuild in backward rather than store."""
+        """Two streams in and out."""
         streams = (x1, x2)
         for module, kwargs in ((self.f, f_kwargs), (self.g, g_kwargs)):
-            streams = (
-                _reversible_step(module, tape, *streams, kwargs) if reverse else _step(module, tape, *streams, kwargs)
-            )
+            streams = _advance(module, tape, *streams, kwargs)
             tape.watch(streams[1])
         return streams
 
 
-def _reversible_step(
-    module: nn.Module, tape: _Tape, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]
-) -> tuple[Tensor, Tensor]:
+def _advance(module: nn.Module, tape: Tape, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """``(a, b) → (b, a + module(b))``. The sum is the same bit for bit whether backward will rebuild it or not."""
     branch = branch_of(module, kwargs)
-    return _Step.apply(tape, branch, a, b, *branch.bound())
-
-
-def _step(module: nn.Module, tape: _Tape, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    if tape.rebuild or not branch.single_piece:
+        refuse_sharded(module)
+        return _Step.apply(tape, branch, a, b, *branch.bound())
     value = module(b.to(tape.dtype), **kwargs)
     return b, a + (value if tape.grid is None else _OntoGrid.apply(value, tape.grid))
 
@@ -250,7 +252,10 @@ class ReversibleSequence(nn.Sequential):
         grid: float = 2**-16,
         reversible: bool = True,
     ) -> None:
-        super().__init__(*(ReversibleBlock(*pair) for pair in blocks))
+        pairs = [tuple(block) for block in blocks]
+        for i, pair in enumerate(pairs):
+            require(len(pair) == 2, f"blocks[{i}]", "a pair of modules (f, g)", f"{len(pair)}")
+        super().__init__(*(ReversibleBlock(*pair) for pair in pairs))
         self.args_route = dict(args_route or {})
         for keyword, routes in self.args_route.items():
             require(
@@ -269,6 +274,18 @@ class ReversibleSequence(nn.Sequential):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """x ``(…, d)`` → ``(…, d)`` in x's dtype."""
+        tape, y1, y2 = self.streams(x, **kwargs)
+        if not self.reverses:
+            return (y1 + y2).to(x.dtype)
+        return _Exit.apply(tape, y1, y2)
+
+    @property
+    def reverses(self) -> bool:
+        """Will backward rebuild activations: not asked to store them, and there will be a backward."""
+        return self.reversible and torch.is_grad_enabled()
+
+    def streams(self, x: Tensor, **kwargs: Any) -> tuple[Tape, Tensor, Tensor]:
+        """Both streams after the last block, and what their consumer's backward must :meth:`Tape.begin`."""
         for keyword in kwargs:
             require(
                 keyword in self.args_route,
@@ -276,17 +293,15 @@ class ReversibleSequence(nn.Sequential):
                 f"a keyword of args_route ({', '.join(self.args_route)})",
                 "no route",
             )
-        tape = _Tape(self.grid if self.exact else None, x.dtype)
-        reverse = self.reversible and torch.is_grad_enabled()
+        tape = Tape(self.grid if self.exact else None, x.dtype, self.reverses)
         stream = _OntoGrid.apply(x, self.grid) if self.exact else x
-        streams = (stream, stream)
+        # Two nodes in the graph: gradients are then added up in one order, whether activations are stored or not.
+        streams = (stream.view_as(stream), stream.view_as(stream))
         for i, block in enumerate(self):
             routed = [{k: v for k, v in kwargs.items() if self.args_route[k][i][side]} for side in (0, 1)]
-            streams = block(*streams, tape, reverse, *routed)
+            streams = block(*streams, tape, *routed)
         tape.report(stream.dtype)
-        if not reverse:
-            return (streams[0] + streams[1]).to(x.dtype)
-        return _Exit.apply(tape, *streams)
+        return tape, *streams
 
 
 def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

@@ -13,8 +13,10 @@ from .feedforward import FeedForward, PreNorm
 from .flash_attention import FlashAttention
 from .functional.linear_cross_entropy import linear_cross_entropy
 from .memory_efficient_attention import Attention
+from .pieces import has_hooks
 from .positions import AlibiBias, RotaryEmbedding
 from .reversible import ReversibleSequence
+from .reversible_loss import reversible_cross_entropy
 
 __all__ = ["FeedForward", "PreNorm", "Transformer"]
 
@@ -139,18 +141,22 @@ class Transformer(nn.Module):
             ValueError: a wrong shape or dtype, a token outside the vocabulary, too many tokens for learned positions.
         """
         self._check(x, labels, mask, cache)
-        hidden = self._hidden(x, mask, cache)
-        hidden = self.to_logits[0](hidden)
+        tokens, given = self._embed(x, mask, cache)
+        norm = self.to_logits[0]
         head: Any = self.to_logits[1] if len(self.to_logits) > 1 else None
         weight, bias = (self.token_emb.weight, None) if head is None else (head.weight, head.bias)
+        options: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index, "chunk_size": self.loss_chunk_size}
+        if labels is not None and torch.is_grad_enabled() and not has_hooks(norm) and not has_hooks(self.layers):
+            return reversible_cross_entropy(self.layers, tokens, norm, weight, labels, **options, **given)
+        hidden = norm(self.layers(tokens, **given))
+        if cache is not None:
+            cache.advance(x.shape[1])
         if labels is None:
             return nn.functional.linear(hidden, weight, bias)
-        return linear_cross_entropy(
-            hidden, weight, labels, bias=bias, ignore_index=ignore_index, chunk_size=self.loss_chunk_size
-        )
+        return linear_cross_entropy(hidden, weight, labels, **options)
 
-    def _hidden(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
-        """The sum of the two streams after the last block ``(b, n, dim)``."""
+    def _embed(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
+        """What enters the first block ``(b, n, dim)``, and the blocks' keywords."""
         try:
             tokens = self.token_emb(x)
         except IndexError:
@@ -163,10 +169,7 @@ class Transformer(nn.Module):
             tokens = tokens + self.pos_emb(positions)
         if self.rotary is not None:
             given["rotary"] = self.rotary(positions)
-        hidden = self.layers(tokens, **{name: value for name, value in given.items() if value is not None})
-        if cache is not None:
-            cache.advance(x.shape[1])
-        return hidden
+        return tokens, {name: value for name, value in given.items() if value is not None}
 
     def _positions(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
         """``(n,)``, or ``(b, n)`` where rows may start late."""

@@ -15,8 +15,7 @@ def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Ten
 
     Only for requests to which :func:`reason_against` has no objection.
     """
-    # The CPU kernel wants each row of a head contiguous, else everything falls back to the whole score matrix.
-    q, k, v = (t if t.stride(-1) == 1 else t.contiguous() for t in (q, k, v))
+    q, k, v = unit_stride(q, k, v)
     return F.scaled_dot_product_attention(
         q,
         k,
@@ -52,6 +51,11 @@ def reason_against(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -
         if request.bias.dtype != request.dtype:
             return f"the bias's dtype {request.bias.dtype} is not that of q, {request.dtype}"
     return _no_kernel(request, q, k, v)
+
+
+def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Copies where the last dimension is not contiguous: the CPU kernel takes for granted that it is."""
+    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
 def _added(request: AttentionRequest) -> Tensor | None:

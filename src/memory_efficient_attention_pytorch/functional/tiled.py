@@ -17,6 +17,7 @@ from torch import Tensor
 
 from ..differentiation import once_differentiable
 from ..visibility import Tile, Visibility
+from .fused import unit_stride
 from .request import AttentionRequest, Part, full_precision
 
 _fused_tile = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -59,7 +60,8 @@ class _TiledAttention(torch.autograd.Function):
             _backward(request, gradients, q, k, v, out, lse, grad_out, grad_lse)
         wanted = (gradients.q.to(q.dtype), gradients.k.to(k.dtype), gradients.v.to(v.dtype))
         of_bias = None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype)
-        return (None, *wanted, None, None, of_bias, *gradients.bias_parameters)
+        pairs = zip(gradients.bias_parameters, parameters, strict=True)
+        return (None, *wanted, None, None, of_bias, *(g if g is None else g.to(p.dtype) for g, p in pairs))
 
 
 @dataclass
@@ -86,7 +88,10 @@ class _Gradients:
         """``needed``: for the bias tensor and then for each parameter of the bias module."""
         dtype = request.compute_dtype
         of_bias = torch.zeros_like(bias, dtype=dtype) if bias is not None and needed[0] else None
-        of_parameters = [torch.zeros_like(p) if need else None for p, need in zip(parameters, needed[1:], strict=True)]
+        of_parameters = [
+            torch.zeros_like(p, dtype=torch.promote_types(p.dtype, dtype)) if need else None
+            for p, need in zip(parameters, needed[1:], strict=True)
+        ]
         # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
         of_q = torch.zeros_like(q)
         return _Gradients(
@@ -269,6 +274,7 @@ class _Scores:
     def fused(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """:meth:`attend` by PyTorch's kernel."""
         added = self._added()
+        q, k, v = unit_stride(q, k, v)
         out, lse = _fused_tile(q, k, v, attn_mask=added, scale=self.request.scale)
         if added is not None:
             # The kernel leaves a finite log-sum-exp on a row that sees nothing here.
@@ -280,6 +286,7 @@ class _Scores:
         q, out, grad_out = row.fused
         added = self._added()
         scale = self.request.scale
+        grad_out, q, k, v = unit_stride(grad_out, q, k, v)
         grads = _fused_tile_backward(grad_out, q, k, v, out, row.lse, 0.0, False, attn_mask=added, scale=scale)
         return (*grads, None)
 
