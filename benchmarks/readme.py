@@ -9,6 +9,7 @@ status is 1 if a figure in the text is not the one in the results.
 import argparse
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 
 from memory_efficient_attention_pytorch.benchmarking.report import between_markers, comparison, full, rewrite
@@ -38,11 +39,11 @@ def blocks(results_file: Path) -> dict[Path, str]:
     return {README: "\n\n".join([comparison(results), *plane]), DOCS: full(results, figures(DOCS))}
 
 
-def main() -> int:
+def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("results", nargs="?", type=Path, metavar="RESULTS_JSON")
     parser.add_argument("--check", action="store_true", help="write nothing, fail if the text is out of date")
-    args = parser.parse_args()
+    args = parser.parse_args(arguments)
     file = (args.results or newest_results(ROOT / "benchmarks" / "results")).resolve()
     stale = False
     for path, block in blocks(file).items():
@@ -52,7 +53,7 @@ def main() -> int:
             print(f"{path.relative_to(ROOT)}: {'as in the results' if current else 'out of date'}")
         else:
             changed = rewrite(path, block)
-            print(f"{path.relative_to(ROOT)}: {'rewritten' if changed else 'unchanged'} from {file.relative_to(ROOT)}")
+            print(f"{path.relative_to(ROOT)}: {'rewritten' if changed else 'unchanged'} from {file}")
     return 1 if stale else 0
 
 

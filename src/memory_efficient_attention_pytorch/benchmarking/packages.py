@@ -12,6 +12,8 @@ from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+from ..training.files import RunError
+
 OUR_MODULE = __name__.partition(".")[0]
 OUR_DISTRIBUTION = OUR_MODULE.replace("_", "-")
 
@@ -55,12 +57,12 @@ class Package:
         """Install into the package's own folder.
 
         Raises:
-            RuntimeError: pip failed; carries what it said.
+            RunError: pip failed; carries what it said.
         """
         command = [sys.executable, "-m", "pip", *self.pip_arguments(packages)]
         done = subprocess.run(command, capture_output=True, text=True)
         if done.returncode:
-            raise RuntimeError(f"installing {self.distribution} failed:\n{done.stderr[-2000:]}")
+            raise RunError(f"installing {self.distribution} failed:\n{done.stderr[-2000:]}")
 
     @contextmanager
     def imported(self, packages: Path) -> Iterator[ModuleType]:

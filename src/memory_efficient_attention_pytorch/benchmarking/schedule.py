@@ -26,9 +26,9 @@ class Settings:
     base: Shape = field(default_factory=Shape)
     rounds: int = 3
     repeats: int = 5
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 16384, 32768, 65536)
-    depths: tuple[int, ...] = (2, 4, 8, 16, 24)
-    vocabularies: tuple[int, ...] = (256, 8192, 32000)
+    lengths: tuple[int, ...] = (1024, 2048, 4096, 16384, 32768, 65536, 131072)
+    depths: tuple[int, ...] = (2, 8, 24)
+    vocabularies: tuple[int, ...] = (256, 32000)
     sweep_seq_len: int = 4096
     step_limit: float = 150.0
     patience: float = 20.0
@@ -45,7 +45,7 @@ QUICK = Settings(
     base=Shape(seq_len=256, dim=64, depth=2, heads=4),
     rounds=1,
     lengths=(128,),
-    depths=(1,),
+    depths=(),
     vocabularies=(),
     sweep_seq_len=128,
 )

@@ -15,6 +15,11 @@ from .baselines import SdpaTransformer
 from .packages import TRANSFORMERS, UPSTREAM, X_TRANSFORMERS, Package
 from .shape import Shape
 
+WINDOW = 1024
+LOSS_CHUNK = 1024
+FF_CHUNKS = 16
+REFERENCE = "sdpa-checkpoint"  # what ratios are taken against
+
 Loss = Callable[[Tensor, Tensor], Tensor]  # tokens, labels (b, n) → mean cross-entropy
 
 
@@ -30,10 +35,6 @@ class System:
     autocast: bool = False
     window: int | None = None
 
-    @property
-    def bits(self) -> int:
-        return 16 if self.autocast else 32
-
 
 def find_systems(names: list[str] | None = None) -> list[System]:
     """The named systems in the order of the registry, all of them by default.
@@ -47,7 +48,12 @@ def find_systems(names: list[str] | None = None) -> list[System]:
     return [system for system in SYSTEMS if names is None or system.name in names]
 
 
-def _ours(**settings: Any) -> Callable[[Shape, Path], tuple[nn.Module, Loss]]:
+def _lean(shape: Shape) -> dict[str, Any]:
+    """Groups of two heads and a feed-forward in chunks: their working memory is a small part of the streams'."""
+    return {"head_chunks": max(1, shape.heads // 2), "ff_chunks": FF_CHUNKS}
+
+
+def _ours(lean: bool = False, **settings: Any) -> Callable[[Shape, Path], tuple[nn.Module, Loss]]:
     def build(shape: Shape, packages: Path) -> tuple[nn.Module, Loss]:
         from ..transformer import Transformer
 
@@ -60,6 +66,7 @@ def _ours(**settings: Any) -> Callable[[Shape, Path], tuple[nn.Module, Loss]]:
             dim_head=shape.dim_head,
             ff_mult=shape.ff_mult,
             causal=True,
+            **(_lean(shape) if lean else {}),
             **settings,
         )
         return model, lambda tokens, labels: model(tokens, labels=labels)
@@ -135,13 +142,13 @@ def _gpt2(shape: Shape, packages: Path) -> tuple[nn.Module, Loss]:
     return model, lambda tokens, labels: model(input_ids=tokens, labels=tokens).loss
 
 
-WINDOW = 1024
-LOSS_CHUNK = 1024
-
 SYSTEMS = [
-    System("ours", "ours", _ours(), ours=True),
-    System("ours-window", f"ours, window {WINDOW}", _ours(window=WINDOW), ours=True, window=WINDOW),
-    System("ours-bf16", "ours, exact under bf16 autocast", _ours(exact=True), ours=True, autocast=True),
+    System("ours", "ours, default settings", _ours(), ours=True),
+    System("ours-lean", "ours, lean", _ours(lean=True), ours=True),
+    System("ours-window", f"ours, lean, window {WINDOW}", _ours(lean=True, window=WINDOW), ours=True, window=WINDOW),
+    System(
+        "ours-bf16", "ours, lean, exact under bf16 autocast", _ours(lean=True, exact=True), ours=True, autocast=True
+    ),
     System("ours-stored", "ours, reversible=False (stores everything)", _ours(reversible=False), ours=True),
     System("sdpa-stored", "SDPA, everything stored", _sdpa()),
     System("sdpa-checkpoint", "SDPA + checkpointing per layer", _sdpa(checkpoint_layers=True)),
@@ -155,4 +162,3 @@ SYSTEMS = [
     System("x-transformers", "x-transformers, SDPA, everything stored", _x_transformers, package=X_TRANSFORMERS),
     System("gpt2", "Hugging Face GPT-2 + gradient checkpointing", _gpt2, package=TRANSFORMERS),
 ]
-REFERENCE = "sdpa-checkpoint"  # what ratios are taken against

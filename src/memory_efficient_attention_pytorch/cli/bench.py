@@ -52,9 +52,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     shape.add_argument("--ff-mult", type=int, metavar="N", help="feed-forward's width over dim (4)")
     shape.add_argument("--num-tokens", type=int, metavar="N", help="vocabulary (256)")
     sweeps = parser.add_argument_group("beside it, one run each; no value: none")
-    sweeps.add_argument("--lengths", type=int, nargs="*", metavar="N", help="sequence lengths (1024 to 65536)")
-    sweeps.add_argument("--depths", type=int, nargs="*", metavar="N", help="layers (2 4 8 16 24)")
-    sweeps.add_argument("--vocabularies", type=int, nargs="*", metavar="N", help="vocabularies (256 8192 32000)")
+    sweeps.add_argument("--lengths", type=int, nargs="*", metavar="N", help="sequence lengths (1024 to 131072)")
+    sweeps.add_argument("--depths", type=int, nargs="*", metavar="N", help="layers (2 8 24)")
+    sweeps.add_argument("--vocabularies", type=int, nargs="*", metavar="N", help="vocabularies (256 32000)")
     sweeps.add_argument("--sweep-seq-len", type=int, metavar="N", help="tokens for depths and vocabularies (4096)")
 
 

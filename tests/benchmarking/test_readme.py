@@ -1,0 +1,82 @@
+"""The figures in the README and the docs are those of the results, and a typed-in one is noticed."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import pytest
+
+from memory_efficient_attention_pytorch.benchmarking.report import BEGIN, END
+from memory_efficient_attention_pytorch.benchmarking.results import Run, begin
+from memory_efficient_attention_pytorch.benchmarking.schedule import Settings
+from memory_efficient_attention_pytorch.benchmarking.systems import find_systems
+
+SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme.py"
+
+
+def load_script():
+    if not SCRIPT.exists():
+        pytest.skip("benchmarks/ is only in a checkout")
+    spec = importlib.util.spec_from_file_location("benchmarks_readme", SCRIPT)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    readme = load_script()
+    monkeypatch.setattr(readme, "ROOT", tmp_path)
+    for name, path in {"README": tmp_path / "README.md", "DOCS": tmp_path / "docs" / "benchmarks.md"}.items():
+        monkeypatch.setattr(readme, name, path)
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(f"# Title\n{BEGIN}\n{END}\n")
+    return readme
+
+
+def save_results(folder, date, units):
+    results = begin(Settings(), find_systems(["ours"]), Path("nowhere"))
+    results.date = date
+    shape = results.settings.base
+    results.runs = [
+        Run("compare", 0, "ours", shape, "measured", peak_bytes=int(units * shape.unit_bytes), seconds=(1.0,))
+    ]
+    results.save(folder / "results.json")
+    (folder / "memory-and-time.png").touch()
+
+
+def test_the_newest_results_are_written_and_a_changed_figure_is_noticed(checkout, capsys):
+    results = checkout.ROOT / "benchmarks" / "results"
+    with pytest.raises(ValueError, match="no results"):
+        checkout.main([])
+    save_results(results / "b", "2026-01-01T00:00:00+00:00", 11.5)
+    save_results(results / "a", "2026-02-01T00:00:00+00:00", 8.5)
+    save_results(results / "c-quick", "2026-03-01T00:00:00+00:00", 99.5)
+    assert checkout.main(["--check"]) == 1
+    assert checkout.main([]) == 0
+    assert checkout.main(["--check"]) == 0
+    for document, link in {
+        checkout.README: "(benchmarks/results/a/",
+        checkout.DOCS: "(../benchmarks/results/a/",
+    }.items():
+        assert "8.5" in document.read_text()
+        assert f"![memory and time]{link}memory-and-time.png)" in document.read_text()
+    checkout.README.write_text(checkout.README.read_text().replace("8.5", "7.5"))
+    capsys.readouterr()
+    assert checkout.main(["--check"]) == 1
+    assert "README.md: out of date" in capsys.readouterr().out
+
+
+def test_the_published_figures_are_those_of_the_newest_results(capsys):
+    readme = load_script()
+    try:
+        readme.newest_results(readme.ROOT / "benchmarks" / "results")
+    except ValueError:
+        pytest.skip("nothing has been measured yet")
+    assert readme.main(["--check"]) == 0, capsys.readouterr().out
+
+
+def test_results_carry_no_path_of_the_machine(tmp_path):
+    save_results(tmp_path / "r", "2026-01-01T00:00:00+00:00", 1.0)
+    content = json.loads((tmp_path / "r" / "results.json").read_text())
+    assert "/" not in json.dumps([content["settings"], content["machine"], content["versions"]])
