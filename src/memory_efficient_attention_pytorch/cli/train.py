@@ -73,7 +73,8 @@ def run(args: argparse.Namespace) -> int:
         else:
             outcome = start_run(config, args.out, watch)
     except Interrupted as interrupted:
-        print(f"mea train: {interrupted}", file=sys.stderr)
+        if interrupted.main:
+            print(f"mea train: {interrupted}", file=sys.stderr)
         return 128 + interrupted.signal
     if outcome.main and not args.quiet:
         print(summary(outcome))

@@ -45,8 +45,8 @@ class Interruption:
 
 
 class Interrupted(Exception):
-    """A run ended early because a signal asked for it; its state is saved."""
+    """A run ended early because a signal asked for it; its state is saved. main: in the process that speaks for all."""
 
-    def __init__(self, number: signal.Signals, step: int, run: Path):
+    def __init__(self, number: signal.Signals, step: int, run: Path, *, main: bool):
         super().__init__(f"stopped by {number.name} after step {step}, all saved; go on with: mea train --resume {run}")
-        self.signal = number
+        self.signal, self.main = number, main

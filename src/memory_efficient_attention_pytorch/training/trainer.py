@@ -164,7 +164,7 @@ class Trainer:
             self.save()
         if interruption.signal and not last:
             self._draw()
-            raise Interrupted(interruption.signal, step, self.run.path)
+            raise Interrupted(interruption.signal, step, self.run.path, main=self.accelerator.is_main_process)
 
     def _validate(self) -> bool:
         """Measure the loss over the fixed validation set; whether it is the lowest so far."""

@@ -1,0 +1,209 @@
+"""The loop, held against plain PyTorch and against itself."""
+
+import json
+import math
+import os
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from accelerate.state import AcceleratorState
+from safetensors.torch import load_file
+
+from memory_efficient_attention_pytorch.training import load_run
+from memory_efficient_attention_pytorch.training.config import TrainConfig
+from memory_efficient_attention_pytorch.training.data import Batches, Corpus
+from memory_efficient_attention_pytorch.training.launch import resume_run, start_run
+from memory_efficient_attention_pytorch.training.model import build_model
+from memory_efficient_attention_pytorch.training.trainer import learning_rate, make_optimizer
+from memory_efficient_attention_pytorch.training.watching import Watcher
+
+TINY = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "seq_len": 16, "device": "cpu", "evaluation_windows": 4}
+
+
+@pytest.fixture(autouse=True)
+def _accelerate_anew():
+    """accelerate keeps the first choice of precision for as long as a process lives."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.fixture
+def text(tmp_path):
+    path = tmp_path / "text.txt"
+    path.write_text("".join(f"line {i} of a text to learn\n" for i in range(300)))
+    return str(path)
+
+
+def train(text, out, watcher=None, **options):
+    config = TrainConfig(**(TINY | {"data": (text,), "sample_every": 0, "steps": 4, "warmup_steps": 2} | options))
+    return start_run(config, out, lambda main: watcher or Watcher())
+
+
+def weights(outcome):
+    return load_file(outcome.run.checkpoints.find().model)
+
+
+def largest_difference(one, other):
+    assert one.keys() == other.keys()
+    return max((one[key] - other[key]).abs().max().item() for key in one)
+
+
+def test_the_loop_is_plain_training(text, tmp_path):
+    """Gradients averaged over accumulated batches, clipped, AdamW, warm-up and cosine: written out once more."""
+    outcome = train(text, tmp_path / "run", batch_size=2, accumulation=3, clip=0.5)
+    config = outcome.config
+    tokens = Corpus(outcome.run.data).train
+    torch.manual_seed(config.seed)
+    model = build_model(config, 256)
+    matrices = [p for p in model.parameters() if p.ndim >= 2]
+    rest = [p for p in model.parameters() if p.ndim < 2]
+    optimizer = torch.optim.AdamW(
+        [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.95)
+    )
+    rates = [2e-3 * 1 / 2, 2e-3, 2e-3, 2e-3 * 0.1]
+    for step, rate in enumerate(rates):
+        batches = list(Batches(tokens, config)(step))
+        assert len(batches) == 3
+        x, labels = (torch.cat(part) for part in zip(*batches, strict=True))
+        loss = torch.nn.functional.cross_entropy(model(x).flatten(0, 1), labels.flatten())
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 0.5)
+        for group in optimizer.param_groups:
+            group["lr"] = rate
+        optimizer.step()
+        optimizer.zero_grad()
+    assert largest_difference(weights(outcome), model.state_dict()) < 2e-6
+
+
+def test_accumulation_does_not_change_what_is_learned(text, tmp_path):
+    whole = train(text, tmp_path / "whole", batch_size=4)
+    parts = train(text, tmp_path / "parts", batch_size=1, accumulation=4)
+    assert parts.state.tokens == whole.state.tokens == 4 * 4 * 16
+    assert largest_difference(weights(whole), weights(parts)) < 2e-6
+
+
+def test_two_processes_learn_what_one_does_with_two_batches(text, tmp_path):
+    one = train(text, tmp_path / "one", batch_size=2, accumulation=2, evaluate_every=2)
+    options = {"dim": 16, "depth": 2, "heads": 2, "dim-head": 8, "seq-len": 16, "evaluation-windows": 4, "steps": 4}
+    options |= {"data": text, "sample-every": 0, "warmup-steps": 2, "batch-size": 2, "evaluate-every": 2}
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    command += ["-m", "memory_efficient_attention_pytorch", "train", "--out", "two", "--device", "cpu"]
+    result = subprocess.run(
+        command + [f"--{name}={value}" for name, value in options.items()],
+        cwd=tmp_path,
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        timeout=200,
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("done: 4 steps") == 1
+    two = load_file(tmp_path / "two/checkpoints/step-00000004/model.safetensors")
+    assert largest_difference(weights(one), two) < 2e-6
+    mine, theirs = (validations(folder) for folder in (tmp_path / "one", tmp_path / "two"))
+    assert [step for step, _ in mine] == [step for step, _ in theirs] == [0, 2, 4]
+    assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
+
+
+def validations(folder):
+    records = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return [(r["step"], r["validation_loss"]) for r in records if "validation_loss" in r]
+
+
+def test_stored_and_rebuilt_activations_learn_alike(text, tmp_path):
+    rebuilt = train(text, tmp_path / "rebuilt", batch_size=2)
+    stored = train(text, tmp_path / "stored", batch_size=2, reversible=False)
+    assert largest_difference(weights(rebuilt), weights(stored)) < 1e-5
+
+
+def test_watching_does_not_change_what_is_learned(text, tmp_path):
+    often = train(
+        text, tmp_path / "often", batch_size=2, dropout=0.2, evaluate_every=1, sample_every=1, sample_tokens=4
+    )
+    seldom = train(text, tmp_path / "seldom", batch_size=2, dropout=0.2, evaluate_every=100)
+    assert largest_difference(weights(often), weights(seldom)) == 0
+
+
+def test_another_seed_learns_something_else(text, tmp_path):
+    one, other = (train(text, tmp_path / str(seed), batch_size=2, seed=seed) for seed in (0, 1))
+    assert largest_difference(weights(one), weights(other)) > 1e-3
+
+
+def test_the_batches_divided_otherwise_go_on_the_same(text, tmp_path):
+    """Eight processes become four: the same windows a step in another division."""
+    whole = train(text, tmp_path / "whole", batch_size=4, steps=6, warmup_steps=0, final_learning_rate=1.0)
+    train(text, tmp_path / "half", batch_size=4, steps=3, warmup_steps=0, final_learning_rate=1.0)
+    changes = {"steps": 6, "batch_size": 2, "accumulation": 2}
+    resumed = resume_run(tmp_path / "half", changes, lambda main: Watcher())
+    assert largest_difference(weights(whole), weights(resumed)) < 2e-6
+
+
+def test_a_finished_run_loads_with_its_tokenizer(text, tmp_path):
+    outcome = train(text, tmp_path / "run", batch_size=2, vocab_size=300, evaluate_every=1, steps=6)
+    model, tokenizer, config = load_run(tmp_path / "run", checkpoint="last")
+    assert config == outcome.config
+    assert tokenizer.decode(tokenizer.encode("line 7 of a text")) == "line 7 of a text"
+    assert not model.training
+    assert largest_difference(weights(outcome), model.state_dict()) == 0
+
+    best = load_run(tmp_path / "run").model
+    corpus = Corpus(outcome.run.data)
+    x = torch.from_numpy(corpus.validation[: config.seq_len + 1].astype("int64"))[None]
+    with torch.no_grad():
+        losses = {name: m(x[:, :-1], labels=x[:, 1:]).item() for name, m in (("best", best), ("last", model))}
+    assert all(math.isfinite(loss) for loss in losses.values())
+    with pytest.raises(ValueError, match="is not a run directory"):
+        load_run(tmp_path)
+    with pytest.raises(ValueError, match="there is no run directory"):
+        load_run(tmp_path / "nowhere")
+
+
+def test_a_run_without_a_sound_checkpoint_cannot_be_loaded(text, tmp_path):
+    outcome = train(text, tmp_path / "run", batch_size=2)
+    outcome.run.checkpoints.find().model.write_bytes(b"")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="holds no sound checkpoint"):
+            load_run(tmp_path / "run")
+
+
+def test_mixed_precision_rebuilds_exactly_by_itself(text, tmp_path):
+    exact = train(text, tmp_path / "exact", batch_size=2, precision="bf16")
+    assert exact.config.exact
+    stored = train(text, tmp_path / "stored", batch_size=2, precision="bf16", reversible=False)
+    assert stored.config.exact is False
+
+
+def test_the_learning_rate_rises_and_falls():
+    config = TrainConfig(steps=100, warmup_steps=10, learning_rate=1.0, final_learning_rate=0.1)
+    rates = [learning_rate(config, step) for step in range(100)]
+    assert rates[0] == pytest.approx(0.1)
+    assert rates[9] == rates[10] == 1.0
+    assert rates[10:] == sorted(rates[10:], reverse=True)
+    assert rates[55] == pytest.approx(0.1 + 0.9 * 0.5 * (1 + math.cos(math.pi * 45 / 89)))
+    assert rates[99] == pytest.approx(0.1)
+    assert learning_rate(TrainConfig(steps=1, warmup_steps=0), 0) > 0
+
+
+def test_every_parameter_is_optimised_once_and_only_matrices_decay():
+    model = build_model(TrainConfig(**TINY), 256)
+    decayed, rest = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    assert {id(p) for p in decayed["params"] + rest["params"]} == {id(p) for p in model.parameters()}
+    assert len(decayed["params"] + rest["params"]) == len(list(model.parameters()))
+    assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)
+    assert all(p.ndim >= 2 for p in decayed["params"])
+
+
+def test_what_a_watcher_raises_ends_the_run_and_leaves_it_resumable(text, tmp_path):
+    class Failing(Watcher):
+        def step(self, step):
+            if step.step == 3:
+                raise KeyError("a bug in a display")
+
+    with pytest.raises(KeyError):
+        train(text, tmp_path / "run", Failing(), batch_size=2, checkpoint_every=1)
+    resumed = resume_run(tmp_path / "run", {}, lambda main: Watcher())
+    assert largest_difference(weights(resumed), weights(train(text, tmp_path / "whole", batch_size=2))) == 0
