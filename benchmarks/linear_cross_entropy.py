@@ -1,10 +1,12 @@
 """The chunked loss against PyTorch's: peak memory, each in a fresh process, and time, in turn in one process.
 
     python benchmarks/linear_cross_entropy.py [--tokens 4096 --width 256 --vocabulary 32000 --dtype float32]
+    python benchmarks/linear_cross_entropy.py --threads 1 --chunk-sizes 32 64 128 256 512
 
 One forward and backward of the mean loss, gradients for the hidden vectors and the weight. Memory is how far the
 process's resident set rises (Linux only) above the inputs, after a small run of the same code has loaded its kernels;
-glibc is told to return freed blocks. Times are the median of the rounds and of each round's ratio to ours.
+glibc is told to return freed blocks. Times are the median of the rounds and of each round's ratio to ours. With one
+thread they are processor seconds, which a busy machine hardly disturbs, with more they are seconds on the clock.
 """
 
 from __future__ import annotations
@@ -15,7 +17,8 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -26,12 +29,13 @@ from memory_efficient_attention_pytorch.functional.linear_cross_entropy import l
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def losses(chunk_size: int | None) -> dict[str, Loss]:
-    """The losses this PyTorch can run, by name: ours first."""
-    found: dict[str, Loss] = {"ours": lambda h, w, y: linear_cross_entropy(h, w, y, chunk_size=chunk_size)}
+def losses(chunk_sizes: Sequence[int]) -> dict[str, Loss]:
+    """The losses this PyTorch can run, by name: ours first, with its own chunk size and with each of these."""
+    found: dict[str, Loss] = {"ours": linear_cross_entropy}
+    found |= {f"ours, {size}": partial(linear_cross_entropy, chunk_size=size) for size in chunk_sizes}
     if hasattr(F, "linear_cross_entropy"):
         options = torch.nn.LinearCrossEntropyOptions()
-        found["torch, chunked"] = lambda h, w, y: F.linear_cross_entropy(h, w, y, options=options)
+        found["torch, chunked"] = partial(F.linear_cross_entropy, options=options)
     found["torch, plain"] = lambda h, w, y: F.cross_entropy(F.linear(h, w), y)
     return found
 
@@ -69,15 +73,16 @@ def in_fresh_process(name: str) -> float:
 def seconds_in_turn(candidates: dict[str, Loss], args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a forward and backward, every loss once in each round."""
     tensors = inputs(args.tokens, args.width, args.vocabulary, args.dtype)
+    clock = time.process_time if args.threads == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(args.rounds + 1):
         for name, loss in candidates.items():
             for tensor in tensors[:2]:
                 tensor.grad = None
-            start = time.perf_counter()
+            start = clock()
             loss(*tensors).backward()
             if turn:  # the first round only warms up
-                seconds[name].append(time.perf_counter() - start)
+                seconds[name].append(clock() - start)
     return seconds
 
 
@@ -88,13 +93,13 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32_000)
     parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
-    parser.add_argument("--chunk-size", type=int, help="of ours; its default if not given")
+    parser.add_argument("--chunk-sizes", type=int, nargs="*", default=[], help="to run ours with, besides its default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    candidates = losses(args.chunk_size)
+    candidates = losses(args.chunk_sizes)
     if args.memory_of:
         print(peak_mib(candidates[args.memory_of], args))
         return
