@@ -1,0 +1,96 @@
+"""The same meaning on a CUDA device; run with ``pytest -m gpu``."""
+
+import pytest
+import torch
+
+from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, Transformer, dot_product_attention
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device"),
+]
+
+CASES = {
+    "plain": {},
+    "causal": {"causal": True},
+    "window": {"causal": True, "window": (100, 0)},
+    "padding": {"causal": True, "mask": "padding"},
+    "documents": {"causal": True, "document_ids": "documents"},
+    "alibi": {"causal": True, "attn_bias": AlibiBias(4)},
+    "relative": {"attn_bias": RelativePositionBias(4)},
+}
+
+
+def arguments(case, n):
+    found = dict(CASES[case])
+    if found.get("mask") == "padding":
+        found["mask"] = torch.arange(n, device="cuda")[None] >= torch.tensor([[0], [n // 3]], device="cuda")
+    if found.get("document_ids") == "documents":
+        found["document_ids"] = (torch.arange(n, device="cuda") // 77)[None].expand(2, n).contiguous()
+    if isinstance(found.get("attn_bias"), torch.nn.Module):
+        found["attn_bias"] = found["attn_bias"].cuda()
+    return found
+
+
+def results(backend, case, tensors):
+    leaves = [t.detach().clone().requires_grad_() for t in tensors]
+    out = dot_product_attention(*leaves, backend=backend, **arguments(case, tensors[0].shape[2]))
+    weights = torch.arange(out.numel(), device="cuda", dtype=torch.float64).sin().view_as(out).to(out.dtype)
+    return [out, *torch.autograd.grad((out * weights).sum(), leaves)]
+
+
+def error(found, truth):
+    return max((a.double() - b).norm() / b.norm() for a, b in zip(found, truth, strict=True))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.parametrize("backend", ["tiled", "auto"])
+def test_attention_agrees_with_the_definition(backend, case, dtype):
+    torch.manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 700, 64, device="cuda", dtype=dtype) for heads in (4, 2, 2))
+    truth = results("naive", case, [t.double() for t in (q, k, v)])
+    budget = error(results("naive", case, (q, k, v)), truth) + 2 * torch.finfo(dtype).eps
+    assert error(results(backend, case, (q, k, v)), truth) <= budget
+
+
+@pytest.mark.parametrize("settings", [{}, {"head_chunks": 2, "ff_chunks": 4}, {"dropout": 0.1}], ids=str)
+def test_exact_reversal_equals_storing(settings):
+    found = []
+    for reversible in (True, False):
+        torch.manual_seed(1)
+        shape = {
+            "num_tokens": 50,
+            "max_seq_len": 128,
+            "dim": 64,
+            "depth": 24,
+            "heads": 4,
+            "dim_head": 16,
+            "causal": True,
+        }
+        model = Transformer(**shape, exact=True, reversible=reversible, **settings).cuda()
+        tokens = torch.randint(0, 50, (2, 129), device="cuda")
+        torch.manual_seed(2)
+        with torch.autocast("cuda", torch.bfloat16):
+            loss = model(tokens[:, :-1], labels=tokens[:, 1:])
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    for name, rebuilt, stored in zip(dict(model.named_parameters()), *found, strict=True):
+        # An embedding's gradient is summed by atomic additions, in no fixed order.
+        tolerance = 1e-6 if "emb" in name else 0.0
+        assert (rebuilt - stored).abs().max() <= tolerance, name
+
+
+def test_memory_does_not_grow_with_depth():
+    peaks = []
+    for depth in (2, 16):
+        shape = {"num_tokens": 64, "max_seq_len": 8192, "dim": 256, "heads": 4, "causal": True}
+        model = Transformer(**shape, depth=depth, head_chunks=2, ff_chunks=16).cuda()
+        for parameter in model.parameters():
+            parameter.grad = torch.zeros_like(parameter)
+        tokens = torch.randint(0, 64, (1, 8193), device="cuda")
+        before = torch.cuda.memory_allocated()
+        torch.cuda.reset_peak_memory_stats()
+        model(tokens[:, :-1], labels=tokens[:, 1:]).backward()
+        peaks.append(torch.cuda.max_memory_allocated() - before)
+    assert peaks[1] <= 1.03 * peaks[0]
