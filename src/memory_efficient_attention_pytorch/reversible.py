@@ -65,9 +65,28 @@ class Tape:
         self.started = False
         self.handed: set[int] = set()
         self.peaks: list[Tensor] = []
+        self.latest: list[tuple[int, int]] = []
 
     def onto_grid(self, value: Tensor) -> Tensor:
         return value if self.grid is None else self.grid.round(value)
+
+    def leave(self, *streams: Tensor) -> None:
+        """Note the streams that a step returns."""
+        self.latest = self._marks(streams)
+
+    def enter(self, *streams: Tensor) -> None:
+        """Raise where something between two steps put other values in their place: they could not be rebuilt."""
+        untouched = not self.latest or self._marks(streams) == self.latest
+        require(
+            untouched or not self.rebuild,
+            "a reversible block's output",
+            "to reach the next block unchanged (reversible=False allows any)",
+            "other values, from a hook perhaps",
+        )
+
+    @staticmethod
+    def _marks(streams: Sequence[Tensor]) -> list[tuple[int, int]]:
+        return [(t.untyped_storage()._cdata, 0 if t.is_inference() else t._version) for t in streams]
 
     def watch(self, stream: Tensor) -> None:
         """Remember the stream's largest magnitude, for :meth:`report`."""
@@ -201,9 +220,11 @@ class ReversibleBlock(nn.Sequential):
     ) -> tuple[Tensor, Tensor]:
         """Two streams in and out."""
         streams = (x1, x2)
+        tape.enter(*streams)
         for module, kwargs in ((self.f, f_kwargs), (self.g, g_kwargs)):
             streams = _advance(module, tape, *streams, kwargs)
             tape.watch(streams[1])
+        tape.leave(*streams)
         return streams
 
 
@@ -300,6 +321,7 @@ class ReversibleSequence(nn.Sequential):
         for i, block in enumerate(self):
             routed = [{k: v for k, v in kwargs.items() if self.args_route[k][i][side]} for side in (0, 1)]
             streams = block(*streams, tape, *routed)
+        tape.enter(*streams)
         tape.report(stream.dtype)
         return tape, *streams
 

@@ -142,18 +142,31 @@ class Transformer(nn.Module):
         """
         self._check(x, labels, mask, cache)
         tokens, given = self._embed(x, mask, cache)
-        norm = self.to_logits[0]
-        head: Any = self.to_logits[1] if len(self.to_logits) > 1 else None
-        weight, bias = (self.token_emb.weight, None) if head is None else (head.weight, head.bias)
+        head: Any = self.to_logits[1] if len(self.to_logits) > 1 else self.token_emb
+        if labels is None or not self._plain_head:
+            hidden = self.to_logits(self._hidden(tokens, given))
+            logits = nn.functional.linear(hidden, head.weight) if head is self.token_emb else hidden
+            return logits if labels is None else _mean_cross_entropy(logits, labels, ignore_index)
+        norm, bias = self.to_logits[0], getattr(head, "bias", None)
         options: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index, "chunk_size": self.loss_chunk_size}
-        if labels is not None and torch.is_grad_enabled() and not has_hooks(norm) and not has_hooks(self.layers):
-            return reversible_cross_entropy(self.layers, tokens, norm, weight, labels, **options, **given)
-        hidden = norm(self.layers(tokens, **given))
-        if cache is not None:
-            cache.advance(x.shape[1])
-        if labels is None:
-            return nn.functional.linear(hidden, weight, bias)
-        return linear_cross_entropy(hidden, weight, labels, **options)
+        if torch.is_grad_enabled() and not has_hooks(norm) and not has_hooks(self.layers):
+            return reversible_cross_entropy(self.layers, tokens, norm, head.weight, labels, **options, **given)
+        return linear_cross_entropy(norm(self._hidden(tokens, given)), head.weight, labels, **options)
+
+    @property
+    def _plain_head(self) -> bool:
+        """Is the last layer as it was built, with nobody watching, so that its weights say it all?"""
+        _, *head = self.to_logits
+        return all(type(layer) is nn.Linear and not has_hooks(layer) for layer in head) and not has_hooks(
+            self.to_logits
+        )
+
+    def _hidden(self, tokens: Tensor, given: dict[str, Any]) -> Tensor:
+        """The sum of both streams after the last block ``(b, n, dim)``."""
+        hidden = self.layers(tokens, **given)
+        if "cache" in given:
+            given["cache"].advance(tokens.shape[1])
+        return hidden
 
     def _embed(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
         """What enters the first block ``(b, n, dim)``, and the blocks' keywords."""
@@ -199,6 +212,14 @@ class Transformer(nn.Module):
             )
         if cache is not None:
             require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """As :func:`linear_cross_entropy` defines it, from logits ``(b, n, V)``: 0 without a valid label."""
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="sum"
+    )
+    return total / (labels != ignore_index).sum().clamp(min=1)
 
 
 def _drop_upstream_duplicates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
