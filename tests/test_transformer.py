@@ -1,0 +1,396 @@
+"""The whole network in every configuration: stored or rebuilt, in pieces or whole, the loss is that of the logits."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.autograd.graph import save_on_cpu
+
+from memory_efficient_attention_pytorch import ReversibleSequence, Transformer
+from tests import reference
+from tests.agreement import assert_same, difference, gradients, one_thread, with_seed
+from tests.memory.live_bytes import LiveBytes
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+SHAPE = {"num_tokens": 29, "max_seq_len": 24, "dim": 16, "depth": 3, "heads": 4, "dim_head": 4, "causal": True}
+CONFIGURATIONS = [
+    {},
+    {"causal": False},
+    {"positions": "rotary", "kv_heads": 2, "head_chunks": 2},
+    {"positions": "alibi", "head_chunks": 4, "ff_chunks": 3},
+    {"positions": "none", "window": 5, "tie_embeddings": True},
+    {"window": (6, 2), "causal": False, "head_chunks": 2},
+    {"exact": True, "ff_chunks": 4, "kv_heads": 1},
+    {"tie_embeddings": True, "loss_chunk_size": 5, "use_flash_attn": False},
+    {"dropout": 0.3, "head_chunks": 2, "q_bucket_size": 7, "k_bucket_size": 5},
+    {"ff_mult": 1, "loss_chunk_size": 1000, "backend": "tiled"},
+]
+
+
+def build(dtype=torch.float64, **kwargs):
+    torch.manual_seed(0)
+    return Transformer(**{**SHAPE, **kwargs}).to(dtype)
+
+
+def batch(b=2, n=21):
+    x, labels = torch.randint(29, (b, n)), torch.randint(29, (b, n))
+    labels[0, 3:7] = -100
+    mask = torch.ones(b, n, dtype=torch.bool)
+    mask[-1, : n // 3] = False
+    return x, labels, mask
+
+
+def loss_and_gradients(model, *args, **kwargs):
+    loss = with_seed(lambda: model(*args, **kwargs))
+    return loss, *torch.autograd.grad(loss, list(model.parameters()))
+
+
+# The same numbers in every configuration
+
+
+@pytest.mark.parametrize("kwargs", CONFIGURATIONS, ids=str)
+def test_rebuilding_is_storing(kwargs):
+    """Loss, logits and every gradient, with the same weights; 0.0 apart in exact mode, but for the input's sums."""
+    x, labels, mask = batch()
+    model, storing = build(**kwargs), build(**kwargs, reversible=False)
+    ours, truth = (loss_and_gradients(net, x, labels=labels, mask=mask) for net in (model, storing))
+    assert_same(ours, truth, 1e-9)
+    if kwargs.get("exact"):
+        for (name, _), mine, true in zip(model.named_parameters(), ours[1:], truth[1:], strict=True):
+            assert mine.equal(true) or "emb" in name, name
+
+
+@pytest.mark.parametrize("kwargs", CONFIGURATIONS, ids=str)
+def test_the_loss_is_that_of_the_logits(kwargs):
+    x, labels, mask = batch()
+    model = build(**kwargs)
+
+    def plain(*args, labels, **kwargs):
+        return F.cross_entropy(model(*args, **kwargs).flatten(0, 1), labels.flatten())
+
+    ours = loss_and_gradients(model, x, labels=labels, mask=mask)
+    loss = with_seed(lambda: plain(x, labels=labels, mask=mask))
+    assert_same(ours, (loss, *torch.autograd.grad(loss, list(model.parameters()))), 1e-9)
+    with torch.no_grad():
+        assert_same((with_seed(lambda: model(x, labels=labels, mask=mask)),), (loss,), 1e-9)
+
+
+@pytest.mark.parametrize(
+    "pieces", [{"head_chunks": 2}, {"head_chunks": 4, "ff_chunks": 7}, {"loss_chunk_size": 4}], ids=str
+)
+@pytest.mark.parametrize("kwargs", [{}, {"positions": "rotary", "kv_heads": 2}, {"positions": "alibi"}], ids=str)
+def test_pieces_change_nothing(kwargs, pieces):
+    x, labels, mask = batch()
+    whole = loss_and_gradients(build(**kwargs), x, labels=labels, mask=mask)
+    assert_same(loss_and_gradients(build(**kwargs, **pieces), x, labels=labels, mask=mask), whole, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"window": 4}, {"positions": "alibi"}, {"kv_heads": 2, "causal": False}], ids=str
+)
+def test_backends_change_nothing(kwargs):
+    x, labels, mask = batch()
+    naive = loss_and_gradients(build(**kwargs, backend="naive"), x, labels=labels, mask=mask)
+    for backend in ("auto", "tiled"):
+        assert_same(loss_and_gradients(build(**kwargs, backend=backend), x, labels=labels, mask=mask), naive, 1e-9)
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_bfloat16_autocast_is_as_accurate_as_storing(exact):
+    x, labels, _ = batch()
+    truth = loss_and_gradients(build(), x, labels=labels)
+    storing, model = build(torch.float32, reversible=False), build(torch.float32, exact=exact, head_chunks=2)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        ours, naive = (loss_and_gradients(net, x, labels=labels) for net in (model, storing))
+    for name, mine, plain, true in zip(["loss", *dict(model.named_parameters())], ours, naive, truth, strict=True):
+        assert mine.dtype == plain.dtype == torch.float32
+        scale = true.abs().max().clamp(min=1e-3)
+        reference.assert_as_accurate(name, (mine / scale).bfloat16(), (plain / scale).bfloat16(), true / scale)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_throughout(dtype):
+    """Exact mode keeps the streams in fp32, so rebuilding is still storing, to the bit."""
+    x, labels, mask = batch()
+    ours, truth = (
+        loss_and_gradients(build(dtype, exact=True, reversible=reversible), x, labels=labels, mask=mask)
+        for reversible in (True, False)
+    )
+    names = ["loss", *dict(build().named_parameters())]
+    for name, mine, true in zip(names, ours, truth, strict=True):
+        assert mine.isfinite().all()
+        assert difference(mine, true) <= (1e-2 if "emb" in name else 0.0), name
+
+
+# Labels
+
+
+def test_no_valid_label_gives_zero_with_zero_gradients():
+    model, (x, labels, _) = build(), batch()
+    loss, *found = loss_and_gradients(model, x, labels=torch.full_like(labels, -100))
+    assert loss == 0
+    assert loss.requires_grad
+    assert not any(gradient.any() for gradient in found)
+
+
+def test_another_index_to_ignore():
+    model, (x, labels, _) = build(), batch()
+    assert_same(
+        loss_and_gradients(model, x, labels=labels.masked_fill(labels == -100, 3), ignore_index=3),
+        loss_and_gradients(model, x, labels=labels.masked_fill(labels == 3, -100)),
+        1e-12,
+    )
+
+
+def test_the_loss_may_be_scaled_and_combined():
+    """The gradient is made in the forward pass, but what comes in backward counts."""
+    model, (x, labels, mask) = build(), batch()
+    parameters = list(model.parameters())
+    first = torch.autograd.grad(model(x, labels=labels), parameters)
+    second = torch.autograd.grad(model(x, labels=labels, mask=mask), parameters)
+    total = 3 * model(x, labels=labels) - model(x, labels=labels, mask=mask) / 7
+    truth = [3 * a - b / 7 for a, b in zip(first, second, strict=True)]
+    assert_same(torch.autograd.grad(total, parameters), truth, 1e-9)
+
+
+@pytest.mark.parametrize(
+    "kwargs", [{}, {"exact": True}, {"reversible": False}, {"head_chunks": 2, "ff_chunks": 2}], ids=str
+)
+def test_backward_twice_with_retain_graph(kwargs):
+    model, (x, labels, _) = build(**kwargs), batch()
+    parameters, loss = list(model.parameters()), model(x, labels=labels)
+    first = torch.autograd.grad(loss, parameters, retain_graph=True)
+    again = torch.autograd.grad(loss, parameters, torch.tensor(2.0, dtype=loss.dtype), retain_graph=True)
+    assert_same([gradient / 2 for gradient in again], first, 1e-12)
+    assert_same(torch.autograd.grad(loss, parameters), first, 1e-12)
+    with pytest.raises(RuntimeError, match="second time"):
+        torch.autograd.grad(loss, parameters)
+
+
+def test_double_backward_raises():
+    model, (x, labels, _) = build(), batch()
+    weight = model.layers[0][0].fn.to_q.weight
+    (gradient,) = torch.autograd.grad(model(x, labels=labels), weight, create_graph=True)
+    with pytest.raises(RuntimeError, match="differentiable once"):
+        gradient.square().sum().backward()
+
+
+# Training it
+
+
+@pytest.mark.parametrize("kwargs", CONFIGURATIONS[:6], ids=str)
+@pytest.mark.parametrize("trained", ["token_emb", "layers.1", "layers.2.1.fn", "to_logits.0", "norm", "to_q"])
+def test_a_part_alone_may_be_trained(trained, kwargs):
+    model, (x, labels, mask) = build(**kwargs), batch()
+    storing = build(**kwargs, reversible=False)
+    for net in (model, storing):
+        for name, parameter in net.named_parameters():
+            parameter.requires_grad_(trained in name)
+        with_seed(lambda net=net: net(x, labels=labels, mask=mask)).backward()
+    for name, parameter in model.named_parameters():
+        assert (parameter.grad is not None) == (trained in name), name
+    trained_ones = [[p.grad for p in net.parameters() if p.requires_grad] for net in (model, storing)]
+    assert_same(*trained_ones, 1e-9)
+
+
+def test_all_frozen():
+    model, (x, labels, _) = build().requires_grad_(False), batch()
+    assert not model(x, labels=labels).requires_grad
+    assert not model(x).requires_grad
+
+
+class LowRank(nn.Module):
+    """An adapter from outside of the library around a frozen projection."""
+
+    def __init__(self, base, rank=2):
+        super().__init__()
+        self.base, self.in_features = base.requires_grad_(False), base.in_features
+        self.down = nn.Linear(base.in_features, rank, bias=False, dtype=base.weight.dtype)
+        self.up = nn.Linear(rank, base.out_features, bias=False, dtype=base.weight.dtype)
+
+    def forward(self, x):
+        return self.base(x) + self.up(self.down(x))
+
+
+def test_adapters_in_place_of_projections():
+    models = [build(reversible=reversible) for reversible in (True, False)]
+    for model in models:
+        torch.manual_seed(4)
+        model.requires_grad_(False)
+        for attention, feed_forward in model.layers:
+            attention.fn.to_q = LowRank(attention.fn.to_q)
+            feed_forward.fn.net[2] = LowRank(feed_forward.fn.net[2])
+        model.to_logits[1] = LowRank(model.to_logits[1])
+    x, labels, mask = batch()
+    adapters = [[p for p in model.parameters() if p.requires_grad] for model in models]
+    assert len(adapters[0]) == 3 * 4 + 2
+    ours, truth = (
+        torch.autograd.grad(model(x, labels=labels, mask=mask), mine)
+        for model, mine in zip(models, adapters, strict=True)
+    )
+    assert_same(ours, truth, 1e-9)
+
+
+WATCHED = ["layers", "layers.0.0", "layers.0.0.fn", "layers.2.1.fn.net.0", "to_logits", "to_logits.0", "to_logits.1"]
+
+
+def bend(module, args, out):
+    return tuple(bend(module, args, stream) for stream in out) if isinstance(out, tuple) else out + out.square() / 4
+
+
+@pytest.mark.parametrize("where", WATCHED)
+def test_hooks_on_modules_run(where):
+    """A hook that changes what a part of the network returns counts, wherever it is; in the loss as in the logits."""
+    model, storing = build(), build(reversible=False)
+    x, labels, _ = batch()
+    before = model(x, labels=labels), model(x)
+    for net in (model, storing):
+        net.get_submodule(where).register_forward_hook(bend)
+    ours, truth = loss_and_gradients(model, x, labels=labels), loss_and_gradients(storing, x, labels=labels)
+    assert_same(ours, truth, 1e-9)
+    logits = model(x)
+    assert_same((F.cross_entropy(logits.flatten(0, 1), labels.flatten()),), ours[:1], 1e-9)
+    assert not ours[0].isclose(before[0], rtol=1e-9)
+    assert not logits.isclose(before[1], rtol=1e-9).all()
+
+
+@pytest.mark.parametrize("where", ["layers.1", "layers.2"])
+@pytest.mark.parametrize("in_place", [True, False])
+def test_a_hook_may_not_change_the_streams_between_blocks(where, in_place):
+    """What it makes of them could not be rebuilt, and the gradients would be silently wrong."""
+    model, storing = build(), build(reversible=False)
+    x, labels, _ = batch()
+
+    def change(module, args, out):
+        return (out[0].mul_(2), out[1]) if in_place else bend(module, args, out)
+
+    for net in (model, storing):
+        net.get_submodule(where).register_forward_hook(change)
+    for call in ({}, {"labels": labels}):
+        with pytest.raises(ValueError, match="a reversible block's output: expected to reach the next block unchanged"):
+            model(x, **call)
+    with torch.no_grad():
+        assert model(x).equal(storing(x))
+
+
+def test_hooks_that_only_watch_the_streams():
+    model, seen = build(), []
+    x, labels, _ = batch()
+    truth = loss_and_gradients(model, x, labels=labels)
+    for block in model.layers:
+        block.register_forward_hook(lambda module, args, out: seen.append([stream.shape for stream in out]))
+    assert_same(loss_and_gradients(model, x, labels=labels), truth, 0.0)
+    assert seen == 3 * [2 * [(2, 21, 16)]]
+
+
+def test_hooks_on_parameters_run_once_on_the_whole_gradient():
+    model, (x, labels, mask) = build(positions="alibi", head_chunks=2, ff_chunks=3, tie_embeddings=True), batch()
+    truth = loss_and_gradients(model, x, labels=labels, mask=mask)[1:]
+    for parameter in model.parameters():
+        parameter.register_hook(lambda gradient: 5 * gradient)
+    ours = loss_and_gradients(model, x, labels=labels, mask=mask)[1:]
+    assert_same(ours, [5 * gradient for gradient in truth], 1e-9)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"tie_embeddings": True, "head_chunks": 2, "ff_chunks": 2}], ids=str)
+def test_an_optimizer_stepping_in_hooks(kwargs):
+    model, (x, labels, mask) = build(**kwargs), batch()
+    other = build(**kwargs, reversible=False)
+    optimizers = {p: torch.optim.Adam([p], lr=0.01) for p in model.parameters()}
+
+    def step_now(parameter):
+        optimizers[parameter].step()
+        optimizers[parameter].zero_grad()
+
+    for parameter in model.parameters():
+        parameter.register_post_accumulate_grad_hook(step_now)
+    optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
+    for _ in range(3):
+        model(x, labels=labels, mask=mask).backward()
+        optimizer.zero_grad()
+        other(x, labels=labels, mask=mask).backward()
+        optimizer.step()
+    assert_same([*model.parameters()], [*other.parameters()], 1e-7)
+
+
+def test_saved_tensors_may_be_moved():
+    model, (x, labels, _) = build(head_chunks=2), batch()
+    truth = loss_and_gradients(model, x, labels=labels)
+    with save_on_cpu():
+        loss = model(x, labels=labels)
+    assert_same((loss, *torch.autograd.grad(loss, list(model.parameters()))), truth, 1e-12)
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"exact": True, "head_chunks": 2, "positions": "rotary"}], ids=str)
+def test_it_learns_to_copy(kwargs):
+    """The second half of a sequence repeats the first: solved only by attention that looks back."""
+    model = build(torch.float32, **{"depth": 2, "num_tokens": 8, **kwargs})
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(150):
+        first = torch.randint(8, (32, 8))
+        x = torch.cat([first, first], dim=1)
+        labels = x[:, 1:].clone()
+        labels[:, :7] = -100
+        loss = model(x[:, :-1], labels=labels)
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss < 0.2, "from log 8 = 2.08"
+
+
+# Odds and ends
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (1, 1)], ids=str)
+def test_few_or_no_tokens(shape):
+    model = build(head_chunks=2, ff_chunks=2)
+    x = torch.randint(29, shape)
+    assert model(x).shape == (*shape, 29)
+    loss = model(x, labels=x)
+    loss.backward()
+    assert loss.isfinite()
+    assert loss == 0 or x.numel()
+    assert all(p.grad is None or p.grad.isfinite().all() for p in model.parameters())
+
+
+def test_copies_and_modes():
+    model, (x, labels, mask) = build(dropout=0.4), batch()
+    clone = copy.deepcopy(model)
+    assert_same(loss_and_gradients(clone, x, labels=labels), loss_and_gradients(model, x, labels=labels), 0.0)
+    model.eval()
+    with torch.no_grad():
+        without = model(x, mask=mask)
+    assert_same((model(x, mask=mask),), (without,), 1e-12)
+    assert not model.train()(x, mask=mask).equal(without)
+
+
+def test_other_settings_are_attentions():
+    model = build(q_bucket_size=3, k_bucket_size=2, backend="tiled", head_chunks=2)
+    assert isinstance(model.layers, ReversibleSequence)
+    for attention, _ in model.layers:
+        fn = attention.fn
+        assert (fn.q_bucket_size, fn.k_bucket_size, fn.backend, len(fn.head_groups)) == (3, 2, "tiled", 2)
+    with pytest.raises(TypeError, match="q_bucket"):
+        build(q_bucket=3)
+
+
+def test_no_logits_and_no_stored_layers():
+    """Each storage of the step at its largest is a stream's, never one of all hidden values or all logits."""
+    model = build(torch.float32, num_tokens=512, max_seq_len=256, ff_chunks=8, head_chunks=4, loss_chunk_size=16)
+    x = torch.randint(512, (1, 256))
+    with LiveBytes() as count:
+        model(x, labels=x).backward()
+    stream, weights = 256 * 16 * 4, max(p.nbytes for p in model.parameters())
+    assert count.largest <= max(stream, weights)
+    assert weights < 256 * 512 * 4
+
+
+def test_gradients_flow_through_logits_too():
+    """Without labels the logits are an ordinary output: any function of them may be differentiated."""
+    x, _, mask = batch()
+    model, storing = build(head_chunks=2), build(reversible=False)
+    ours, truth = (gradients(net(x, mask=mask).softmax(-1), net.parameters()) for net in (model, storing))
+    assert_same(ours, truth, 1e-8)
