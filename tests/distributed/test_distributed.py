@@ -1,0 +1,75 @@
+"""Two processes over gloo compute the gradients that one process averages by hand, with DDP and with FSDP2."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tests.agreement import difference, one_thread
+from tests.distributed import two_processes
+from tests.distributed.two_processes import CASES, RATE, STEPS, WORLD, build, loss_of
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Path:
+    """All cases run once, in two processes; the folder of what they found."""
+    directory = tmp_path_factory.mktemp("two_processes")
+    command = [sys.executable, "-W", "error", two_processes.__file__]
+    running = [
+        subprocess.Popen([*command, str(rank), str(directory)], stderr=subprocess.PIPE, text=True)
+        for rank in range(WORLD)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), "\n".join(errors)
+    return directory
+
+
+def by_hand(case):
+    """Every step's losses and averaged gradients in one process, as `train` names them."""
+    model, truth = build(case), {}
+    for step in range(STEPS):
+        gradients: dict[str, torch.Tensor] = {}
+        for rank in range(WORLD):
+            loss = loss_of(model, case, rank, step)
+            truth[f"{step}.loss", rank] = loss.detach()
+            used = [name for name, p in model.named_parameters()]
+            each = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+            for name, gradient in zip(used, each, strict=True):
+                if gradient is not None:
+                    gradients[name] = gradients.get(name, 0) + gradient / WORLD
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if name in gradients:
+                    parameter -= RATE * gradients[name]
+        for rank in range(WORLD):
+            truth.update({(f"{step}.{name}", rank): gradient for name, gradient in gradients.items()})
+    return truth
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_are_one_averaged_by_hand(case, found):
+    truth = by_hand(case)
+    for rank in range(WORLD):
+        ours = load_file(found / f"{case}-{rank}.safetensors")
+        expected = {name for name, of in truth if of == rank}
+        assert set(ours) == expected
+        assert any(name.startswith("1.layers.0") or name.startswith("1.net") for name in expected)
+        for name, value in ours.items():
+            error = difference(value, truth[name, rank])
+            assert error <= 1e-5, f"{name} on rank {rank}: off by {error:.1e}"
+
+
+def test_a_sharded_branch_is_refused(found):
+    """Its gradients would bypass autograd: the block is what to shard."""
+    for rank in range(WORLD):
+        message = (found / f"refusal-{rank}.txt").read_text()
+        assert "expected fully_shard applied to the whole reversible block" in message
