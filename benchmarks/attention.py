@@ -1,7 +1,7 @@
 """Attention beside PyTorch's own kernels, forward and backward: paired ratios of processor or wall seconds.
 
 ``python benchmarks/attention.py [--threads N] [--clock wall|cpu] [--rounds R]``. Each line runs ours and PyTorch's in
-turn; the ratio is the median over rounds, below 1 where ours is faster. Where a mask is needed, PyTorch is given it made.
+turn; the ratio is the median over rounds, below 1 where ours is faster. A mask that PyTorch needs is made beforehand.
 """
 
 from __future__ import annotations
