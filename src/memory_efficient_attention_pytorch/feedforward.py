@@ -6,11 +6,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import require, require_positive_int
-from .linear_pieces import Gradients, compute_dtype, normed_piece
+from .linear_pieces import Gradients, Scratch, compute_dtype, normed_piece
 from .pieces import Add, Branch, ChunkBranch, apply_piecewise, chunked_branch, has_hooks, pieces_of
 
 
@@ -51,12 +50,16 @@ class FeedForwardBranch(ChunkBranch):
 
     def __init__(self, net: nn.Sequential, norm: nn.Module | None, chunks: int) -> None:
         modules = [net] if norm is None else [norm, net]
-        super().__init__(self._piece, modules, chunks=chunks)
+        super().__init__(net, modules, chunks=chunks)
         self.net: Any = net
         self.norm = norm
 
-    def _piece(self, x: Tensor) -> Tensor:
-        return self.net(x if self.norm is None else self.norm(x))
+    def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
+        net = _Cast(self.net, compute_dtype(x), x.device)
+        for index in self.slices(x):
+            values = x[index] if self.norm is None else self.norm(x[index])
+            hidden, _ = net.hidden(values.to(net.scratch.dtype))
+            add(index, net.out(hidden))
 
     def differentiate(
         self,
@@ -67,27 +70,50 @@ class FeedForwardBranch(ChunkBranch):
         add: Add | None,
         add_gradient: Add | None,
     ) -> list[Tensor | None]:
-        inner, activation, outer = self.net
+        inner, _, outer = self.net
         grads = Gradients(self.leaves(inputs, needed), needed, add_gradient)
-        dtype = compute_dtype(x)
-        inward, outward = inner.weight.to(dtype), outer.weight.to(dtype)
+        net = _Cast(self.net, compute_dtype(x), x.device)
         for index in self.slices(x):
             piece, normed = normed_piece(x, index, self.norm)
-            values = normed.detach().to(dtype)
-            before = F.linear(values, inward, inner.bias.to(dtype))
-            hidden = activation(before)
+            values = normed.detach().to(net.scratch.dtype)
+            hidden, before = net.hidden(values)
             if add is not None:
-                add(index, F.linear(hidden, outward, outer.bias.to(dtype)))
-            upstream = cotangent[index].to(dtype)
+                add(index, net.out(hidden))
+            upstream = cotangent[index].to(net.scratch.dtype)
             grads.add_product(outer.weight, upstream, hidden)
             grads.add(outer.bias, _over_tokens(upstream))
-            del hidden
-            upstream = torch.ops.aten.gelu_backward(upstream @ outward, before, approximate=activation.approximate)
-            del before
+            upstream = net.through_activation(upstream, before)
             grads.add_product(inner.weight, upstream, values)
             grads.add(inner.bias, _over_tokens(upstream))
-            grads.through_norm(index, self.norm, piece, normed, upstream @ inward)
+            grads.through_norm(index, self.norm, piece, normed, net.through_inner(upstream))
         return grads.totals
+
+
+class _Cast:
+    """The network's weights in the dtype that it computes in, and buffers for one chunk."""
+
+    def __init__(self, net: Any, dtype: torch.dtype, device: torch.device) -> None:
+        inner, self.activation, outer = net
+        self.inner, self.outer = ((layer.weight.to(dtype), layer.bias.to(dtype)) for layer in (inner, outer))
+        self.scratch = Scratch(dtype, device)
+
+    def hidden(self, values: Tensor) -> tuple[Tensor, Tensor]:
+        """``(…, dim)`` → the hidden values ``(…, mult·dim)`` after and before the activation."""
+        before = self.scratch.linear("before", values, *self.inner)
+        after = self.scratch.take("hidden", *before.shape)
+        return torch.ops.aten.gelu.out(before, approximate=self.activation.approximate, out=after), before
+
+    def out(self, hidden: Tensor) -> Tensor:
+        return self.scratch.linear("out", hidden, *self.outer)
+
+    def through_activation(self, upstream: Tensor, before: Tensor) -> Tensor:
+        """From the output's cotangent to that of ``before``; overwrites the hidden values."""
+        inward = self.scratch.linear("hidden", upstream, self.outer[0].t())
+        how = self.activation.approximate
+        return torch.ops.aten.gelu_backward.grad_input(inward, before, approximate=how, grad_input=inward)
+
+    def through_inner(self, upstream: Tensor) -> Tensor:
+        return self.scratch.linear("out", upstream, self.inner[0].t())
 
 
 def _over_tokens(upstream: Tensor) -> Tensor:

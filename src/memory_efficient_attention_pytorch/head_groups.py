@@ -10,11 +10,10 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .errors import require
-from .linear_pieces import Gradients, compute_dtype, normed_piece, slabs
+from .linear_pieces import Gradients, Scratch, compute_dtype, normed_piece, slabs
 from .pieces import Add, Branch, vector_jacobian_product
 
 if TYPE_CHECKING:
@@ -72,11 +71,12 @@ class HeadGroupBranch(Branch):
     def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
         kwargs = self.kwargs(inputs)
         context = kwargs.pop("context", None)
+        scratch = Scratch(compute_dtype(x), x.device)
         for group in self.attention.head_groups:
-            heads = self._project(self._sources(x, context, group), group)
+            heads = self._project(self._sources(x, context, group), scratch)
             out = _tokens(self.attention.attend(*heads, group=group, **kwargs))
             del heads
-            self._emit(out, group, add)
+            self._emit(out, group, scratch, add)
 
     def differentiate(
         self,
@@ -91,22 +91,23 @@ class HeadGroupBranch(Branch):
         kwargs = self.kwargs(leaves)
         context = kwargs.pop("context", None)
         grads = Gradients(leaves, needed, add_gradient)
+        scratch = Scratch(compute_dtype(x), x.device)
         for group in self.attention.head_groups:
             sources = self._sources(x, context, group)
-            heads = [t.requires_grad_() for t in self._project(sources, group)]
+            heads = [t.detach().requires_grad_() for t in self._project(sources, scratch)]
             with torch.enable_grad():
                 out = self.attention.attend(*heads, group=group, **kwargs)
             values = _tokens(out.detach())
             if add is not None:
-                self._emit(values, group, add)
-            grad_values = self._through_output(values, cotangent, group, grads)
+                self._emit(values, group, scratch, add)
+            grad_values = self._through_output(values, cotangent, group, scratch, grads)
             del values
             wanted = grads.wanted
             found = list(vector_jacobian_product(out, [*heads, *wanted], _heads(grad_values, out)))
             del out, heads, grad_values
             while wanted:
                 grads.add(wanted.pop(), found.pop())
-            self._through_projections(sources, found, grads)
+            self._through_projections(sources, found, scratch, grads)
         return grads.totals
 
     def _sources(self, x: Tensor, context: Tensor | None, group: HeadGroup) -> list[_Source]:
@@ -119,46 +120,52 @@ class HeadGroupBranch(Branch):
             return [_Source(x, self.norm, (q, k, v))]
         return [_Source(x, self.norm, (q,)), _Source(context, None, (k, v), is_context=True)]
 
-    def _project(self, sources: Sequence[_Source], group: HeadGroup) -> tuple[Tensor, ...]:
+    def _project(self, sources: Sequence[_Source], scratch: Scratch) -> tuple[Tensor, ...]:
         """q, k and v of the group's heads ``(b, heads, tokens, d)``, views of one buffer per source."""
         found: list[Tensor] = []
-        for source in sources:
+        for number, source in enumerate(sources):
             tokens = source.tokens
-            dtype = compute_dtype(tokens)
-            weight = source.weight(dtype)
-            buffer = tokens.new_empty(*tokens.shape[:2], len(weight), dtype=dtype)
+            weight = source.weight(scratch.dtype)
+            buffer = scratch.take(f"projected {number}", *tokens.shape[:2], len(weight))
             for index in slabs(tokens):
                 normed = tokens[index] if source.norm is None else source.norm(tokens[index])
-                buffer[index] = F.linear(normed.to(dtype), weight)
+                rows = normed.to(scratch.dtype).flatten(0, 1)
+                torch.mm(rows, weight.t(), out=buffer[index].view(len(rows), len(weight)))
             sizes = [rows.stop - rows.start for _, rows in source.rows]
             found += [t.unflatten(-1, (-1, self.attention.dim_head)).transpose(1, 2) for t in buffer.split(sizes, -1)]
         return tuple(found)
 
-    def _emit(self, values: Tensor, group: HeadGroup, add: Add) -> None:
+    def _emit(self, values: Tensor, group: HeadGroup, scratch: Scratch, add: Add) -> None:
         columns = _scaled(group.heads, self.attention.dim_head)
         weight = self.attention.to_out.weight[:, columns].to(values.dtype)
         for index in slabs(values):
-            add(index, F.linear(values[index], weight))
+            add(index, scratch.linear("slab", values[index], weight))
 
-    def _through_output(self, values: Tensor, cotangent: Tensor, group: HeadGroup, grads: Gradients) -> Tensor:
+    def _through_output(
+        self, values: Tensor, cotangent: Tensor, group: HeadGroup, scratch: Scratch, grads: Gradients
+    ) -> Tensor:
         """Back through the output projection: the gradient of ``values (b, n, heads·d)``."""
         columns = _scaled(group.heads, self.attention.dim_head)
         output = self.attention.to_out.weight
         weight = output[:, columns].to(values.dtype)
-        back = torch.empty_like(values)
+        back = scratch.take("back", *values.shape)
         for index in slabs(values):
             upstream = cotangent[index].to(values.dtype)
-            back[index] = upstream @ weight
+            rows = upstream.flatten(0, 1)
+            torch.mm(rows, weight, out=back[index].view(len(rows), weight.shape[1]))
             grads.add_product(output, upstream, values[index], (slice(None), columns))
         return back
 
-    def _through_projections(self, sources: Sequence[_Source], of_heads: list[Any], grads: Gradients) -> None:
+    def _through_projections(
+        self, sources: Sequence[_Source], of_heads: list[Any], scratch: Scratch, grads: Gradients
+    ) -> None:
         """Back through the projections and the norm, slab by slab; consumes ``of_heads``."""
         for source in sources:
             mine = [_tokens(of_heads.pop(0)) for _ in source.rows]
-            weight = source.weight(mine[0].dtype)
+            weight = source.weight(scratch.dtype)
             for index in slabs(source.tokens):
-                upstream = torch.cat([t[index] for t in mine], dim=-1)
+                upstream = scratch.take("joined", *source.tokens[index].shape[:2], len(weight))
+                torch.cat([t[index] for t in mine], dim=-1, out=upstream)
                 piece, normed = normed_piece(source.tokens, index, source.norm)
                 values = normed.detach().to(upstream.dtype)
                 start = 0
@@ -166,10 +173,11 @@ class HeadGroupBranch(Branch):
                     stop = start + rows.stop - rows.start
                     grads.add_product(matrix, upstream[..., start:stop], values, rows)
                     start = stop
+                back = scratch.linear("slab", upstream, weight.t())
                 if source.is_context:
-                    grads.add(source.tokens, upstream @ weight, index)
+                    grads.add(source.tokens, back, index)
                 else:
-                    grads.through_norm(index, source.norm, piece, normed, upstream @ weight)
+                    grads.through_norm(index, source.norm, piece, normed, back)
 
 
 def _scaled(heads: slice, width: int, offset: int = 0) -> slice:

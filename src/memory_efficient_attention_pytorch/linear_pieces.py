@@ -33,6 +33,35 @@ def slabs(x: Tensor) -> Iterator[Index]:
         yield slice(start, min(start + rows, b)), slice(None)
 
 
+class Scratch:
+    """Buffers by name, made once and used again by every piece of a pass.
+
+    A fresh buffer for each product costs more than a tenth of the product where the allocator gives memory back to the
+    system, since every page of it is mapped and cleared anew.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor, in the memory of the last one of this name."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self._buffers[name][:size].view(shape)
+
+    def linear(self, name: str, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``values (…, k) @ weightᵀ (k, j) + bias``."""
+        rows = values.reshape(-1, values.shape[-1])
+        out = self.take(name, len(rows), len(weight))
+        if bias is None:
+            torch.mm(rows, weight.t(), out=out)
+        else:
+            torch.addmm(bias, rows, weight.t(), out=out)
+        return out.view(*values.shape[:-1], len(weight))
+
+
 class Gradients:
     """Where the gradients of one backward pass gather: of leaves in totals, of x through ``add_gradient``."""
 
