@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from .cache import KVCache
 from .errors import require, require_positive_int
 from .memory_efficient_attention import Attention
+from .visibility import window_sides
 
 IGNORED = -100
 """The label that counts for nothing in PyTorch's cross-entropy and in the Transformer's."""
@@ -35,6 +36,22 @@ class AutoregressiveWrapper(nn.Module):
         super().__init__()
         self.net, self.pad_value = net, pad_value
         self.max_seq_len: int = net.max_seq_len  # type: ignore[assignment]
+
+    @property
+    def beyond_max_seq_len(self) -> str:
+        """How generation goes on when prompt and new tokens are more than ``max_seq_len``; of a longer prompt the same.
+
+        ``"window"``: every layer has a window and positions are relative (rotary, ALiBi, none): as before.
+        ``"slide"``: positions are relative: a token sees the last ``max_seq_len`` tokens, the others leave the cache.
+        To see more than in training makes rotary models worse, and costs more memory the longer it goes on.
+        ``"recompute"``: positions are numbered up to ``max_seq_len`` (learned), or nothing is known of them (a net from
+        elsewhere): for every token the net reads the last ``max_seq_len`` anew, numbered from 0, since every token's
+        number changes and no cached key stays right.
+        """
+        if getattr(self.net, "pos_emb", self.net) is not None:
+            return "recompute"
+        reaches = [window_sides(m.window)[0] for m in self.net.modules() if isinstance(m, Attention)]
+        return "window" if reaches and None not in reaches else "slide"
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
         """The net's loss when it predicts ``x[:, 1:]`` from ``x[:, :-1]``.
@@ -99,30 +116,28 @@ class AutoregressiveWrapper(nn.Module):
                 changes nothing: each row is what it is alone.
             generator: source of chance (None: the device's default); or one per row, with which a row draws the same
                 whatever stands beside it.
-            use_cache: False makes the net read everything anew for each token, for the same result.
+            use_cache: False makes the net read everything anew for each token, for the same result up to
+                ``max_seq_len`` tokens.
             kwargs: go to the net at every call.
 
-        Beyond ``max_seq_len`` a Transformer whose positions are relative (rotary, ALiBi, none) just goes on. Learned
-        positions end there, so the net then reads the last ``max_seq_len`` tokens anew for every token, which are
-        numbered from 0 again: no cached key survives the renumbering. Nets from elsewhere are read the same way.
+        Beyond ``max_seq_len`` see :attr:`beyond_max_seq_len`.
 
         The net is in eval mode and without gradients during each step, and as it was between the steps.
 
         Raises:
             ValueError: at once for an argument out of range; on the way for logits that are NaN.
         """
-        require_positive_int("seq_len", seq_len + 1 if type(seq_len) is int else seq_len)
+        require(isinstance(seq_len, int) and seq_len >= 0, "seq_len", "an integer of at least 0", repr(seq_len))
         tokens, mask = _check_prompts(start_tokens, mask)
         sample = _Sampler(temperature, filter_thres, top_k, top_p, generator)
         sample.check(len(tokens))
-        reader = _Reader(self.net, self.max_seq_len, tokens, mask, use_cache, kwargs)
+        reader = _Reader(self, tokens, mask, use_cache, kwargs)
         return self._steps(reader, sample, seq_len, eos_token)
 
     def _steps(self, reader: _Reader, sample: _Sampler, seq_len: int, eos_token: int | None) -> Iterator[Tensor]:
         ended = torch.zeros(len(reader.tokens), dtype=torch.bool, device=reader.tokens.device)
         for _ in range(seq_len):
-            with torch.no_grad(), _evaluating(self.net):
-                token = sample(reader.predict())
+            token = sample(reader.predict())
             reader.append(token)
             yield token.masked_fill(ended, self.pad_value)
             if eos_token is not None:
@@ -148,30 +163,35 @@ class _Reader:
 
     def __init__(
         self,
-        net: nn.Module,
-        max_seq_len: int,
+        wrapper: AutoregressiveWrapper,
         tokens: Tensor,
         mask: Tensor | None,
         use_cache: bool,
         kwargs: dict[str, Any],
     ) -> None:
-        self.net, self.max_seq_len, self.kwargs = net, max_seq_len, kwargs
-        self.tokens, self.mask = tokens, mask
-        parameters = inspect.signature(net.forward).parameters
+        self.net, self.max_seq_len, self.beyond = wrapper.net, wrapper.max_seq_len, wrapper.beyond_max_seq_len
+        self.tokens, self.mask, self.kwargs = tokens, mask, kwargs
+        self.modules = list(self.net.modules())
+        parameters = inspect.signature(self.net.forward).parameters
         require(mask is None or "mask" in parameters, "mask", "none, since the net's forward takes no mask", "padding")
-        self.cache = KVCache() if use_cache and "cache" in parameters and _is_causal(net) else None
+        cached = use_cache and "cache" in parameters and all(m.causal for m in self.modules if isinstance(m, Attention))
+        self.cache = KVCache(self.max_seq_len if self.beyond == "slide" else None) if cached else None
 
+    @torch.no_grad()
     def predict(self) -> Tensor:
         """Logits of the next token, ``(b, num_tokens)``."""
-        tokens, mask, given = self.tokens, self.mask, dict(self.kwargs)
-        if tokens.shape[1] > self.max_seq_len and _ends_at_max_seq_len(self.net):
+        if self.beyond == "recompute" and self.tokens.shape[1] > self.max_seq_len:
             self.cache = None
-            tokens, mask = tokens[:, -self.max_seq_len :], None if mask is None else mask[:, -self.max_seq_len :]
-        if mask is not None:
-            given["mask"] = mask
+        if self.beyond != "window" and (self.cache is None or not self.cache.length):
+            self.tokens = self.tokens[:, -self.max_seq_len :]
+            self.mask = None if self.mask is None else self.mask[:, -self.max_seq_len :]
+        tokens, given = self.tokens, dict(self.kwargs)
+        if self.mask is not None:
+            given["mask"] = self.mask
         if self.cache is not None:
             given["cache"], tokens = self.cache, tokens[:, self.cache.length :]
-        return self.net(tokens, **given)[:, -1]
+        with _evaluating(self.net, self.modules):
+            return self.net(tokens, **given)[:, -1]
 
     def append(self, token: Tensor) -> None:
         self.tokens = torch.cat((self.tokens, token[:, None]), dim=1)
@@ -207,7 +227,8 @@ class _Sampler:
         """
         logits = logits.float()
         best = logits.amax(dim=-1, keepdim=True)
-        require(bool(best.isfinite().all()), "net", "finite logits", f"a largest logit of {best.flatten().tolist()}")
+        highest = best.flatten().tolist()
+        require(all(map(math.isfinite, highest)), "net", "finite logits", f"{highest} as the largest of each row")
         if self.temperature == 0:
             return logits.argmax(dim=-1)
         noise = self._noise(logits)
@@ -238,18 +259,18 @@ class _Sampler:
 
 
 @contextmanager
-def _evaluating(net: nn.Module) -> Iterator[None]:
-    """Every module in eval mode, and afterwards each in the mode it had."""
-    modes = [(module, module.training) for module in net.modules()]
-    if not any(mode for _, mode in modes):
+def _evaluating(net: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
+    """Every one of the net's modules in eval mode, and afterwards each in the mode it had."""
+    modes = [module.training for module in modules]
+    if not any(modes):
         yield
         return
     net.eval()
     try:
         yield
     finally:
-        net.train(modes[0][1])
-        for module, mode in modes:
+        net.train(modes[0])
+        for module, mode in zip(modules, modes, strict=True):
             module.training = mode
 
 
@@ -271,13 +292,3 @@ def _check_prompts(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor 
 def _check_mask(mask: Tensor, shape: torch.Size, argument: str) -> None:
     fits = mask.dtype == torch.bool and mask.shape == shape
     require(fits, "mask", f"bool of {argument}'s shape {tuple(shape)}", f"{mask.dtype} {tuple(mask.shape)}")
-
-
-def _is_causal(net: nn.Module) -> bool:
-    """No attention of this library in ``net`` sees later tokens, which would change the keys of earlier ones."""
-    return all(module.causal for module in net.modules() if isinstance(module, Attention))
-
-
-def _ends_at_max_seq_len(net: nn.Module) -> bool:
-    """All nets but those known to number tokens without an end: a Transformer with no table of positions."""
-    return getattr(net, "pos_emb", net) is not None
