@@ -1,33 +1,20 @@
-"""Chunked and its pieces: the module's own outputs and gradients, one chunk in memory, nothing computed twice."""
+"""Chunked and its pieces: the module's own outputs and gradients, whatever autograd's users do with them."""
 
 import copy
 
 import pytest
 import torch
-import torch.nn.functional as F
 from torch import nn
 from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
-from memory_efficient_attention_pytorch import Chunked, FeedForward, PreNorm, ReversibleSequence
+from memory_efficient_attention_pytorch import Chunked, ReversibleSequence
 from memory_efficient_attention_pytorch.pieces import ChunkBranch
 from tests import reference
 from tests.agreement import assert_same, difference, gradients, one_thread, products, with_seed
-from tests.memory.live_bytes import LiveBytes, saved_bytes
+from tests.branches import TokenMLP
+from tests.memory.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
-
-
-class TokenMLP(nn.Module):
-    """Norm, a wide hidden layer, dropout and a residual: what feed-forwards outside of the library look like."""
-
-    def __init__(self, dim=8, hidden=24, dropout=0.0):
-        super().__init__()
-        self.norm = nn.LayerNorm(dim)
-        self.up, self.down = nn.Linear(dim, hidden), nn.Linear(hidden, dim)
-        self.dropout = nn.Dropout(dropout)
-
-    def forward(self, x):
-        return x + self.down(self.dropout(F.gelu(self.up(self.norm(x)))))
 
 
 class OverChannels(nn.Module):
@@ -413,123 +400,6 @@ def test_keyword_arguments_are_refused():
         sequence(x, mask=torch.ones(2, 13))
 
 
-# FeedForward has pieces of its own, with the weights' gradients summed in place.
-
-
-def altered(kind):
-    net = FeedForward(8, 3, chunks=4)
-    if kind == "frozen":
-        net.net[0].requires_grad_(False)
-    elif kind == "tanh":
-        net.net[1] = nn.GELU(approximate="tanh")
-    elif kind == "replaced":
-        net.net = nn.Sequential(nn.Linear(8, 5, bias=False), nn.SiLU(), nn.Dropout(0.0), nn.Linear(5, 8))
-    elif kind == "without bias":
-        net.net[2] = nn.Linear(24, 8, bias=False)
-    elif kind == "parametrised":
-        nn.utils.parametrizations.weight_norm(net.net[0])
-    elif kind == "hooked":
-        net.net[0].register_forward_hook(lambda module, args, out: 2 * out)
-    return net
-
-
-ALTERED = ["plain", "frozen", "tanh", "replaced", "without bias", "parametrised", "hooked"]
-
-
-@pytest.mark.parametrize("normed", [False, True])
-@pytest.mark.parametrize("kind", ALTERED)
-def test_a_feed_forward_in_chunks_is_the_feed_forward(kind, normed):
-    net = altered(kind).double()
-    ours = PreNorm(8, net).double() if normed else net
-    x = torch.randn(2, 13, 8, dtype=torch.float64, requires_grad=True)
-    wanted = (x, *(p for p in ours.parameters() if p.requires_grad))
-
-    def run():
-        out = ReversibleSequence([(nn.Identity(), ours)])(x)
-        return out, *gradients(out, wanted)
-
-    chunked = run()
-    net.chunks = 1
-    assert_same(chunked, run(), 1e-12)
-
-
-@pytest.mark.parametrize("autocast", [True, False])
-def test_a_feed_forward_in_chunks_in_bfloat16(autocast):
-    net, x = FeedForward(16, 4, chunks=8), torch.randn(2, 64, 16)
-    truth_net = copy.deepcopy(net).double()
-    truth = gradients(truth_net.net(x.bfloat16().double()), truth_net.parameters())
-    low, x = (net, x.bfloat16().float()) if autocast else (net.bfloat16(), x.bfloat16())
-
-    def run(net):
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
-            out = net(x)
-        return gradients(out, low.parameters())
-
-    for ours, naive, true in zip(run(low), run(low.net), truth, strict=True):
-        assert ours.dtype == naive.dtype
-        reference.assert_as_accurate("parameter", ours.bfloat16(), naive.bfloat16(), true)
-
-
-# Memory and work. n tokens, d wide, a hidden layer of c·d: what a chunk holds is what falls with their number.
-
-N, D, C = 1024, 16, 16
-TOKENS = N * D * 4  # bytes of one (1, n, d) tensor
-
-
-def step(net, x):
-    with LiveBytes() as count:
-        count.ignore(net.parameters())
-        net(x).backward(torch.ones(1, 1, 1).expand(1, N, D))
-    return count
-
-
-@pytest.mark.parametrize("chunks", [2, 8, 64])
-def test_forward_keeps_the_input_and_nothing_else(chunks):
-    net, x = Chunked(TokenMLP(D, C * D), chunks=chunks), torch.randn(1, N, D, requires_grad=True)
-    parameters = sum(p.nbytes for p in net.parameters())
-    assert saved_bytes(net, x) == x.nbytes + parameters
-    with LiveBytes() as count:
-        out = net(x)
-    # Beside the output: the hidden values of one chunk before and after the activation.
-    assert count.peak <= out.nbytes + 2 * C * TOKENS / chunks
-    assert count.live == out.nbytes
-
-
-@pytest.mark.parametrize("make", [lambda k: Chunked(TokenMLP(D, C * D), chunks=k), lambda k: FeedForward(D, C, k)])
-def test_backward_holds_one_chunk(make):
-    """Hidden values before and after the activation and one gradient of these: 3 c n d over the number of chunks."""
-    x = torch.randn(1, N, D, requires_grad=True)
-    peaks = {chunks: step(make(chunks), x).peak for chunks in (1, 8, 64)}
-    gradients_of_parameters = sum(p.nbytes for p in make(1).parameters())
-    # Beside the chunk: output, gradient of x; the parameters' gradients, those of a chunk, one more as they add up.
-    for chunks, peak in peaks.items():
-        chunk = (3 * C + 6) * TOKENS / chunks
-        assert peak <= chunk + 2 * TOKENS + 2.6 * gradients_of_parameters, f"{chunks} chunks: {peak / TOKENS:.2f}"
-    assert peaks[8] < peaks[1] / 5
-    assert peaks[64] < peaks[8] / 2
-
-
-@pytest.mark.parametrize("chunks", [2, 8])
-def test_every_chunk_is_recomputed_once(chunks):
-    """Two layers: a product each forward, one each again in backward, and two gradients each."""
-    x = torch.randn(1, N, D, requires_grad=True)
-    net = Chunked(TokenMLP(D, C * D), chunks=chunks)
-    with LiveBytes() as forward:
-        net(x)
-    assert products(forward) == 2 * chunks
-    assert products(step(net, x)) == (2 + 2 + 4) * chunks
-    assert products(step(net.module, x)) == 2 + 4
-
-
-def test_no_product_for_gradients_that_nobody_wants():
-    x = torch.randn(1, N, D, requires_grad=True)
-    net = Chunked(TokenMLP(D, C * D), chunks=4)
-    net.module.requires_grad_(False)
-    assert products(step(net, x)) == (2 + 2 + 2) * 4
-    net.module.down.requires_grad_(True)
-    assert products(step(net, x.detach())) == (2 + 2 + 1) * 4
-
-
 # The piece itself, as the reversible blocks use it
 
 
@@ -561,15 +431,3 @@ def test_a_branch_is_added_and_taken_off_again_while_it_is_differentiated():
     out = with_seed(lambda: chunk_by_chunk(truth_x), 3)
     truth = torch.autograd.grad(out, (truth_x, *module.parameters()), cotangent)
     assert_same((gradient, *found), truth, 1e-5)
-
-
-@pytest.mark.parametrize("chunks", [1, 4])
-def test_a_feed_forward_in_a_reversible_block_is_recomputed_once(chunks):
-    """Norm and feed-forward chunk by chunk: 2 products forward, 2 again and 4 for gradients, per chunk."""
-    net = ReversibleSequence([(nn.Identity(), PreNorm(D, FeedForward(D, C, chunks)))])
-    x = torch.randn(1, N, D, requires_grad=True)
-    count = step(net, x)
-    assert products(count) == (2 + 2 + 4) * chunks
-    # A norm forward and one again per chunk: it belongs to the piece.
-    assert count.calls["native_layer_norm"] == 2 * chunks
-    assert count.calls["native_layer_norm_backward"] == chunks

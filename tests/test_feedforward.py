@@ -1,0 +1,67 @@
+"""FeedForward has pieces of its own, with the weights' gradients summed in place: still the same feed-forward."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from memory_efficient_attention_pytorch import FeedForward, PreNorm, ReversibleSequence
+from tests import reference
+from tests.agreement import assert_same, gradients, one_thread
+
+pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+
+
+def altered(kind):
+    net = FeedForward(8, 3, chunks=4)
+    if kind == "frozen":
+        net.net[0].requires_grad_(False)
+    elif kind == "tanh":
+        net.net[1] = nn.GELU(approximate="tanh")
+    elif kind == "replaced":
+        net.net = nn.Sequential(nn.Linear(8, 5, bias=False), nn.SiLU(), nn.Dropout(0.0), nn.Linear(5, 8))
+    elif kind == "without bias":
+        net.net[2] = nn.Linear(24, 8, bias=False)
+    elif kind == "parametrised":
+        nn.utils.parametrizations.weight_norm(net.net[0])
+    elif kind == "hooked":
+        net.net[0].register_forward_hook(lambda module, args, out: 2 * out)
+    return net
+
+
+ALTERED = ["plain", "frozen", "tanh", "replaced", "without bias", "parametrised", "hooked"]
+
+
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("kind", ALTERED)
+def test_a_feed_forward_in_chunks_is_the_feed_forward(kind, normed):
+    net = altered(kind).double()
+    ours = PreNorm(8, net).double() if normed else net
+    x = torch.randn(2, 13, 8, dtype=torch.float64, requires_grad=True)
+    wanted = (x, *(p for p in ours.parameters() if p.requires_grad))
+
+    def run():
+        out = ReversibleSequence([(nn.Identity(), ours)])(x)
+        return out, *gradients(out, wanted)
+
+    chunked = run()
+    net.chunks = 1
+    assert_same(chunked, run(), 1e-12)
+
+
+@pytest.mark.parametrize("autocast", [True, False])
+def test_a_feed_forward_in_chunks_in_bfloat16(autocast):
+    net, x = FeedForward(16, 4, chunks=8), torch.randn(2, 64, 16)
+    truth_net = copy.deepcopy(net).double()
+    truth = gradients(truth_net.net(x.bfloat16().double()), truth_net.parameters())
+    low, x = (net, x.bfloat16().float()) if autocast else (net.bfloat16(), x.bfloat16())
+
+    def run(net):
+        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=autocast):
+            out = net(x)
+        return gradients(out, low.parameters())
+
+    for ours, naive, true in zip(run(low), run(low.net), truth, strict=True):
+        assert ours.dtype == naive.dtype
+        reference.assert_as_accurate("parameter", ours.bfloat16(), naive.bfloat16(), true)
