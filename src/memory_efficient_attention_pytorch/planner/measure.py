@@ -49,7 +49,7 @@ def measure_peak(
     limit_bytes: int | None = None,
     timeout: float | None = None,
 ) -> Measurement:
-    """Measure a step in a fresh process: the resident set's high-water mark on the CPU, ``max_memory_allocated`` on CUDA.
+    """Measure a step in a fresh process: the resident set's high-water mark, or CUDA's ``max_memory_allocated``.
 
     On the CPU the allocator's mmap threshold is fixed at 64 KiB: left alone, glibc raises it as blocks are freed and
     keeps what it should return, and the same step then reads up to three times as much.
@@ -101,13 +101,14 @@ def zero_grads(model: nn.Module) -> nn.Module:
 
 
 def warm_up(device: str = "cpu") -> None:
-    """Run a tiny step, so that libraries, threads and handles loaded on first use do not count as the model's."""
+    """Run a tiny step, so that modules, threads and handles loaded on first use do not count as the model's."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(1, 4, 64, 64, device=device, dtype=dtype, requires_grad=True)
         weight = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
         hidden = nn.functional.layer_norm(nn.functional.gelu(x @ weight), (64,))
         attended = nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)
         nn.functional.cross_entropy(attended.flatten(0, 2).float(), torch.zeros(256, device=device).long()).backward()
+        torch.optim.AdamW([weight]).step()
 
 
 def _run_child() -> None:

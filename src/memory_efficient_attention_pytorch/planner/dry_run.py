@@ -1,0 +1,158 @@
+"""One training step of the real code under fake tensors: nothing is computed, every allocation is seen."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+import re
+from collections.abc import Callable, Mapping
+from contextlib import ExitStack
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..errors import require
+from .abridge import abridged, attributed
+from .absent_device import stand_in
+from .accounting import Accounting
+from .ledger import Ledger, Place
+from .timeline import Timeline
+
+OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
+    "adamw": torch.optim.AdamW,
+    "adam": torch.optim.Adam,
+    "adagrad": torch.optim.Adagrad,
+    "rmsprop": torch.optim.RMSprop,
+    "sgd": torch.optim.SGD,
+}
+OptimizerMaker = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
+
+
+@dataclass(frozen=True)
+class Step:
+    """A training step to be run dry.
+
+    ``args`` and ``kwargs`` go to the model's forward; their tensors give shapes and dtypes alone and may live on any
+    device, ``meta`` included. ``loss`` makes a scalar of what the model returns. ``dtype``: of parameters and floating-
+    point buffers (None: as they are). ``autocast``: the dtype of mixed precision (None: off).
+    """
+
+    model: nn.Module
+    loss: Callable[[Any], Tensor]
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = field(default_factory=dict)
+    optimizer: str | OptimizerMaker | None = "adamw"
+    dtype: torch.dtype | None = None
+    autocast: torch.dtype | None = None
+
+
+def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Timeline:
+    """Record one step as every step after the first is: gradients and the optimizer's state exist when it begins.
+
+    The model is not touched: a copy gets fake parameters and buffers. ``abridge``: cut this package's loops over equal
+    parts short, which changes nothing but the time.
+
+    Raises NotImplementedError, naming the operation, for a model whose shapes depend on the data.
+    """
+    device = accounting.device
+    mode = FakeTensorMode(allow_non_fake_inputs=True)
+    model = _fake_copy(step.model, mode, device, step.dtype)
+    args, kwargs = tree_map_only(Tensor, lambda tensor: _fake(tensor, mode, device), (step.args, dict(step.kwargs)))
+    ledger = Ledger(accounting, categorizer(model))
+    with ExitStack() as entered:
+        for context in (torch.autograd.set_multithreading_enabled(False), mode, stand_in(device), ledger):
+            entered.enter_context(context)
+        for context in (ledger.watching(model), attributed(model, ledger)):
+            entered.enter_context(context)
+        if abridge:
+            entered.enter_context(abridged(model, ledger.weight))
+        optimizer = _set_up(model, step.optimizer, ledger)
+        ledger.enter("streams", (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
+        ledger.start()
+        with torch.autocast(device.type, step.autocast, enabled=step.autocast is not None):
+            with ledger.during("forward"):
+                output = model(*args, **kwargs)
+            with ledger.during("loss"):
+                loss = step.loss(output)
+        del output
+        with ledger.during("backward"):
+            loss.backward()
+        if optimizer is not None:
+            with ledger.during("optimizer"):
+                optimizer.step()
+    return ledger.timeline()
+
+
+def _set_up(model: nn.Module, choice: str | OptimizerMaker | None, ledger: Ledger) -> torch.optim.Optimizer | None:
+    """Enter what exists before the step: parameters, buffers, gradients and the optimizer's state."""
+    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    ledger.enter("parameters", [*model.parameters(), *model.buffers()])
+    with ledger.during("gradients"):
+        for parameter in trained:
+            parameter.grad = torch.empty_like(parameter)
+    if choice is None or not trained:
+        return None
+    optimizer = _optimizer(choice, trained)
+    with ledger.during("optimizer"):
+        optimizer.step()
+    return optimizer
+
+
+def _optimizer(choice: str | OptimizerMaker, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+    if not isinstance(choice, str):
+        return choice(parameters)
+    require(choice in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}, a function or None", repr(choice))
+    make: Any = OPTIMIZERS[choice]
+    # PyTorch's default depends on the type of the parameters, which here is not the one they will have.
+    return make(parameters, lr=1e-3, foreach=parameters[0].device.type == "cuda")
+
+
+def _fake_copy(model: nn.Module, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """A copy with fake parameters and buffers; tied ones stay tied, and nothing of their size is allocated."""
+    memo: dict[int, Any] = {}
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        fake = _fake(tensor, mode, device, dtype if tensor.is_floating_point() else None)
+        if isinstance(tensor, nn.Parameter):
+            fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
+        memo[id(tensor)] = fake
+    return copy.deepcopy(model, memo)
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device="meta")
+    return FakeTensor(mode, shape, device).requires_grad_(tensor.requires_grad)
+
+
+def categorizer(model: nn.Module) -> Callable[[str, Place], str]:
+    """Whose a new storage is: by the phase, else by the innermost enclosing module whose class tells what it is."""
+    classes = {path: type(module).__name__ for path, module in model.named_modules()}
+    known: dict[str, str] = {}
+
+    def of_module(path: str) -> str:
+        while path:
+            for category, pattern in _CLASSES.items():
+                if pattern.search(classes.get(path, "")):
+                    return category
+            path = path.rpartition(".")[0]
+        return "streams"
+
+    def categorize(phase: str, place: Place) -> str:
+        if phase in ("gradients", "optimizer"):
+            return phase
+        if place.phase == "loss":
+            return "loss"
+        if place.module not in known:
+            known[place.module] = of_module(place.module)
+        return known[place.module]
+
+    return categorize
+
+
+_CLASSES = {
+    "attention": re.compile(r"attention|attn", re.IGNORECASE),
+    "feed-forward": re.compile(r"feed_?forward|mlp|ffn|moe|expert", re.IGNORECASE),
+}

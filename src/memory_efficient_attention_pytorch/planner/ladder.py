@@ -1,0 +1,61 @@
+"""From a budget to settings: the ways of running a Transformer, from the fastest to the leanest."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+LEAST_TOKENS = 128
+"""The tokens of a feed-forward's chunk below which its matrix products would suffer."""
+
+
+@dataclass(frozen=True)
+class Rung:
+    """A way of running the step: what is new in it, and all settings that make it."""
+
+    name: str
+    settings: Mapping[str, Any]
+
+
+def ladder(config: Mapping[str, Any], batch_size: int, seq_len: int, mixed_precision: bool) -> Iterator[Rung]:
+    """The rungs in the order in which each trades some speed for memory. What the configuration says stays as it is.
+
+    Under mixed precision reversal is exact, since rounding in low precision would grow from block to block.
+    """
+    settings: dict[str, Any] = {}
+    rungs = 0
+    for name, changes in _changes(config, batch_size * seq_len, seq_len, mixed_precision):
+        free = {key: value for key, value in changes.items() if key not in config}
+        if free or not rungs:
+            settings |= free
+            rungs += 1
+            yield Rung(name if free else "as configured", dict(settings))
+
+
+def _changes(
+    config: Mapping[str, Any], tokens: int, seq_len: int, mixed_precision: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    yield (
+        "store everything",
+        {"reversible": False, "exact": False, "ff_chunks": 1, "head_chunks": 1, "loss_chunk_size": tokens},
+    )
+    yield "loss in chunks", {"loss_chunk_size": None}
+    chunks = [count for count in (8, 64, 512) if count * LEAST_TOKENS <= seq_len]
+    if chunks:
+        yield f"feed-forward in {chunks[0]} chunks", {"ff_chunks": chunks[0]}
+    yield "reversible blocks", {"reversible": True, "exact": mixed_precision}
+    for groups in _head_groups(config):
+        yield f"heads in {groups} groups", {"head_chunks": groups}
+    for count in chunks[1:]:
+        yield f"feed-forward in {count} chunks", {"ff_chunks": count}
+    yield "loss in chunks of 32 tokens", {"loss_chunk_size": 32}
+
+
+def _head_groups(config: Mapping[str, Any]) -> Iterator[int]:
+    heads = config.get("heads", 8)
+    share = heads // (config.get("kv_heads") or heads)
+    for groups in range(2, heads + 1):
+        size = heads // groups
+        if heads % groups == 0 and (size % share == 0 or share % size == 0):
+            yield groups

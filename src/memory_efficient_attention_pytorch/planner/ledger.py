@@ -1,0 +1,196 @@
+"""Count the bytes of live storages while a step runs under fake tensors, and who made them."""
+
+from __future__ import annotations
+
+import bisect
+import weakref
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
+from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from .accounting import Accounting
+from .flops import count_flops
+from .timeline import CATEGORIES, Operation, Timeline, as_row
+
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Place:
+    """Where in the step code runs: its phase and the path of the innermost module, "" outside of all."""
+
+    phase: str
+    module: str = ""
+
+
+class Weight:
+    """How many operations the one at work stands for; see ``abridge``."""
+
+    def __init__(self) -> None:
+        self.value = 1.0
+
+    @contextmanager
+    def times(self, factor: float) -> Iterator[None]:
+        before, self.value = self.value, self.value * factor
+        try:
+            yield
+        finally:
+            self.value = before
+
+
+class Ledger(TorchDispatchMode):
+    """Counts live storages, each once however many tensors share it, from its birth to its finalizer.
+
+    Enter it inside a ``FakeTensorMode``. When a storage is first seen it is charged to ``categorize(phase, place)``,
+    where place says who runs: in forward and in recomputation the innermost module, in backward the one that ran when
+    the node being differentiated was made. Storages on other devices than the accounting's are not counted.
+
+    Raises NotImplementedError, naming operation and module, where a shape or a number depends on the data.
+    """
+
+    def __init__(self, accounting: Accounting, categorize: Callable[[str, Place], str]) -> None:
+        super().__init__()
+        self._operations: list[Operation] = []
+        self._rows: list[list[int]] = []
+        self._flops = 0.0
+        self.weight = Weight()
+        self._accounting = accounting
+        self._categorize = categorize
+        self._live: Counter[str] = Counter()
+        self._storages: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._places = [Place("setup")]
+        # Places that nodes of the autograd graph were made in, by their first sequence number.
+        self._made_from: list[int] = [0]
+        self._made_in: list[Place] = [self._places[0]]
+
+    @property
+    def phase(self) -> str:
+        return self._places[-1].phase
+
+    def enter(self, category: str, tensors: Iterable[Tensor]) -> None:
+        """Charge to ``category`` the storages of these tensors that are not yet known."""
+        for tensor in tensors:
+            self._charge(tensor, category)
+
+    def start(self) -> None:
+        """Forget the operations so far: what came before is no part of the step."""
+        self._operations.clear()
+        self._rows.clear()
+        self._flops = 0.0
+
+    def timeline(self) -> Timeline:
+        """What happened since the start."""
+        live = np.array(self._rows, dtype=np.int64).reshape(-1, len(CATEGORIES))
+        return Timeline(list(self._operations), live, self._flops)
+
+    @contextmanager
+    def during(self, phase: str, module: str = "") -> Iterator[None]:
+        self._arrive(Place(phase, module))
+        try:
+            yield
+        finally:
+            self._leave()
+
+    @contextmanager
+    def watching(self, root: nn.Module) -> Iterator[None]:
+        """Follow which of the submodules is running, in recomputation too.
+
+        By hooks on every module there is, since a module's own hooks may change how it runs.
+        """
+        paths = {module: path for path, module in root.named_modules()}
+
+        def enter(module: nn.Module, args: Any) -> None:
+            if module in paths:
+                self._arrive(Place(self.phase, paths[module]))
+
+        def leave(module: nn.Module, args: Any, output: Any) -> None:
+            if module in paths:
+                self._leave()
+
+        with ExitStack() as handles:
+            handles.callback(register_module_forward_pre_hook(enter).remove)
+            handles.callback(register_module_forward_hook(leave, always_call=True).remove)
+            yield
+
+    def __torch_dispatch__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func.namespace == "prim":
+            return func(*args, **kwargs)
+        if func is aten._local_scalar_dense.default and self.phase == "optimizer":
+            return 1.0  # a step counter: what an update takes does not depend on how many came before
+        place = self._place()
+        try:
+            result = func(*args, **kwargs)
+        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+            raise NotImplementedError(
+                f"{func} in {place.module or 'the ' + place.phase} cannot be run dry: the shape of its result, or a "
+                "number that the code asks for, depends on the data"
+            ) from error
+        category = self._categorize(self.phase, place)
+        for tensor in _tensors(result):
+            self._charge(tensor, category)
+        self._flops += count_flops(func, args, kwargs, result) * self.weight.value
+        self._live["kernel workspace"] = self._accounting.workspace(func, args)
+        self._operations.append(Operation(self.phase, place.module, str(func)))
+        self._rows.append(as_row(self._live))
+        return result
+
+    def _place(self) -> Place:
+        """Who runs: a module, or in backward the one that made what is being differentiated."""
+        here = self._places[-1]
+        node = torch._C._current_autograd_node()
+        if here.module or node is None:
+            return here
+        number = node._sequence_nr()
+        if number > torch.autograd._get_sequence_nr():
+            return here  # the accumulation of a parameter's gradient, which no module made
+        return self._made_in[bisect.bisect_right(self._made_from, number) - 1]
+
+    def _arrive(self, place: Place) -> None:
+        self._places.append(place)
+        self._mark()
+
+    def _leave(self) -> None:
+        self._places.pop()
+        self._mark()
+
+    def _mark(self) -> None:
+        self._made_from.append(torch.autograd._get_sequence_nr())
+        self._made_in.append(self._place())
+
+    def _charge(self, tensor: Tensor, category: str) -> None:
+        if tensor.device.type != self._accounting.device.type:
+            return
+        storage = tensor.untyped_storage()
+        key = storage._cdata
+        if key in self._storages:
+            return
+        nbytes = storage.nbytes()
+        self._storages[key] = (weakref.ref(storage, partial(self._discharge, key)), category, nbytes)
+        self._live[category] += nbytes
+        self._live["allocator"] += self._accounting.rounding(nbytes)
+
+    def _discharge(self, key: int, _: Any) -> None:
+        _, category, nbytes = self._storages.pop(key)
+        self._live[category] -= nbytes
+        self._live["allocator"] -= self._accounting.rounding(nbytes)
+
+
+def _tensors(result: Any) -> Iterator[Tensor]:
+    if isinstance(result, Tensor):
+        yield result
+    elif isinstance(result, tuple | list):
+        for item in result:
+            yield from _tensors(item)

@@ -1,0 +1,260 @@
+"""``plan`` and ``max_seq_len``: what a training step needs, known before it runs."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import require
+from ..transformer import Transformer
+from .accounting import Accounting, accounting_for
+from .dry_run import OptimizerMaker
+from .ladder import ladder
+from .search import largest
+from .sizes import format_size, parse_size
+from .timeline import Operation, Timeline
+from .workload import Config, ExampleInputs, Workload
+
+DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Option:
+    """A way of running the step that was considered: its settings, bytes at its peak and floating-point operations."""
+
+    name: str
+    settings: Mapping[str, Any]
+    peak_bytes: int
+    flops: float
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a training step needs.
+
+    ``timeline`` has what is live at every operation. With a budget, ``settings`` are the Transformer's keywords that
+    were chosen, ``options`` all that was considered up to that choice, fastest first, and ``advice``, where nothing
+    fits, says what would.
+    """
+
+    timeline: Timeline
+    device: torch.device
+    batch_size: int | None
+    seq_len: int | None
+    budget: int | None = None
+    settings: Mapping[str, Any] = field(default_factory=dict)
+    options: tuple[Option, ...] = ()
+    advice: str | None = None
+
+    @property
+    def peak_bytes(self) -> int:
+        """The most that is live at once: parameters, gradients and the optimizer's state with everything else.
+
+        Not the runtime: the interpreter, PyTorch's own code, a CUDA context.
+        """
+        return int(self.timeline.totals[self.timeline.peak])
+
+    @property
+    def breakdown(self) -> dict[str, int]:
+        """What the peak consists of; adds up to ``peak_bytes``."""
+        return self.timeline.breakdown(self.timeline.peak)
+
+    @property
+    def peak(self) -> Operation:
+        """The operation at the peak, with the module and the phase it ran in."""
+        return self.timeline.operations[self.timeline.peak]
+
+    @property
+    def flops(self) -> float:
+        """Two per multiply-add of matrix products and attention, recomputation included, causality not deducted."""
+        return self.timeline.flops
+
+    def fits(self, budget: int | float | str | None = None) -> bool:
+        """Is the peak within the budget (by default the one planned for)?"""
+        limit = self.budget if budget is None else parse_size(budget)
+        require(limit is not None, "budget", "a size such as 8GiB, since the plan was made without one", None)
+        assert limit is not None
+        return self.peak_bytes <= limit
+
+
+def plan(
+    model_or_config: Config | nn.Module,
+    *,
+    batch_size: int | None = None,
+    seq_len: int | None = None,
+    dtype: torch.dtype | str | None = None,
+    autocast: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    optimizer: str | OptimizerMaker | None = "adamw",
+    budget: int | float | str | None = None,
+    example_inputs: ExampleInputs = None,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    threads: int | None = None,
+) -> Plan:
+    """Plan a training step (forward, backward, optimizer) without running it: the real code runs on fake tensors.
+
+    Args:
+        model_or_config: keywords of :class:`Transformer`, a built one, or any module with ``example_inputs``.
+        batch_size, seq_len: of the tokens that a Transformer is trained on.
+        dtype: of parameters, gradients and buffers: ``"fp32"``, ``"bf16"``, ``"fp16"`` or a ``torch.dtype``; the
+            model's own if None.
+        autocast: the dtype of mixed precision; off if None.
+        device: ``"cpu"`` or ``"cuda"``, which need not exist here. Default: where a built model is, else CUDA where
+            there is one.
+        optimizer: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, a function from a list of
+            parameters to an optimizer, or None for forward and backward alone.
+        budget: a size (``"8GiB"``, ``"8000M"``, bytes). For a configuration the fastest settings that fit are chosen
+            among those that it leaves open: ``reversible``, ``ff_chunks``, ``head_chunks``, ``loss_chunk_size`` and,
+            under autocast, ``exact``.
+        example_inputs: what the module's forward takes: a tensor, a tuple, a mapping of keywords, or a function of
+            ``(batch_size, seq_len)`` that makes one. Values do not matter; ``meta`` tensors do.
+        loss_fn: makes a scalar of what the module returns; default: that itself, or its attribute ``loss``.
+        threads: of the CPU's kernels, which keep buffers each.
+
+    The step planned is any after the first: gradients and the optimizer's state exist when it begins.
+
+    Raises:
+        ValueError: an argument that makes no sense.
+        NotImplementedError: a module whose shapes depend on its data; names the operation.
+    """
+    workload, accounting = _prepared(
+        model_or_config, batch_size, seq_len, dtype, autocast, device, optimizer, example_inputs, loss_fn, threads
+    )
+    limit = None if budget is None else parse_size(budget)
+    if limit is not None and isinstance(model_or_config, Mapping):
+        return _plan_within(limit, workload, accounting)
+    made = _planned(workload, accounting, limit)
+    return made if limit is None or made.fits() else replace(made, advice=_advice(workload, accounting, limit, made))
+
+
+def max_seq_len(
+    model_or_config: Config | nn.Module,
+    *,
+    budget: int | float | str,
+    batch_size: int = 1,
+    dtype: torch.dtype | str | None = None,
+    autocast: torch.dtype | str | None = None,
+    device: torch.device | str | None = None,
+    optimizer: str | OptimizerMaker | None = "adamw",
+    example_inputs: ExampleInputs = None,
+    loss_fn: Callable[[Any], Tensor] | None = None,
+    threads: int | None = None,
+) -> int:
+    """The most tokens in a sequence for which the step's peak is within the budget; 0 if not even one fits.
+
+    Arguments are those of :func:`plan`; ``example_inputs`` has to be a function of ``(batch_size, seq_len)``. The
+    settings stay as they are: take them from ``plan(…, budget=…).settings`` for others. Found to within 1 part in 256,
+    on the side that fits; a Transformer with learned positions is not asked for more than it has.
+    """
+    require(
+        example_inputs is None or callable(example_inputs), "example_inputs", "a function of (batch, length)", "none"
+    )
+    workload, accounting = _prepared(
+        model_or_config, batch_size, 1, dtype, autocast, device, optimizer, example_inputs, loss_fn, threads
+    )
+    return _longest(workload, accounting, parse_size(budget))
+
+
+def _prepared(
+    subject: Config | nn.Module,
+    batch_size: int | None,
+    seq_len: int | None,
+    dtype: torch.dtype | str | None,
+    autocast: torch.dtype | str | None,
+    device: torch.device | str | None,
+    optimizer: str | OptimizerMaker | None,
+    example_inputs: ExampleInputs,
+    loss_fn: Callable[[Any], Tensor] | None,
+    threads: int | None,
+) -> tuple[Workload, Accounting]:
+    types = {"dtype": _dtype(dtype, "dtype"), "autocast": _dtype(autocast, "autocast")}
+    workload = Workload(
+        subject, batch_size, seq_len, optimizer, example_inputs=example_inputs, loss_fn=loss_fn, **types
+    )
+    return workload, accounting_for(_device(device, subject), threads)
+
+
+def _planned(workload: Workload, accounting: Accounting, budget: int | None = None) -> Plan:
+    timeline = workload.run_dry(accounting)
+    return Plan(timeline, accounting.device, workload.batch_size, workload.seq_len, budget)
+
+
+def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Plan:
+    """The first rung of the ladder that fits, or else the leanest with advice."""
+    assert isinstance(workload.subject, Mapping)
+    options: list[Option] = []
+    leanest: tuple[Plan, Workload] | None = None
+    for rung in ladder(workload.subject, *workload.token_shape, workload.autocast is not None):
+        changed = replace(workload, subject={**workload.subject, **rung.settings})
+        made = replace(_planned(changed, accounting, budget), settings=rung.settings)
+        options.append(Option(rung.name, rung.settings, made.peak_bytes, made.flops))
+        if leanest is None or made.peak_bytes < leanest[0].peak_bytes:
+            leanest = made, changed
+        if made.fits():
+            return replace(made, options=tuple(options))
+    assert leanest is not None
+    made, changed = leanest
+    return replace(made, options=tuple(options), advice=_advice(changed, accounting, budget, made))
+
+
+def _advice(workload: Workload, accounting: Accounting, budget: int, made: Plan) -> str:
+    """What to change so that the step fits."""
+    standing = sum(made.breakdown[part] for part in ("parameters", "gradients", "optimizer"))
+    if standing >= budget:
+        return (
+            f"parameters, gradients and optimizer state alone take {format_size(standing)}: "
+            "a smaller model, a lean optimizer or a dtype of fewer bytes is needed"
+        )
+    changes = []
+    if workload.batch_size and workload.batch_size > 1 and workload.seq_len:
+        smaller = largest(
+            lambda size: _peak(replace(workload, batch_size=size), accounting), budget, workload.batch_size
+        )
+        changes += [f"a batch of {smaller}"] if smaller else []
+    if workload.of_transformer or callable(workload.example_inputs):
+        longest = _longest(workload, accounting, budget)
+        changes += [f"sequences of {longest} tokens"] if longest else []
+    changes.append(f"a budget of {format_size(made.peak_bytes)}")
+    return " or ".join(changes) + " would fit"
+
+
+def _longest(workload: Workload, accounting: Accounting, budget: int) -> int:
+    return largest(lambda n: _peak(replace(workload, seq_len=n), accounting), budget, _most_tokens(workload.subject))
+
+
+def _peak(workload: Workload, accounting: Accounting) -> int:
+    return int(workload.run_dry(accounting).totals.max())
+
+
+def _most_tokens(subject: Config | nn.Module) -> int | None:
+    """How many tokens a Transformer has positions for; None if that does not limit it."""
+    if isinstance(subject, Mapping):
+        learned = subject.get("positions", "learned") == "learned"
+        return subject.get("max_seq_len") if learned else None
+    return subject.max_seq_len if isinstance(subject, Transformer) and subject.pos_emb is not None else None
+
+
+def _dtype(value: torch.dtype | str | None, argument: str) -> torch.dtype | None:
+    if value is None or (isinstance(value, torch.dtype) and value.is_floating_point):
+        return value
+    expected = f"a floating-point torch.dtype, None or one of {', '.join(DTYPES)}"
+    require(isinstance(value, str) and value in DTYPES, argument, expected, repr(value))
+    return DTYPES[str(value)]
+
+
+def _device(device: torch.device | str | None, subject: Config | nn.Module) -> torch.device:
+    if device is None:
+        tensor = None if isinstance(subject, Mapping) else next(subject.parameters(), None)
+        if tensor is None or tensor.device.type == "meta":
+            return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        return tensor.device
+    try:
+        found = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device: expected cpu, cuda or another device of PyTorch's, got {device!r}") from error
+    require(found.type != "meta", "device", "a device with memory, such as cpu or cuda", "meta")
+    return found

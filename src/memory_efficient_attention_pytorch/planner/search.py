@@ -1,0 +1,51 @@
+"""The largest size that fits, from few evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+FRACTION, GRANULE = 256, 64
+
+
+def largest(need: Callable[[int], int], budget: int, limit: int | None = None, start: int = 1024) -> int:
+    """The largest ``n`` up to ``limit`` with ``need(n) <= budget``, 0 if there is none; ``need`` grows with n.
+
+    To within 1 part in 256, on the side that fits. Memory is near enough to a straight line in n for the line through
+    two known points to find the place in a few evaluations; where it does not, halving does.
+    """
+    known: dict[int, int] = {}
+    low, high = 0, None if limit is None else limit + 1
+    n = start if limit is None else min(start, limit)
+    halve = False
+    while True:
+        known[n] = need(n)
+        before = (high or 0) - low
+        if known[n] <= budget:
+            low = n
+        else:
+            high = n
+        width = max(1, low // FRACTION)
+        if high is None:
+            n = max(4 * n, _meeting(known, budget, 4 * n)) if len(known) < 2 else max(2 * n, _meeting(known, budget, n))
+            continue
+        if high - low <= width:
+            return low
+        halve = not halve and before > 0 and 2 * (high - low) > before
+        n = (low + high) // 2 if halve else _meeting(known, budget, (low + high) // 2)
+        # Next to a known end, step by the accuracy wanted: that closes the interval if the end is the answer.
+        n = max(low + width, min(n, high - (width if high in known else 1)))
+        if n < high - 1 and n > FRACTION * GRANULE and n - n % GRANULE > low:
+            n -= n % GRANULE
+
+
+def _meeting(known: dict[int, int], budget: int, otherwise: int) -> int:
+    """Where the line through the points closest to the budget, on either side if there are such, meets it."""
+    below = max((n for n, bytes_ in known.items() if bytes_ <= budget), default=None)
+    above = min((n for n, bytes_ in known.items() if bytes_ > budget), default=None)
+    ends = [n for n in (below, above) if n is not None]
+    if len(ends) < 2:
+        ends = sorted(known, key=lambda n: abs(known[n] - budget))[:2]
+    if len(ends) < 2 or known[ends[0]] == known[ends[1]]:
+        return otherwise
+    a, b = ends
+    return round(a + (budget - known[a]) * (b - a) / (known[b] - known[a]))

@@ -1,0 +1,103 @@
+"""Sizes as people write them, and how much memory there is."""
+
+from __future__ import annotations
+
+import os
+import re
+from pathlib import Path
+
+import torch
+
+from ..errors import require
+
+_UNITS = {
+    "": 1,
+    "k": 10**3,
+    "m": 10**6,
+    "g": 10**9,
+    "t": 10**12,
+    "ki": 2**10,
+    "mi": 2**20,
+    "gi": 2**30,
+    "ti": 2**40,
+}
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+
+
+def parse_size(size: int | float | str, argument: str = "budget") -> int:
+    """Bytes of ``"8GB"`` (10⁹ each), ``"8GiB"`` (2³⁰ each), ``"8000M"``, ``"1.5 t"`` or a number of bytes.
+
+    Raises ValueError, naming ``argument``, for anything else and for what is below one byte.
+    """
+    expected = "a size above zero such as 8GB, 8GiB or 8000M"
+    match = _SIZE.fullmatch(size) if isinstance(size, str) else None
+    require(not isinstance(size, str | bool) or match is not None, argument, expected, repr(size))
+    require(match is None or match[2].lower() in _UNITS, argument, expected, repr(size))
+    amount = float(match[1]) * _UNITS[match[2].lower()] if match else size
+    require(isinstance(amount, int | float) and 1 <= amount < float("inf"), argument, expected, repr(size))
+    return int(amount)
+
+
+def format_size(nbytes: float) -> str:
+    """``"1.50 GiB"``: three digits and a binary unit."""
+    for unit in ("B", "KiB", "MiB", "GiB"):
+        if abs(nbytes) < 1024:
+            return f"{nbytes:.0f} {unit}" if unit == "B" or abs(nbytes) >= 100 else f"{nbytes:.3g} {unit}"
+        nbytes /= 1024
+    return f"{nbytes:,.4g} TiB"
+
+
+def available_memory(device: torch.device | str = "cpu") -> int:
+    """Bytes that could be allocated now: free memory of a CUDA device, or RAM within the limits of this process.
+
+    Raises NotImplementedError where the system does not tell.
+    """
+    device = torch.device(device)
+    if device.type == "cuda" and torch.cuda.is_available():
+        return torch.cuda.mem_get_info(device)[0]
+    if device.type != "cpu":
+        raise NotImplementedError(f"how much memory device {str(device)!r} has is not known here: give a budget")
+    return min(_free_ram(), *_control_group_rooms())
+
+
+def _free_ram() -> int:
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        sizes = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        return int(sizes["MemAvailable"].split()[0]) * 1024
+    try:
+        return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (ValueError, OSError) as error:
+        raise NotImplementedError("this system does not tell how much memory is free: give a budget") from error
+
+
+def _control_group_rooms() -> list[int]:
+    """What the control groups of this process leave, from its own up to the root's (versions 2 and 1)."""
+    rooms = [2**63]
+    memberships = Path("/proc/self/cgroup")
+    for line in memberships.read_text().splitlines() if memberships.exists() else ():
+        _, controllers, path = line.split(":", 2)
+        version_two = not controllers
+        if not version_two and "memory" not in controllers.split(","):
+            continue
+        root = Path("/sys/fs/cgroup") if version_two else Path("/sys/fs/cgroup/memory")
+        names = ("memory.max", "memory.current") if version_two else _VERSION_ONE
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            if not folder.is_relative_to(root):
+                break
+            limit, used = (_number(folder / name) for name in names)
+            if limit is not None and used is not None:
+                rooms.append(max(0, limit - used))
+    return rooms
+
+
+_VERSION_ONE = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+
+
+def _number(file: Path) -> int | None:
+    try:
+        text = file.read_text().strip()
+    except OSError:
+        return None
+    return int(text) if text.isdigit() else None

@@ -1,0 +1,138 @@
+"""What was live at every operation of a step, and the step of a deep model from those of two shallow ones."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+from numpy.typing import NDArray
+
+CATEGORIES = (
+    "parameters",
+    "gradients",
+    "optimizer",
+    "streams",
+    "attention",
+    "feed-forward",
+    "loss",
+    "kernel workspace",
+    "allocator",
+)
+"""``streams`` are residual streams, embeddings, inputs and whatever belongs to no other category."""
+
+
+class Operation(NamedTuple):
+    """Where an operation ran: the phase of the step, the path of the module ("" outside of all) and its name."""
+
+    phase: str
+    module: str
+    name: str
+
+
+@dataclass(frozen=True)
+class Timeline:
+    """The operations of a step in order, what was live during each (bytes, a column per category), and the FLOPs."""
+
+    operations: list[Operation]
+    live: NDArray[np.int64]
+    flops: float
+
+    @property
+    def totals(self) -> NDArray[np.int64]:
+        """Bytes live during each operation."""
+        return self.live.sum(axis=1)
+
+    @property
+    def peak(self) -> int:
+        """Which operation had the most live."""
+        return int(self.totals.argmax())
+
+    def breakdown(self, index: int) -> dict[str, int]:
+        return dict(zip(CATEGORIES, self.live[index].tolist(), strict=True))
+
+
+def as_row(live: Mapping[str, int]) -> list[int]:
+    return [live.get(category, 0) for category in CATEGORIES]
+
+
+def at_depth(two: Timeline, three: Timeline, depth: int) -> Timeline:
+    """The timeline of ``depth`` equal blocks, given those of the same model with two and with three.
+
+    A third block does two things: it inserts its operations, and it raises what is live before and after them by an
+    amount of its own. So do a fourth and all others. Nothing is assumed about what a block takes: should the
+    operations not line up like this, a ValueError says so.
+    """
+    segments = [_stretch(*pair, depth) for pair in zip(_segments(two), _segments(three), strict=True)]
+    operations = [operation for segment, _ in segments for operation in segment]
+    live = np.concatenate([rows for _, rows in segments])
+    return Timeline(operations, live, two.flops + (depth - 2) * (three.flops - two.flops))
+
+
+Segment = tuple[list[Operation], NDArray[np.int64]]
+
+
+def _segments(timeline: Timeline) -> Iterator[Segment]:
+    """The passes of a step: forward with the loss, backward, optimizer."""
+    passes = [_PASSES[operation.phase] for operation in timeline.operations]
+    for number in sorted(set(_PASSES.values())):
+        places = [i for i, found in enumerate(passes) if found == number]
+        start, stop = (places[0], places[-1] + 1) if places else (0, 0)
+        yield timeline.operations[start:stop], timeline.live[start:stop]
+
+
+_PASSES = {"forward": 0, "loss": 0, "backward": 1, "optimizer": 2}
+
+
+def _stretch(two: Segment, three: Segment, depth: int) -> Segment:
+    short, long = two[0], three[0]
+    added = len(long) - len(short)
+    if not short and not long:
+        return two
+    # Equal blocks leave open where the third one stands. In the middle, so that the first and the last, which may do
+    # something of their own, remain what they are.
+    place = (_common(short, long) + len(short) - _common(short[::-1], long[::-1])) // 2
+    if added < 0 or _names(short) != _names(long[:place] + long[place + added :]):
+        raise ValueError("the blocks are not alike: a third one does more than add its own operations")
+    before = three[1][:place] - two[1][:place]
+    after = three[1][place + added :] - two[1][place:]
+    block = three[1][place : place + added]
+    # By how much one more block raises what is live just before the inserted operations, and just after them.
+    first = before[-1] if len(before) else after[0]
+    last = after[0] if len(after) else first
+    repeats = depth - 2
+    rows = [two[1][:place] + repeats * before]
+    rows += [block + (repeats - 1) * first + i * (last - first) for i in range(repeats)]
+    rows.append(two[1][place:] + repeats * after)
+    return _renumbered(long, place, added, repeats), np.concatenate(rows)
+
+
+def _names(operations: Sequence[Operation]) -> list[str]:
+    return [operation.name for operation in operations]
+
+
+def _common(a: Sequence[Operation], b: Sequence[Operation]) -> int:
+    """How many operations the two begin with alike."""
+    pairs = enumerate(zip(_names(a), _names(b), strict=False))
+    return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
+
+
+def _renumbered(long: list[Operation], place: int, added: int, repeats: int) -> list[Operation]:
+    """The operations of three blocks, the inserted ones repeated, blocks numbered as in the deep model."""
+    backward = long[0].phase == "backward"
+    last = repeats - 1
+    found = [_shifted(op, last if backward else 0) for op in long[:place]]
+    for i in range(repeats):
+        found += [_shifted(op, last - i if backward else i) for op in long[place : place + added]]
+    return found + [_shifted(op, 0 if backward else last) for op in long[place + added :]]
+
+
+def _shifted(operation: Operation, by: int) -> Operation:
+    if not by or not operation.module:
+        return operation
+    return operation._replace(module=_NUMBER.sub(lambda match: str(int(match[0]) + by), operation.module, count=1))
+
+
+_NUMBER = re.compile(r"(?<=\blayers\.)\d+")

@@ -1,0 +1,148 @@
+"""What is to be planned: a Transformer's keywords, a built one, or any module with example inputs and a loss."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..errors import require, require_positive_int
+from ..transformer import Transformer
+from .accounting import Accounting
+from .dry_run import OptimizerMaker, Step, dry_run
+from .timeline import Timeline, at_depth
+
+Config = Mapping[str, Any]
+ExampleInputs = Any
+"""A tensor, a tuple of positional or a mapping of keyword arguments, or a function of (batch_size, seq_len) to one."""
+
+
+@dataclass(frozen=True)
+class Workload:
+    """A step whose batch and length can be chosen."""
+
+    subject: Config | nn.Module
+    batch_size: int | None
+    seq_len: int | None
+    optimizer: str | OptimizerMaker | None = "adamw"
+    dtype: torch.dtype | None = None
+    autocast: torch.dtype | None = None
+    example_inputs: ExampleInputs = None
+    loss_fn: Callable[[Any], Tensor] | None = None
+
+    def __post_init__(self) -> None:
+        kinds = "a Transformer's keywords or an nn.Module"
+        require(isinstance(self.subject, Mapping | nn.Module), "model_or_config", kinds, type(self.subject).__name__)
+        for name in ("batch_size", "seq_len"):
+            if getattr(self, name) is not None:
+                require_positive_int(name, getattr(self, name))
+        if self.of_transformer:
+            for name in ("batch_size", "seq_len"):
+                require(getattr(self, name) is not None, name, "a positive integer", None)
+        else:
+            expected = "the inputs of this module's forward, or a function of (batch_size, seq_len) that makes them"
+            require(self.example_inputs is not None, "example_inputs", expected, None)
+
+    @property
+    def of_transformer(self) -> bool:
+        """A language model's step on tokens; otherwise one on the example inputs."""
+        return self.example_inputs is None and isinstance(self.subject, Mapping | Transformer)
+
+    @property
+    def token_shape(self) -> tuple[int, int]:
+        """Batch and length of a Transformer's tokens."""
+        assert self.batch_size is not None
+        assert self.seq_len is not None
+        return self.batch_size, self.seq_len
+
+    def run_dry(self, accounting: Accounting) -> Timeline:
+        """The step's timeline. Of a Transformer of equal blocks two and three are run, and the rest follows."""
+        if not self.of_transformer:
+            assert isinstance(self.subject, nn.Module)
+            args, kwargs = self._arguments()
+            return dry_run(self.step(self.subject, args, kwargs), accounting)
+        tokens = torch.zeros(self.token_shape, dtype=torch.long, device="meta")
+
+        def at(depth: int) -> Timeline:
+            return dry_run(self.step(self.transformer(depth), (tokens,), {"labels": tokens}), accounting)
+
+        return at_depth(at(2), at(3), self._depth) if self._depth > 3 and self._uniform else at(self._depth)
+
+    def step(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
+        return Step(model, self.loss_fn or _scalar_loss, args, kwargs, self.optimizer, self.dtype, self.autocast)
+
+    @property
+    def _depth(self) -> int:
+        if isinstance(self.subject, Mapping):
+            require_positive_int("depth", self.subject.get("depth"))
+            return self.subject["depth"]
+        return len(self.subject.layers)  # type: ignore[arg-type]
+
+    @property
+    def _uniform(self) -> bool:
+        if isinstance(self.subject, Mapping):
+            return True
+        first, *others = (_signature(block) for block in self.subject.layers)  # type: ignore[union-attr]
+        return all(other == first for other in others)
+
+    def transformer(self, depth: int) -> Transformer:
+        if not isinstance(self.subject, Mapping):
+            assert isinstance(self.subject, Transformer)
+            return shortened(self.subject, depth)
+        # Learned positions are as many as the sequence has, unless said otherwise.
+        keywords = {"max_seq_len": self.seq_len, **self.subject, "depth": depth}
+        try:
+            with torch.device("meta"):
+                return Transformer(**keywords)
+        except TypeError as error:
+            raise ValueError(f"model_or_config: {error}") from error
+
+    def _arguments(self) -> tuple[tuple[Any, ...], Mapping[str, Any]]:
+        inputs = self.example_inputs
+        if callable(inputs):
+            for name in ("batch_size", "seq_len"):
+                require(getattr(self, name) is not None, name, "a positive integer, for example_inputs", None)
+            inputs = inputs(self.batch_size, self.seq_len)
+        if isinstance(inputs, Mapping):
+            return (), inputs
+        return (tuple(inputs) if isinstance(inputs, tuple | list) else (inputs,)), {}
+
+
+def shortened(model: Transformer, depth: int) -> Transformer:
+    """The Transformer with its first ``depth`` blocks; modules are shared."""
+    if depth == len(model.layers):
+        return model
+    layers = copy.copy(model.layers)
+    layers.__dict__["_modules"] = dict(list(model.layers._modules.items())[:depth])
+    layers.args_route = {keyword: list(routes)[:depth] for keyword, routes in model.layers.args_route.items()}
+    short = copy.copy(model)
+    short.__dict__["_modules"] = {**model._modules, "layers": layers}
+    return short
+
+
+def _signature(block: nn.Module) -> list[Any]:
+    """What a block's memory may depend on: its modules' types and plain settings, its parameters' shapes and dtypes."""
+    plain = (bool, int, float, str, tuple, type(None))
+    return [
+        (
+            name,
+            type(module),
+            {k: v for k, v in vars(module).items() if isinstance(v, plain)},
+            [(k, p.shape, p.dtype, p.requires_grad) for k, p in module.named_parameters(recurse=False)],
+        )
+        for name, module in block.named_modules()
+    ]
+
+
+def _scalar_loss(output: Any) -> Tensor:
+    loss = getattr(output, "loss", output)
+    if not isinstance(loss, Tensor) or loss.dim() != 0:
+        raise ValueError(
+            "loss_fn: expected a function that makes a scalar of what the model returns, since that is no scalar "
+            f"itself and has no scalar attribute 'loss', got None for an output of type {type(output).__name__}"
+        )
+    return loss

@@ -1,0 +1,216 @@
+"""The dry run sees the allocations of the real step, on any module, and cutting loops short changes nothing."""
+
+from collections import OrderedDict
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from memory_efficient_attention_pytorch import Transformer
+from memory_efficient_attention_pytorch.planner.accounting import Accounting, accounting_for
+from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
+
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
+TOKENS = torch.zeros(2, 128, dtype=torch.long, device="meta")
+BYTES = 4
+
+
+def plain(device=CPU):
+    """Counts tensors alone."""
+    return Accounting(device)
+
+
+def mean(output):
+    return output.mean()
+
+
+def language_model(**changes):
+    keywords = {"num_tokens": 64, "max_seq_len": 128, "dim": 32, "depth": 2, "heads": 4, "dim_head": 8, "causal": True}
+    with torch.device("meta"):
+        return Transformer(**{**keywords, **changes})
+
+
+class Squares(nn.Module):
+    """``(x w)²``, of which the forward pass keeps x, w and x w."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width, width))
+
+    def forward(self, x):
+        return (x @ self.weight) ** 2
+
+
+def test_every_storage_is_counted_once_and_as_long_as_it_lives():
+    rows, width = 1000, 10
+    step = Step(Squares(width), torch.sum, (torch.zeros(rows, width),), optimizer=None)
+    timeline = dry_run(step, plain())
+    weight, stream = width * width * BYTES, rows * width * BYTES
+    passed = zip(timeline.operations, timeline.totals, strict=True)
+    forward = [total for operation, total in passed if operation.phase == "forward"]
+    assert forward == [2 * weight + 2 * stream, 2 * weight + 3 * stream]  # x, x w and (x w)²
+    # Backward through the square: x w again, twice that and its product with the gradient, beside x and x w; the loss
+    # and its gradient are two numbers.
+    assert timeline.totals.max() == 2 * weight + 5 * stream + 2 * BYTES
+    breakdown = timeline.breakdown(timeline.peak)
+    assert breakdown["parameters"] == breakdown["gradients"] == weight
+    assert breakdown["streams"] + breakdown["loss"] == 5 * stream + 2 * BYTES
+
+
+def test_flops_are_two_per_multiply_add_with_two_products_in_backward():
+    step = Step(Squares(10), torch.sum, (torch.zeros(1000, 10, requires_grad=True),))
+    assert dry_run(step, plain()).flops == 3 * 2 * 1000 * 10 * 10
+
+
+def test_the_users_model_is_left_alone():
+    model = Squares(4)
+    before = dict(model.named_parameters())
+    dry_run(Step(model, torch.sum, (torch.zeros(3, 4),)), plain())
+    assert dict(model.named_parameters()) == before
+    assert type(model.weight) is nn.Parameter
+    assert model.weight.grad is None
+
+
+def test_tied_parameters_and_optimizer_state_are_counted_once():
+    class Tied(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.embedding = nn.Embedding(100, 8)
+            self.head = nn.Linear(8, 100, bias=False)
+            self.head.weight = self.embedding.weight
+
+        def forward(self, x):
+            return self.head(self.embedding(x))
+
+    timeline = dry_run(Step(Tied(), mean, (torch.zeros(4, dtype=torch.long),)), plain())
+    start = timeline.breakdown(0)
+    assert start["parameters"] == start["gradients"] == 800 * BYTES
+    assert start["optimizer"] == 2 * 800 * BYTES + BYTES  # two moments, and the count of steps
+
+
+def test_checkpointing_is_seen_to_save():
+    class Deep(nn.Sequential):
+        def __init__(self, recompute):
+            super().__init__(*(nn.Sequential(nn.Linear(16, 16), nn.GELU()) for _ in range(8)))
+            self.recompute = recompute
+
+        def forward(self, x):
+            for layer in self:
+                x = checkpoint(layer, x, use_reentrant=False) if self.recompute else layer(x)
+            return x
+
+    x = torch.zeros(4096, 16, requires_grad=True)
+    stored, recomputed = (dry_run(Step(Deep(flag), mean, (x,)), plain()) for flag in (False, True))
+    assert recomputed.totals.max() < 0.7 * stored.totals.max()
+    assert recomputed.flops > stored.flops
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("autocast", [None, torch.bfloat16], ids=str)
+def test_hugging_face_models_run_dry(device, autocast):
+    transformers = pytest.importorskip("transformers")
+    config = transformers.GPT2Config(
+        n_layer=2, n_embd=32, n_head=2, vocab_size=64, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM"
+    )
+    with torch.device("meta"):
+        model = transformers.GPT2LMHeadModel(config)
+    inputs = {"input_ids": TOKENS, "labels": TOKENS}
+    timeline = dry_run(Step(model, lambda output: output.loss, kwargs=inputs, autocast=autocast), plain(device))
+    assert sum(p.numel() for p in model.parameters()) * BYTES <= timeline.breakdown(0)["parameters"]
+    assert timeline.live[:, 4].max() > 0, "attention is known by its class"
+    assert timeline.live[:, 5].max() > 0, "so is the feed-forward"
+
+
+def test_cuda_without_a_gpu_takes_fused_attention_where_the_cpu_would_not():
+    layer = nn.TransformerEncoderLayer(32, 2, 64, dropout=0.1, batch_first=True, norm_first=True)
+    step = Step(layer, mean, (torch.zeros(1, 1024, 32, requires_grad=True),))
+    on_cpu, on_cuda = (dry_run(step, plain(device)) for device in (CPU, CUDA))
+    scores = 2 * 1024 * 1024 * BYTES
+    assert on_cpu.totals.max() > 2 * scores
+    assert on_cuda.totals.max() < scores
+
+
+def test_operations_know_phase_and_module():
+    timeline = dry_run(Step(language_model(ff_chunks=2), lambda loss: loss, (TOKENS,), {"labels": TOKENS}), plain())
+    found = {(operation.phase, operation.module) for operation in timeline.operations}
+    assert ("forward", "layers.0.0.fn.to_q") in found
+    assert ("backward", "layers.1.0.fn.to_q") in found
+    assert any(phase == "backward" and module.startswith("layers.0.1.fn.net") for phase, module in found)
+    assert {phase for phase, _ in found} == {"forward", "loss", "backward", "optimizer"}
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "tokens"),
+    [
+        ({"head_chunks": 4, "ff_chunks": 7}, 600),
+        ({"window": 40, "q_bucket_size": 32, "k_bucket_size": 64}, 269),
+        ({"dropout": 0.1, "q_bucket_size": 64, "k_bucket_size": 32}, 360),
+        ({"dropout": 0.1, "q_bucket_size": 32, "k_bucket_size": 64}, 260),
+        ({"positions": "alibi", "q_bucket_size": 64, "k_bucket_size": 64, "head_chunks": 4}, 380),
+    ],
+    ids=lambda value: "-".join(value) if isinstance(value, dict) else str(value),
+)
+def test_loops_cut_short_have_the_peak_of_the_whole(changes, tokens, device):
+    x = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    model = language_model(max_seq_len=tokens, depth=1, **changes)
+    step = Step(model, lambda loss: loss, (x,), {"labels": x}, optimizer=None, autocast=torch.bfloat16)
+    short, whole = (dry_run(step, plain(device), abridge=abridge) for abridge in (True, False))
+    assert len(short.operations) < len(whole.operations)
+    assert short.totals.max() == whole.totals.max()
+    assert short.breakdown(short.peak) == whole.breakdown(whole.peak)
+
+
+def test_floating_point_operations_of_loops_cut_short_are_those_of_the_whole():
+    x = torch.zeros(1, 1024, dtype=torch.long, device="meta")
+    chunked = {"head_chunks": 4, "ff_chunks": 8, "loss_chunk_size": 64}
+    flops = [
+        dry_run(Step(language_model(max_seq_len=1024, **way), lambda loss: loss, (x,), {"labels": x}), plain()).flops
+        for way in ({"loss_chunk_size": 1024}, chunked)
+    ]
+    assert flops[0] == flops[1]
+
+
+def test_data_dependent_code_is_refused_by_name():
+    class Chooses(nn.Linear):
+        def forward(self, x):
+            return super().forward(x[x.sum(-1) > 0])
+
+    class Asks(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) if x.max() > 0 else x
+
+    for module, operation in ((Chooses(4, 4), "index.Tensor"), (Asks(4, 4), "_local_scalar_dense.default")):
+        with pytest.raises(NotImplementedError, match=f"aten.{operation} in inner cannot be run dry"):
+            dry_run(Step(nn.Sequential(OrderedDict(inner=module)), mean, (torch.zeros(3, 4),)), plain())
+
+
+def test_nothing_is_left_behind_when_a_run_fails():
+    before = nn.functional.scaled_dot_product_attention, torch.Generator, torch.cuda.device
+    with pytest.raises(RuntimeError, match=r"mat1 and mat2|reduction dim"):
+        dry_run(Step(Squares(4), torch.sum, (torch.zeros(3, 5),)), plain(CUDA))
+    assert (nn.functional.scaled_dot_product_attention, torch.Generator, torch.cuda.device) == before
+    assert not nn.modules.module._global_forward_hooks
+    assert torch.ones(2, 2).sum().item() == 4
+
+
+def test_unknown_optimizer_is_refused_and_a_function_is_taken():
+    step = Step(Squares(4), torch.sum, (torch.zeros(3, 4),), optimizer="lion")
+    with pytest.raises(ValueError, match="optimizer: expected one of adamw"):
+        dry_run(step, plain())
+    sgd = Step(Squares(4), torch.sum, (torch.zeros(3, 4),), optimizer=lambda ps: torch.optim.SGD(ps, momentum=0.9))
+    assert dry_run(sgd, plain()).breakdown(0)["optimizer"] == 4 * 4 * BYTES
+
+
+def test_devices_add_what_their_allocators_and_kernels_take():
+    cpu, cuda = accounting_for(CPU, threads=2), accounting_for(CUDA)
+    assert cuda.rounding(1) == 511
+    assert cuda.rounding(512) == 0
+    assert cpu.rounding(100) < 100
+    assert (100 * 1024 + 1 + cpu.rounding(100 * 1024 + 1)) % 4096 == 0
+    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+    token_major = torch.empty(1, 64, 4, 8).transpose(1, 2)
+    head_major = token_major.contiguous()
+    copy = cpu.workspace(operation, (head_major, head_major)) - cpu.workspace(operation, (token_major, token_major))
+    assert copy == head_major.numel() * BYTES

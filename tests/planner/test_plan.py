@@ -1,0 +1,163 @@
+"""``plan`` and ``max_seq_len`` as a user calls them."""
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from memory_efficient_attention_pytorch import Transformer
+from memory_efficient_attention_pytorch.planner import CATEGORIES, max_seq_len, plan
+from memory_efficient_attention_pytorch.planner.ladder import ladder
+
+CONFIG = {"num_tokens": 256, "dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "causal": True}
+
+
+def planned(config=CONFIG, **options):
+    return plan(config, **{"batch_size": 1, "seq_len": 2048, "device": "cpu", "threads": 2, **options})
+
+
+def test_a_plan_tells_where_its_peak_is_and_what_it_consists_of():
+    made = planned()
+    assert made.peak_bytes == sum(made.breakdown.values()) == made.timeline.totals.max()
+    assert tuple(made.breakdown) == CATEGORIES
+    parameters = sum(p.numel() for p in Transformer(max_seq_len=2048, **CONFIG).parameters())
+    assert made.breakdown["parameters"] == made.breakdown["gradients"] == 4 * parameters
+    assert made.breakdown["optimizer"] >= 8 * parameters
+    assert made.peak.phase in ("forward", "loss", "backward", "optimizer")
+    assert made.peak == made.timeline.operations[made.timeline.peak]
+    assert made.flops > 6 * parameters * 2048
+    assert made.fits(made.peak_bytes)
+    assert not made.fits(made.peak_bytes - 1)
+
+
+def test_memory_free_of_depth_and_memory_that_grows_with_it():
+    def streams(depth, **changes):
+        made = planned({**CONFIG, "depth": depth, **changes}, optimizer=None)
+        return sum(made.breakdown[part] for part in ("streams", "attention", "feed-forward", "loss"))
+
+    stored = {"reversible": False}
+    per_block = 2048 * CONFIG["dim"] * 4
+    assert streams(24) == streams(2)
+    assert streams(24, **stored) - streams(2, **stored) > 22 * 10 * per_block
+
+
+def test_half_the_bytes_in_half_the_precision():
+    full, half = (planned(dtype=dtype).breakdown["parameters"] for dtype in ("fp32", torch.bfloat16))
+    assert full == 2 * half
+
+
+def test_any_module_with_example_inputs():
+    model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 100))
+
+    def loss(logits):
+        return nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(logits.shape[:2].numel()).long())
+
+    fixed = plan(model, example_inputs=torch.zeros(2, 50, dtype=torch.long), loss_fn=loss)
+    assert fixed.batch_size is None
+    made_up = plan(
+        model,
+        batch_size=2,
+        seq_len=50,
+        example_inputs=lambda batch, length: (torch.zeros(batch, length, dtype=torch.long, device="meta"),),
+        loss_fn=loss,
+    )
+    np.testing.assert_array_equal(fixed.timeline.live, made_up.timeline.live)
+
+
+def test_the_longest_sequence_fits_and_a_longer_one_does_not():
+    budget = 30 * 2**20
+    longest = max_seq_len(CONFIG, budget=budget, device="cpu", threads=2)
+    assert planned(seq_len=longest).fits(budget)
+    assert not planned(seq_len=longest + longest // 100).fits(budget)
+
+
+def test_learned_positions_bound_the_longest_sequence():
+    assert max_seq_len({**CONFIG, "max_seq_len": 100}, budget="8GiB", device="cpu") == 100
+    relative = {**CONFIG, "max_seq_len": 100, "positions": "rotary"}
+    assert max_seq_len(relative, budget="64MiB", device="cpu") > 1000
+    with torch.device("meta"):
+        assert max_seq_len(Transformer(max_seq_len=100, **CONFIG), budget="8GiB", device="cpu") == 100
+
+
+def test_the_longest_sequence_of_any_module():
+    longest = max_seq_len(
+        nn.Linear(64, 64),
+        budget=2**20,
+        device="cuda",
+        optimizer=None,
+        example_inputs=lambda batch, length: torch.zeros(batch, length, 64, device="meta"),
+        loss_fn=torch.sum,
+    )
+    assert longest == 0, "the workspace of the matrix products alone takes more"
+
+
+def test_a_budget_picks_the_fastest_settings_that_fit():
+    everything = planned(budget="1GiB")
+    assert everything.options[0].name == "store everything"
+    assert everything.settings["reversible"] is False
+    assert len(everything.options) == 1
+    tight = planned(budget=everything.peak_bytes // 2)
+    assert tight.fits()
+    assert not any(option.peak_bytes <= tight.budget for option in tight.options[:-1])
+    assert tight.settings == tight.options[-1].settings
+    assert tight.settings["reversible"] is True
+    assert [option.flops for option in tight.options] == sorted(option.flops for option in tight.options)
+    assert planned({**CONFIG, **tight.settings}).peak_bytes == tight.peak_bytes
+
+
+def test_what_the_configuration_says_is_kept():
+    tight = planned({**CONFIG, "reversible": False}, budget="14MiB")
+    assert "reversible" not in tight.settings
+    pinned = {**CONFIG, "reversible": True, "ff_chunks": 2, "head_chunks": 2, "loss_chunk_size": 64, "exact": False}
+    assert [rung.settings for rung in ladder(pinned, 1, 2048, mixed_precision=False)] == [{}]
+
+
+def test_reversal_under_mixed_precision_is_exact():
+    settings = planned(budget="16MiB", autocast="bf16").settings
+    assert settings["reversible"] is True
+    assert settings["exact"] is True
+
+
+def test_what_does_not_fit_comes_with_advice_that_holds():
+    lean = {**CONFIG, "depth": 1, "reversible": True, "ff_chunks": 16, "head_chunks": 4, "loss_chunk_size": 64}
+    hopeless = planned(lean, batch_size=4, seq_len=2048, budget="14MiB")
+    assert not hopeless.fits()
+    words = hopeless.advice.split()
+    batch, length = int(words[words.index("batch") + 2]), int(words[words.index("sequences") + 2])
+    assert planned(lean, batch_size=batch, seq_len=2048).fits("14MiB")
+    assert planned(lean, batch_size=4, seq_len=length).fits("14MiB")
+    assert "parameters, gradients and optimizer state alone take" in planned(budget="1MiB").advice
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"batch_size": 0}, "batch_size: expected a positive integer, got 0"),
+        ({"seq_len": -5}, "seq_len: expected a positive integer, got -5"),
+        ({"seq_len": None}, "seq_len: expected a positive integer, got None"),
+        ({"budget": "8 gigs"}, "budget: expected a size above zero such as 8GB"),
+        ({"dtype": "int8"}, "dtype: expected a floating-point"),
+        ({"dtype": torch.int64}, "dtype: expected a floating-point"),
+        ({"device": "tpu9"}, "device: expected cpu, cuda"),
+        ({"device": "meta"}, "device: expected a device with memory"),
+        ({"optimizer": "lion"}, "optimizer: expected one of adamw"),
+    ],
+)
+def test_nonsense_is_refused(changes, message):
+    with pytest.raises(ValueError, match=message):
+        planned(**changes)
+
+
+def test_nonsense_in_the_model_is_refused():
+    with pytest.raises(ValueError, match="model_or_config: expected a Transformer's keywords"):
+        plan(7, batch_size=1, seq_len=1)
+    with pytest.raises(ValueError, match=r"model_or_config: .*dimension"):
+        planned({**CONFIG, "dimension": 5})
+    with pytest.raises(ValueError, match="depth: expected a positive integer, got None"):
+        planned({"num_tokens": 4, "dim": 4})
+    with pytest.raises(ValueError, match="example_inputs: expected the inputs"):
+        plan(nn.Linear(2, 2))
+    with pytest.raises(ValueError, match="loss_fn: expected a function that makes a scalar"):
+        plan(nn.Linear(2, 2), example_inputs=torch.zeros(3, 2))
+    with pytest.raises(ValueError, match="budget: expected a size such as 8GiB"):
+        planned().fits()
