@@ -10,6 +10,9 @@ from hypothesis import HealthCheck, settings
 # Under --import-mode=importlib nothing puts the helpers on the path: `from tests.reference import ...` needs the root.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+# Tests are small, and run side by side: a second thread would only wait for the first.
+torch.set_num_threads(1)
+
 settings.register_profile(
     "repeatable",
     derandomize=True,

@@ -13,6 +13,7 @@ from .functional.linear_cross_entropy import linear_cross_entropy
 from .memory_efficient_attention import Attention, memory_efficient_attention
 from .memory_efficient_cosine_sim_attention import CosineSimAttention, numerically_unstable_memory_efficient_attention
 from .pieces import Chunked
+from .planner import Plan, max_seq_len, plan
 from .positions import AlibiBias, RelativePositionBias, RotaryEmbedding
 from .reversible import ReversibleSequence
 from .transformer import Transformer
@@ -27,6 +28,7 @@ __all__ = [
     "FeedForward",
     "FlashAttention",
     "KVCache",
+    "Plan",
     "PreNorm",
     "RelativePositionBias",
     "ReversibleSequence",
@@ -34,7 +36,9 @@ __all__ = [
     "Transformer",
     "dot_product_attention",
     "linear_cross_entropy",
+    "max_seq_len",
     "memory_efficient_attention",
     "numerically_unstable_memory_efficient_attention",
+    "plan",
     "select_backend",
 ]
