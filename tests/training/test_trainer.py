@@ -63,7 +63,7 @@ def test_the_loop_is_plain_training(text, tmp_path):
     optimizer = torch.optim.AdamW(
         [{"params": matrices, "weight_decay": 0.1}, {"params": rest, "weight_decay": 0.0}], lr=1.0, betas=(0.9, 0.95)
     )
-    rates = [2e-3 * 1 / 2, 2e-3, 2e-3, 2e-3 * 0.1]
+    rates = [3e-3 * 1 / 2, 3e-3, 3e-3, 3e-3 * 0.1]
     for step, rate in enumerate(rates):
         batches = list(Batches(tokens, config)(step))
         assert len(batches) == 3

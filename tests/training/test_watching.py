@@ -1,5 +1,6 @@
 """What is told, kept, drawn and chosen for the machine."""
 
+import dataclasses
 import json
 import os
 import signal
@@ -51,6 +52,24 @@ def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
     assert [record["step"] for record in records] == [0, 1, 2, 3, 3]
     assert records[3]["loss"] == 1.5
     assert records[4] == {"step": 3, "prompt": "a prompt", "sample": "its\ncontinuation 🙂"}
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
+def test_a_full_disk_is_told_once(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", first_step=-1)
+    metrics.file.close()
+    metrics.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    with pytest.raises(OSError, match="No space left"):
+        metrics.step(step(1))
+    metrics.close()
+    assert metrics.file.closed
+
+
+def test_infinity_is_no_number_in_json(tmp_path):
+    metrics = MetricsFile(tmp_path / "metrics.jsonl", first_step=-1)
+    metrics.step(dataclasses.replace(step(1), gradient_norm=float("inf")))
+    metrics.close()
+    assert read_metrics(tmp_path / "metrics.jsonl")[0]["gradient_norm"] is None
 
 
 def test_a_run_that_begins_anew_keeps_no_old_metrics(tmp_path):

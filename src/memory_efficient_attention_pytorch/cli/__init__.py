@@ -10,7 +10,8 @@ from .parser import Parser, nearest
 # One row per command: its name, the module that does it and what `mea --help` says of it. The module offers
 #
 #   add_arguments(parser)   which declares the command's options (its docstring is the description in --help);
-#   run(args) -> int        which does the work, prints, and returns the exit status.
+#   run(args) -> int        which does the work, prints, and returns the exit status. args.from_shell: whether this
+#                           process is the command's own and not a program that calls main().
 #
 # A user's mistake is a ValueError with a one-line message that says what to do: status 2. What fails in the middle of
 # the work for a reason outside the options is a RuntimeError of class training.files.RunError: status 1. Neither shows
@@ -35,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _general(arguments)
         if name not in COMMANDS:
             raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS)}; mea --help lists them")
-        return _run(name, arguments[1:])
+        return _run(name, arguments[1:], from_shell=argv is None)
     except ValueError as error:
         if "--debug" in arguments:
             raise
@@ -63,12 +64,13 @@ def _general(arguments: list[str]) -> int:
     return 0
 
 
-def _run(name: str, arguments: list[str]) -> int:
+def _run(name: str, arguments: list[str], *, from_shell: bool) -> int:
     module = importlib.import_module(f".{COMMANDS[name][0]}", __name__)
     parser = Parser(prog=f"mea {name}", description=module.__doc__)
     module.add_arguments(parser)
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
+    args.from_shell = from_shell
     try:
         return module.run(args)
     except BrokenPipeError:

@@ -9,8 +9,11 @@ Python standard library. What it learns and measures goes to a run directory, ru
 
 import argparse
 import dataclasses
+import os
 import sys
 from typing import Any
+
+import torch
 
 from ..training.config import TrainConfig, option_type, read_values
 from .train_display import make_watcher, summary
@@ -62,6 +65,8 @@ def run(args: argparse.Namespace) -> int:
         options = (read_values(args.config) if args.config else {}) | options
         config = TrainConfig(**options)
 
+    if args.from_shell:
+        _let_waiting_threads_sleep()
     # Only now, when the options are known to be sound, the imports that take seconds.
     from ..training.interruption import Interrupted
     from ..training.launch import latest_run, resume_run, start_run
@@ -79,3 +84,17 @@ def run(args: argparse.Namespace) -> int:
     if outcome.main and not args.quiet:
         print(summary(outcome))
     return 0
+
+
+def _let_waiting_threads_sleep() -> None:
+    """Begin this process again with OMP_WAIT_POLICY=PASSIVE, which OpenMP reads only when PyTorch is loaded.
+
+    By default its threads spin while they wait for each other. On two cores that others use too, a thread that spins
+    keeps the one it waits for from running: a step of the default model took 2 to 7 seconds where it takes one with
+    threads that sleep, and 0.27 instead of 0.25 when the machine is quiet.
+    """
+    launched = "RANK" in os.environ  # torchrun gives each process one thread, which waits for nobody
+    if "OMP_WAIT_POLICY" in os.environ or launched or os.name == "nt" or torch.accelerator.is_available():
+        return
+    os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
+    os.execv(sys.executable, [sys.executable, *sys.orig_argv[1:]])

@@ -154,7 +154,7 @@ def summary(outcome: "Outcome") -> str:
         f"best {best['validation_bits_per_byte']:.2f} at step {best['step']}",
         f"memory: {max(r['memory_peak'] for r in steps) >> 20} MiB at the peak",
         f"curve: {run.plot}   numbers: {run.metrics}   weights: {run.checkpoints.root}",
-        f"next: mea generate {run.path} --prompt 'import '",
+        f"next: mea generate {run.path} --prompt '{'...' if outcome.config.data else 'import '}'",
     ]
     return "\n".join(lines)
 

@@ -2,6 +2,7 @@
 
 import contextlib
 import datetime
+import os
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -15,7 +16,7 @@ from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
 from .files import WRITE_ERRORS, RunError, write_atomically
 from .model import build_model
-from .resources import pick_precision, resolve
+from .resources import PIECE_BYTES, pick_precision, resolve
 from .run_directory import RunDirectory
 from .text import prepare_text
 from .trainer import Trainer
@@ -159,7 +160,8 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
         reversal = f"activations rebuilt (reversal, not exact: {config.precision} rounds little)"
     return (
         f"{parameters:,} parameters on {where} in {config.precision}; {choice.name} attention ({choice.reason}); "
-        f"{reversal}; attention in {config.head_chunks} and feed-forward in {config.ff_chunks} pieces; "
+        f"{reversal}; attention in {config.head_chunks} and feed-forward in {config.ff_chunks} pieces "
+        f"(none works on more than {PIECE_BYTES >> 20} MiB if it can be helped); "
         f"{corpus.info.train_tokens:,} tokens to train on, {corpus.info.validation_tokens:,} to validate on "
         f"({corpus.info.split})"
     )
@@ -173,6 +175,7 @@ def _make_accelerator(config: TrainConfig) -> "Accelerator":
         raise ValueError(
             f"training needs {error.name}: pip install 'memory-efficient-attention-pytorch[train]'"
         ) from error
+    _prefer_deterministic_kernels()
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     device = None if on_cpu else torch.accelerator.current_accelerator()
     precision = pick_precision(config, device or torch.device("cpu"))
@@ -185,6 +188,18 @@ def _make_accelerator(config: TrainConfig) -> "Accelerator":
         # The other processes wait while the main one tokenises, which may take hours.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
     )
+
+
+def _prefer_deterministic_kernels() -> None:
+    """Same seed, same weights: on CUDA, kernels that add in any order are replaced; PyTorch warns where it has none.
+
+    CPU kernels are deterministic by themselves.
+    """
+    if torch.cuda.is_available():
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True, warn_only=True)
+        # Which would fill every new tensor, to make a use before initialisation show.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _on_main(accelerator: "Accelerator", work: Callable[[], Any]) -> Any:

@@ -19,9 +19,8 @@ def plot_losses(metrics: Path, picture: Path) -> None:
         axes.plot(*zip(*train, strict=True), color="tab:blue", linewidth=1, alpha=0.6, label="training batch")
     if validation:
         axes.plot(*zip(*validation, strict=True), color="tab:orange", marker="o", markersize=4, label="validation")
-        axes.annotate(
-            f"{validation[-1][1]:.2f}", validation[-1], textcoords="offset points", xytext=(0, 7), ha="center"
-        )
+        for point, side in ((validation[0], "left"), (validation[-1], "right")):
+            axes.annotate(f"{point[1]:.2f}", point, textcoords="offset points", xytext=(0, 7), ha=side)
     axes.set_xlabel("tokens trained on")
     axes.set_ylabel("bits per byte")
     axes.set_ylim(bottom=0)

@@ -7,7 +7,7 @@ import torch
 
 from .config import TrainConfig
 
-_PIECE_BYTES = 32 << 20
+PIECE_BYTES = 32 << 20
 """Working memory a piece of a branch may take before it is cut: large enough that cutting costs no speed."""
 
 
@@ -44,7 +44,7 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 def _ff_chunks(config: TrainConfig, stream: int) -> int:
     # A piece holds the hidden layer before and after its non-linearity.
-    return min(config.seq_len, -(-2 * config.ff_mult * stream // _PIECE_BYTES))
+    return min(config.seq_len, -(-2 * config.ff_mult * stream // PIECE_BYTES))
 
 
 def _head_chunks(config: TrainConfig, device: torch.device) -> int:
@@ -54,7 +54,7 @@ def _head_chunks(config: TrainConfig, device: torch.device) -> int:
     groups = [n for n in range(1, config.heads + 1) if (config.kv_heads or config.heads) % n == 0]
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     allowed = [n for n in groups if n == 1 or config.heads // n * config.batch_size >= threads]
-    return next((n for n in allowed if working / n <= _PIECE_BYTES), allowed[-1])
+    return next((n for n in allowed if working / n <= PIECE_BYTES), allowed[-1])
 
 
 def memory_now(device: torch.device) -> int:

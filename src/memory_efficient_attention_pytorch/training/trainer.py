@@ -60,6 +60,7 @@ class Trainer:
             if accelerator.scaler is not None and self.state.scaler is not None:
                 accelerator.scaler.load_state_dict(self.state.scaler)
         self.seconds_per_step: float | None = None
+        self.draw_again = 0.0
 
     def train(self) -> TrainState:
         """Go on to the last step and return where the run stands then.
@@ -74,6 +75,7 @@ class Trainer:
                 while self.state.step < self.config.steps:
                     self._step(interruption)
                     self._after_step(interruption)
+            self._draw(at_last=True)
             return self.state
         except BrokenPipeError:
             raise
@@ -163,7 +165,7 @@ class Trainer:
         if last or improved or interruption.signal or step % config.checkpoint_every == 0:
             self.save()
         if interruption.signal and not last:
-            self._draw()
+            self._draw(at_last=True)
             raise Interrupted(interruption.signal, step, self.run.path, main=self.accelerator.is_main_process)
 
     def _validate(self) -> bool:
@@ -218,9 +220,13 @@ class Trainer:
         self.saved_step = self.state.step
         self.accelerator.wait_for_everyone()
 
-    def _draw(self) -> None:
-        if self.accelerator.is_main_process:
+    def _draw(self, *, at_last: bool = False) -> None:
+        """Bring the picture up to date, unless that would take more than some twentieth of the time."""
+        now = time.perf_counter()
+        if self.accelerator.is_main_process and (at_last or now > self.draw_again):
             plot_losses(self.run.metrics, self.run.plot)
+            done = time.perf_counter()
+            self.draw_again = done + 20 * (done - now)
 
     def _bits_per_byte(self, loss: float) -> float:
         return loss / math.log(2) / self.corpus.info.bytes_per_token

@@ -1,7 +1,9 @@
 """What a run tells about itself while it goes, and who listens: whoever is shown it, and the files that keep it."""
 
+import contextlib
 import dataclasses
 import json
+import math
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -113,10 +115,14 @@ class MetricsFile(Watcher):
         self._write({"step": step, "prompt": prompt, "sample": text})
 
     def close(self) -> None:
-        self.file.close()
+        # Each line was flushed when it was written: what a full disk refused then has been told.
+        with contextlib.suppress(OSError):
+            self.file.close()
 
     def _write(self, record: dict[str, Any]) -> None:
-        self.file.write(json.dumps(record) + "\n")
+        # JSON has no infinity, which a gradient's norm is when the fp16 scaler is too bold.
+        sound = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in record.items()}
+        self.file.write(json.dumps(sound) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
@@ -154,4 +160,5 @@ class TensorBoardFile(Watcher):
         self.writer.add_text("sample", prompt + text, step)
 
     def close(self) -> None:
-        self.writer.close()
+        with contextlib.suppress(OSError):
+            self.writer.close()
