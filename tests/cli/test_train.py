@@ -1,12 +1,18 @@
 """`mea train` as a person runs it: the real command in a process of its own, in an empty directory."""
 
+import fcntl
 import functools
 import gzip
 import json
 import math
 import os
+import pty
+import re
+import select
+import struct
 import subprocess
 import sys
+import termios
 
 import pytest
 
@@ -77,7 +83,14 @@ def test_a_run_from_a_file_leaves_everything_and_says_it(mea, text, here):
     assert [record["step"] for record in records(run) if "sample" in record] == [3, 6]
 
     out = result.out
-    for part in ("attention (", "reversal", "pieces", "to validate on (the end of the document)", "sample at step 6"):
+    for part in (
+        "; 1 CPU thread; fp32; ",
+        "attention: ",
+        "reversal: on",
+        "pieces: ",
+        "to validate on (the end of the document)",
+        "sample at step 6",
+    ):
         assert part in out
     for part in (
         "done: 6 steps, 192 tokens",
@@ -144,6 +157,7 @@ def test_options_from_toml_with_the_command_line_going_first(mea, text, here):
         (["--data", "nowhere"], ["there is no file or directory", "nowhere"]),
         (["--data", "empty.txt"], ["the text is empty"]),
         (["--data", "short.txt"], ["too short", "--seq-len"]),
+        (["--data", "/proc/self/mem"], ["cannot read /proc/self/mem: Input/output error"]),
         (["--data", "folder"], ["the directory", "folder has no files"]),
         (["--data", "-"], ["standard input is empty"]),
         (["--data", "latin.txt", "--vocab-size", "300"], ["latin.txt is not UTF-8 at byte 1", "train on bytes"]),
@@ -175,11 +189,22 @@ def test_bad_input_is_refused_in_one_line(mea, here, arguments, parts):
     assert sorted(here.rglob("*")) == before
 
 
-def test_an_unreadable_text_is_refused(mea, text):
-    if os.geteuid() == 0:
-        pytest.skip("everything is readable to root")
-    text.chmod(0)
-    refused(mea("train", "--data", "text.txt"), "cannot read", "Permission denied")
+def test_a_terminal_shows_a_bar(here, text):
+    ours, theirs = pty.openpty()
+    fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))
+    running = train_command.Mea(here, "train", "--data", "text.txt", *TINY, *OFTEN, terminal=os.ttyname(theirs))
+    shown = b""
+    while running.process.is_alive() or select.select([ours], [], [], 0)[0]:
+        if select.select([ours], [], [], 0.1)[0]:
+            shown += os.read(ours, 1 << 16)
+    assert running.finish(read_output=False).status == 0
+    lines = re.sub(r"\x1b\[[0-9;?]*[a-zA-Z]", "", shown.decode()).replace("\r", "\n").splitlines()
+    last = [line for line in lines if line.startswith("6/6 ")][-1]
+    for part in ("━━━", "loss ", "bits/byte", "tok/s", "0:00 left", "MiB"):
+        assert part in last
+    assert all(len(line) <= 90 for line in lines)
+    for part in ("validation at step 6", "sample at step 6:", "done: 6 steps"):
+        assert any(part in line for line in lines)
 
 
 def test_debug_shows_the_traceback(mea):

@@ -106,9 +106,17 @@ def test_killed_while_it_reads_its_text_it_begins_again(here, text, uninterrupte
     assert end_of(here / "runs/1") == end_of(uninterrupted)
 
 
-@pytest.mark.parametrize("kill_at", [16, 19, 21, 23, 26, 31, 40])
+STAGES = {
+    "before the optimizer's file": 12,
+    "before the sums": 27,
+    "before the renaming": 34,
+    "after the renaming": 35,
+    "before an old one is removed": 49,
+}
+
+
+@pytest.mark.parametrize("kill_at", STAGES.values(), ids=STAGES)
 def test_killed_during_a_checkpoint_it_ends_with_the_same_weights(here, text, uninterrupted, kill_at):
-    """At a file, a sum, a flush, the renaming or the removal of an old one: see train_command.Mea."""
     assert mea(here, "train", *options(text), kill_at=kill_at).status == -signal.SIGKILL
     trained(here, "--resume")
     assert end_of(here / "runs/1") == end_of(uninterrupted)

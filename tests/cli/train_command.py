@@ -37,7 +37,8 @@ class Mea:
     """One call of `mea`, begun at once.
 
     file_limit: bytes beyond which its files cannot grow; what it meets then is what a full disk is.
-    kill_at: the stage of writing checkpoints, counted from 1, before which it kills itself.
+    terminal: the terminal's name, for its output instead of a file.
+    kill_at: the stage of writing, counted from 1, before which it kills itself.
     """
 
     def __init__(
@@ -47,20 +48,22 @@ class Mea:
         stdin: bytes = b"",
         file_limit: int | None = None,
         kill_at: int | None = None,
+        terminal: str | None = None,
     ):
         self.streams = Path(tempfile.mkdtemp(dir=folder.parent, prefix="streams"))
         (self.streams / "stdin").write_bytes(stdin)
+        if terminal is not None:
+            (self.streams / "stdout").symlink_to(terminal)
         self.process = _CONTEXT.Process(
             target=_command, args=(str(folder), arguments, str(self.streams), file_limit, kill_at)
         )
         self.process.start()
 
-    def finish(self) -> Result:
+    def finish(self, *, read_output: bool = True) -> Result:
         self.process.join(timeout=120)
         assert self.process.exitcode is not None, "it does not end"
-        return Result(
-            self.process.exitcode, (self.streams / "stdout").read_text(), (self.streams / "stderr").read_text()
-        )
+        out = (self.streams / "stdout").read_text() if read_output else ""
+        return Result(self.process.exitcode, out, (self.streams / "stderr").read_text())
 
     def send(self, number: signal.Signals) -> None:
         os.kill(self.process.pid, number)

@@ -82,7 +82,9 @@ def _run(name: str, arguments: list[str], *, from_shell: bool) -> int:
             raise
         return _fail(f"mea {name}", "interrupted", _INTERRUPTED)
     except RuntimeError as error:
-        if args.debug or type(error).__name__ != "RunError":
+        from ..training.files import RunError
+
+        if args.debug or not isinstance(error, RunError):
             raise
         return _fail(f"mea {name}", error, _RUN_ERROR)
 

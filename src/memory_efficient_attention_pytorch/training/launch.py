@@ -142,7 +142,8 @@ def _files(run: RunDirectory, config: TrainConfig, *, first_step: int) -> list[W
 def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, parameters: int) -> str:
     """What the run uses and why, in one line."""
     device = accelerator.device
-    where = f"{torch.get_num_threads()} CPU threads" if device.type == "cpu" else str(device)
+    threads = torch.get_num_threads()
+    where = str(device) if device.type != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
     if accelerator.num_processes > 1:
         where = f"{accelerator.num_processes} processes, each on {where}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
@@ -153,16 +154,16 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
     window = None if config.window is None else (config.window, 0)
     choice = select_backend(q, k, v, causal=True, window=window, dropout=config.dropout)
     if not config.reversible:
-        reversal = "activations stored (reversal is off)"
+        reversal = "off, activations are stored"
     elif config.exact:
-        reversal = f"activations rebuilt bit for bit (exact reversal, since {config.precision} would round)"
+        reversal = f"exact, since {config.precision} would round"
     else:
-        reversal = f"activations rebuilt (reversal, not exact: {config.precision} rounds little)"
+        reversal = f"on, not exact, since {config.precision} rounds little"
     return (
-        f"{parameters:,} parameters on {where} in {config.precision}; {choice.name} attention ({choice.reason}); "
-        f"{reversal}; attention in {config.head_chunks} and feed-forward in {config.ff_chunks} pieces "
-        f"(none works on more than {PIECE_BYTES >> 20} MiB if it can be helped); "
-        f"{corpus.info.train_tokens:,} tokens to train on, {corpus.info.validation_tokens:,} to validate on "
+        f"{parameters:,} parameters; {where}; {config.precision}; "
+        f"attention: {choice.name} ({choice.reason}); reversal: {reversal}; "
+        f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} (cut at {PIECE_BYTES >> 20} MiB); "
+        f"text: {corpus.info.train_tokens:,} tokens to train on, {corpus.info.validation_tokens:,} to validate on "
         f"({corpus.info.split})"
     )
 

@@ -2,7 +2,7 @@
 
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from .config import TrainConfig
@@ -26,15 +26,19 @@ def prepare_text(run: RunDirectory, config: TrainConfig, watcher: Watcher) -> No
     documents = find_documents(
         _keep_standard_input(run.standard_input) if name == "-" else name for name in config.data
     )
-    tokenizer = _make_tokenizer(run, config, documents)
     total = sum(document.size for document in documents)
+
+    def report(done: int) -> None:
+        watcher.reading(done, total)
+
+    tokenizer = _make_tokenizer(run, config, documents, report)
     tokenise(
         documents,
         tokenizer,
         run.data,
         validation_fraction=config.validation_fraction,
         seed=config.seed,
-        report=lambda done: watcher.reading(done, total),
+        report=report,
     )
     run.standard_input.unlink(missing_ok=True)
 
@@ -52,17 +56,23 @@ def _keep_standard_input(path: Path) -> Path:
     return partial.rename(path)
 
 
-def _make_tokenizer(run: RunDirectory, config: TrainConfig, documents: list[Document]) -> Tokenizer:
+def _make_tokenizer(
+    run: RunDirectory, config: TrainConfig, documents: list[Document], report: Callable[[int], None]
+) -> Tokenizer:
     if config.tokenizer is not None:
         tokenizer = SubwordTokenizer(config.tokenizer)
         write_atomically(run.tokenizer, Path(config.tokenizer).read_bytes())
         return tokenizer
     if config.vocab_size is not None:
-        return train_tokenizer(_texts(documents), config.vocab_size, run.tokenizer)
+        return train_tokenizer(_texts(documents, report), config.vocab_size, run.tokenizer)
     return ByteTokenizer()
 
 
-def _texts(documents: list[Document]) -> Iterator[str]:
+def _texts(documents: list[Document], report: Callable[[int], None]) -> Iterator[str]:
+    before = 0
     for document in documents:
         with naming(document):
-            yield from decode_lines(document.chunks())
+            for text in decode_lines(document.chunks()):
+                report(before + document.bytes_read)
+                yield text
+        before += document.bytes_read

@@ -68,7 +68,10 @@ class SubwordTokenizer:
             self.backend = Backend.from_file(str(path))
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer {path} is not a file of the tokenizers library: {error}") from error
-        self.num_tokens = self.backend.get_vocab_size(with_added_tokens=True)
+        # Not the size of the vocabulary: its numbers may have gaps.
+        self.num_tokens = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
+        if not self.num_tokens:
+            raise ValueError(f"tokenizer {path} has no tokens")
         ids = (self.backend.token_to_id(name) for name in _END_NAMES)
         self.end_id = next((number for number in ids if number is not None), None)
 

@@ -66,7 +66,8 @@ class Trainer:
         """Go on to the last step and return where the run stands then.
 
         Raises Interrupted, with everything saved, when a signal asks for it; RunError when the loss is not finite or
-        nothing can be written, with the last good checkpoint kept.
+        nothing can be written, with the last good checkpoint kept; BrokenPipeError, with everything saved, when a
+        watcher's output was closed.
         """
         try:
             with Interruption() as interruption:
@@ -78,6 +79,9 @@ class Trainer:
             self._draw(at_last=True)
             return self.state
         except BrokenPipeError:
+            # Whoever watched has left. With other processes there is no agreeing on a moment to save.
+            if self.accelerator.num_processes == 1:
+                self.save()
             raise
         except WRITE_ERRORS as error:
             raise RunError(
@@ -121,8 +125,11 @@ class Trainer:
         if math.isfinite(loss) and (math.isfinite(norm) or self.accelerator.scaler is not None):
             return
         what = f"the loss became {loss}" if not math.isfinite(loss) else f"the gradient's norm became {norm}"
-        raise RunError(
-            f"{what} at step {self.state.step + 1}; {self._last_good()}; try a smaller learning rate: "
+        raise self._diverged(f"{what} at step {self.state.step + 1}")
+
+    def _diverged(self, what: str) -> RunError:
+        return RunError(
+            f"{what}; {self._last_good()}; try a smaller learning rate: "
             f"mea train --resume {self.run.path} --learning-rate {self.config.learning_rate / 3:.1g}"
         )
 
@@ -171,6 +178,8 @@ class Trainer:
     def _validate(self) -> bool:
         """Measure the loss over the fixed validation set; whether it is the lowest so far."""
         loss = self.measure(self.corpus.validation)
+        if not math.isfinite(loss):
+            raise self._diverged(f"the validation loss became {loss} at step {self.state.step}")
         improved = self.state.best_loss is None or loss < self.state.best_loss
         best = loss if improved else self.state.best_loss
         self.state = dataclasses.replace(self.state, validation_loss=loss, best_loss=best)
