@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from einops import rearrange
 from torch import Tensor, nn
 
 from .cache import KVCache
@@ -110,11 +109,11 @@ class Attention(nn.Module):
         if len(self.head_groups) > 1 and cache is None:
             return apply_piecewise(self.as_branch({k: v for k, v in given.items() if v is not None}), x)
         del given["context"]
-        q = rearrange(self.to_q(x), "b n (h d) -> b h n d", h=self.heads)
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
-        k, v = rearrange(kv, "b m (two h d) -> two b h m d", two=2, h=self.kv_heads)
+        k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
         out = self.attend(q, k, v, cache=cache, **given)
-        return self.to_out(rearrange(out, "b h n d -> b n (h d)"))
+        return self.to_out(out.transpose(1, 2).flatten(2))
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Pieces over groups of heads; a single piece when there is one group or the projections are not plain ones."""

@@ -230,8 +230,9 @@ class ReversibleBlock(nn.Sequential):
 
 def _advance(module: nn.Module, tape: Tape, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """``(a, b) → (b, a + module(b))``. The sum is the same bit for bit whether backward will rebuild it or not."""
-    branch = branch_of(module, kwargs)
-    if tape.rebuild or not branch.single_piece:
+    # One token after another is no time for pieces.
+    branch = None if "cache" in kwargs else branch_of(module, kwargs)
+    if branch is not None and (tape.rebuild or not branch.single_piece):
         refuse_sharded(module)
         return _Step.apply(tape, branch, a, b, *branch.bound())
     value = module(b.to(tape.dtype), **kwargs)

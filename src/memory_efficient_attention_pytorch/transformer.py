@@ -86,6 +86,7 @@ class Transformer(nn.Module):
         require(positions in POSITIONS, "positions", f"one of {', '.join(POSITIONS)}", repr(positions))
         if loss_chunk_size is not None:
             require_positive_int("loss_chunk_size", loss_chunk_size)
+        self.causal = causal
         self.num_tokens, self.max_seq_len, self.loss_chunk_size = num_tokens, max_seq_len, loss_chunk_size
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = nn.Embedding(max_seq_len, dim) if positions == "learned" else None
@@ -211,6 +212,7 @@ class Transformer(nn.Module):
                 (mask.dtype, mask.shape),
             )
         if cache is not None:
+            require(self.causal, "cache", "none with a model that is not causal", "one")
             require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
 
 

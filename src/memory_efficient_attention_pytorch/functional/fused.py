@@ -7,7 +7,8 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
-from .request import AttentionRequest
+from ..visibility import Tile
+from .request import AttentionRequest, Part
 
 
 def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -42,13 +43,13 @@ def reason_against(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -
     if structured:
         return "the window, or causality together with a mask or with unequal lengths, needs a mask of n × m"
     if request.bias is not None:
-        if not isinstance(request.bias, Tensor):
+        if not isinstance(request.bias, Tensor) and request.n > 1:
             return "a bias module would have to be evaluated for all n × m positions at once"
         if request.bias_needs_grad:
             return "the gradient of the bias would hold the whole score matrix"
-        if not visibility.trivial:
+        if not visibility.trivial and request.n > 1:
             return "bias and mask or causality together need a mask of n × m"
-        if request.bias.dtype != request.dtype:
+        if isinstance(request.bias, Tensor) and request.bias.dtype != request.dtype:
             return f"the bias's dtype {request.bias.dtype} is not that of q, {request.dtype}"
     return _no_kernel(request, q, k, v)
 
@@ -59,7 +60,18 @@ def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _added(request: AttentionRequest) -> Tensor | None:
-    return request.bias if isinstance(request.bias, Tensor) else request.visibility.mask
+    if request.bias is None:
+        return request.visibility.mask
+    if request.n > 1:
+        assert isinstance(request.bias, Tensor)
+        return request.bias
+    # A single query's bias is one row: it may come from a module, and meet a mask.
+    everything = Tile(0, 1, 0, request.m, request.visibility.trivial)
+    row = request.bias_tile(everything, Part(0, slice(None), slice(None), slice(None)))
+    assert row is not None
+    bias = row.to(request.compute_dtype)
+    visible = request.visibility.tile_mask(everything, request.device)
+    return bias if visible is None else torch.where(visible, bias, float("-inf"))
 
 
 def _no_kernel(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
