@@ -65,14 +65,14 @@ class TrainConfig:
         None, "pieces the feed-forward is computed in; default: chosen for the machine", group="model", low=1
     )
 
-    steps: int = _option(400, "optimizer steps", group="optimisation", low=1)
+    steps: int = _option(300, "optimizer steps", group="optimisation", low=1)
     batch_size: int = _option(8, "windows in one batch of one process", group="optimisation", low=1)
     accumulation: int = _option(1, "batches whose gradients are averaged before a step", group="optimisation", low=1)
     learning_rate: float = _option(3e-3, "peak learning rate", group="optimisation", low=0)
     final_learning_rate: float = _option(
         0.1, "learning rate at the end of the cosine decay, as a part of the peak", group="optimisation", low=0
     )
-    warmup_steps: int = _option(40, "steps over which the learning rate rises", group="optimisation", low=0)
+    warmup_steps: int = _option(30, "steps over which the learning rate rises", group="optimisation", low=0)
     weight_decay: float = _option(0.1, "AdamW's weight decay, on matrices only", group="optimisation", low=0)
     beta1: float = _option(0.9, "AdamW's decay of the gradient's mean", group="optimisation", low=0)
     beta2: float = _option(0.95, "AdamW's decay of the gradient's square", group="optimisation", low=0)

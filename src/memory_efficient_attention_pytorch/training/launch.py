@@ -100,13 +100,15 @@ def _train(
     watcher = make_watcher(main)
     with contextlib.ExitStack() as stack:
         stack.callback(accelerator.end_training)
+        stack.callback(watcher.close)
         if main:
             stack.enter_context(_locked(run.path))
         with _clear_about_writing(run), _undone(refused):
             checkpoint = _on_main(accelerator, lambda: _prepare(run, config, watcher, resuming=refused is None))
             files = _files(run, config, first_step=checkpoint.state.step if checkpoint else -1) if main else []
+        for file in files:
+            stack.callback(file.close)
         watcher = Watchers([*files, watcher])
-        stack.callback(watcher.close)
         corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
         trainer = Trainer(accelerator, run, config, corpus, tokenizer, watcher, checkpoint)
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())

@@ -62,7 +62,7 @@ class Watcher:
 
 
 class Watchers(Watcher):
-    """Tells several watchers."""
+    """Tells several watchers, but does not close them: each is closed by who made it."""
 
     def __init__(self, watchers: Iterable[Watcher]):
         self.watchers = list(watchers)
@@ -87,9 +87,6 @@ class Watchers(Watcher):
 
     def notice(self, text: str) -> None:
         self._tell("notice", text)
-
-    def close(self) -> None:
-        self._tell("close")
 
     def _tell(self, what: str, *news: Any) -> None:
         for watcher in self.watchers:
