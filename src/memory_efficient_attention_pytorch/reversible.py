@@ -59,8 +59,8 @@ class _OntoGrid(torch.autograd.Function):
 class Tape:
     """What one forward call's steps share: the rebuilt streams and the gradients that they may overwrite."""
 
-    def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool) -> None:
-        self.grid, self.dtype, self.rebuild = grid, dtype, rebuild
+    def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool, in_pieces: bool) -> None:
+        self.grid, self.dtype, self.rebuild, self.in_pieces = grid, dtype, rebuild, in_pieces
         self.streams: tuple[Tensor, Tensor] | None = None
         self.started = False
         self.handed: set[int] = set()
@@ -230,8 +230,7 @@ class ReversibleBlock(nn.Sequential):
 
 def _advance(module: nn.Module, tape: Tape, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """``(a, b) → (b, a + module(b))``. The sum is the same bit for bit whether backward will rebuild it or not."""
-    # One token after another is no time for pieces.
-    branch = None if "cache" in kwargs else branch_of(module, kwargs)
+    branch = branch_of(module, kwargs) if tape.in_pieces else None
     if branch is not None and (tape.rebuild or not branch.single_piece):
         refuse_sharded(module)
         return _Step.apply(tape, branch, a, b, *branch.bound())
@@ -315,7 +314,7 @@ class ReversibleSequence(nn.Sequential):
                 f"a keyword of args_route ({', '.join(self.args_route)})",
                 "no route",
             )
-        tape = Tape(self.grid if self.exact else None, x.dtype, self.reverses)
+        tape = Tape(self.grid if self.exact else None, x.dtype, self.reverses, in_pieces="cache" not in kwargs)
         stream = _OntoGrid.apply(x, self.grid) if self.exact else x
         # Two nodes in the graph: gradients are then added up in one order, whether activations are stored or not.
         streams = (stream.view_as(stream), stream.view_as(stream))
