@@ -195,6 +195,22 @@ def test_nothing_is_left_behind_when_a_run_fails():
     assert torch.ones(2, 2).sum().item() == 4
 
 
+def test_gradients_are_added_in_place_as_the_engine_adds_them():
+    class TwoUses(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.weight = nn.Parameter(torch.ones(1000, 1000))
+
+        def forward(self, x):
+            return (x @ self.weight).sum() + (x.sin() @ self.weight).sum()
+
+    for device in (CPU, CUDA):
+        timeline = dry_run(Step(TwoUses(), torch.sum, (torch.zeros(2, 1000),), optimizer=None), plain(device))
+        # The parameter, its gradient, and two gradients to be added: a third would hold their sum.
+        weights = timeline.totals.max() / (1000 * 1000 * BYTES)
+        assert 4 <= weights < 4.1
+
+
 def test_unknown_optimizer_is_refused_and_a_function_is_taken():
     step = Step(Squares(4), torch.sum, (torch.zeros(3, 4),), optimizer="lion")
     with pytest.raises(ValueError, match="optimizer: expected one of adamw"):
@@ -209,8 +225,25 @@ def test_devices_add_what_their_allocators_and_kernels_take():
     assert cuda.rounding(512) == 0
     assert cpu.rounding(100) < 100
     assert (100 * 1024 + 1 + cpu.rounding(100 * 1024 + 1)) % 4096 == 0
-    operation = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
     token_major = torch.empty(1, 64, 4, 8).transpose(1, 2)
     head_major = token_major.contiguous()
-    copy = cpu.workspace(operation, (head_major, head_major)) - cpu.workspace(operation, (token_major, token_major))
-    assert copy == head_major.numel() * BYTES
+
+    def workspace(operation, *arguments, **keywords):
+        return cpu.anew().workspace(operation.default, arguments, keywords)
+
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward
+    nothing = workspace(torch.ops.aten.view, head_major)
+    assert workspace(backward, head_major) - workspace(backward, token_major) == head_major.nbytes
+    assert workspace(torch.ops.aten.logsumexp, head_major) - nothing == head_major.nbytes
+
+
+def test_the_cpu_copies_what_is_of_another_dtype_and_keeps_kernels_by_shape():
+    cpu = accounting_for(CPU, threads=2)
+    single, half = torch.empty(100, 100), torch.empty(100, 100, dtype=torch.bfloat16)
+    add, total, product = torch.ops.aten.add_.Tensor, torch.ops.aten.sum.dim_IntList, torch.ops.aten.mm.default
+    nothing = cpu.workspace(add, (single, single), {})
+    assert cpu.workspace(add, (single, half), {}) - nothing == single.nbytes
+    assert cpu.workspace(total, (half, [0]), {"dtype": torch.float32}) - nothing == single.nbytes
+    first, again, other = (cpu.workspace(product, (half[:n], half), {}) for n in (50, 50, 60))
+    assert nothing < first == again < other
+    assert cpu.anew().workspace(product, (half[:60], half), {}) == first

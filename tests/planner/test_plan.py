@@ -129,6 +129,26 @@ def test_what_does_not_fit_comes_with_advice_that_holds():
     assert "parameters, gradients and optimizer state alone take" in planned(budget="1MiB").advice
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+@pytest.mark.parametrize("kv_heads", [1, 4])
+def test_generation_holds_the_cache_and_neither_gradients_nor_optimizer(kv_heads, device):
+    config = {**CONFIG, "depth": 5, "kv_heads": kv_heads, "positions": "rotary"}
+    made = planned(config, seq_len=1000, training=False, device=device)
+    last = made.timeline.breakdown(-1)
+    # Keys and values of 1001 tokens, in buffers with room for twice the prompt.
+    assert last["attention"] >= 5 * 2 * (2 * 1000) * kv_heads * CONFIG["dim_head"] * 4
+    assert last["attention"] < 1.2 * 5 * 2 * (2 * 1000) * kv_heads * CONFIG["dim_head"] * 4
+    assert made.breakdown["gradients"] == made.breakdown["optimizer"] == 0
+    assert {operation.phase for operation in made.timeline.operations} == {"forward", "next token"}
+    assert made.peak_bytes < planned(config, seq_len=1000, device=device).peak_bytes + last["attention"]
+
+
+def test_inference_of_any_module():
+    made = plan(nn.Linear(8, 8), example_inputs=torch.zeros(100, 8), training=False, device="cpu")
+    assert made.breakdown["parameters"] == (64 + 8) * 4
+    assert made.breakdown["streams"] == 2 * 100 * 8 * 4
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [

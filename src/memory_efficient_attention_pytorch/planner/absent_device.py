@@ -15,6 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..functional import fused
+from ..functional.request import AttentionRequest
 from .abridge import replaced
 
 aten = torch.ops.aten
@@ -55,6 +57,7 @@ def _replacements(device: torch.device) -> list[tuple[Any, str, Any]]:
     if device.type != "cuda":
         return everywhere
     return everywhere + [
+        (fused, "_no_kernel", _no_kernel),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "device", lambda _: nullcontext()),
@@ -117,21 +120,39 @@ def _attend(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Tensor:
-    """What a current CUDA device does: flash in half precision without a mask, else memory-efficient, else neither."""
+    """``scaled_dot_product_attention`` by the kernel that a CUDA device would take."""
     if torch.is_autocast_enabled(query.device.type):
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    same_width = query.shape[-1] == value.shape[-1]
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    if query.dim() == 4 and half and attn_mask is None and same_width and query.shape[-1] <= 256:
+    kernel = _kernel(query, key, value, attn_mask)
+    if kernel == "flash":
         flash = aten._scaled_dot_product_flash_attention
         return flash(query, key, value, dropout_p, is_causal, scale=scale)[0]
-    if query.dim() == 4 and query.dtype != torch.float64 and not enable_gqa:
+    if kernel == "efficient":
         if attn_mask is not None:
             attn_mask = _additive(attn_mask, query).expand(*query.shape[:3], key.shape[2])
         efficient = aten._scaled_dot_product_efficient_attention
         return efficient(query, key, value, attn_mask, torch.is_grad_enabled(), dropout_p, is_causal, scale=scale)[0]
     return _plain_attention(query, key, value, attn_mask, dropout_p, is_causal, enable_gqa)
+
+
+def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> str | None:
+    """The fused kernel that current CUDA devices have for these arguments, by PyTorch's conditions."""
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    widths = query.shape[-1], value.shape[-1]
+    if query.dim() != 4 or not (half or query.dtype == torch.float32):
+        return None
+    if half and mask is None and widths[0] == widths[1] <= 256:
+        return "flash"
+    aligned = all(width % (8 if half else 4) == 0 for width in widths)
+    return "efficient" if aligned and query.shape[1] == key.shape[1] else None
+
+
+def _no_kernel(request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor) -> str | None:
+    """In place of this package's own question to PyTorch."""
+    if 0 in (request.b, request.n, request.m):
+        return "there is nothing to attend"
+    return None if _kernel(query, key, value, fused._added(request)) else "no CUDA kernel takes these arguments"
 
 
 def _plain_attention(

@@ -6,8 +6,9 @@ for CUDA are what the kernels and the allocator of PyTorch 2.13 ask for by their
 
 from __future__ import annotations
 
+import functools
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -18,18 +19,22 @@ KIB, MIB = 2**10, 2**20
 PAGE = 4 * KIB
 
 
-@dataclass(frozen=True)
+@dataclass
 class Accounting:
-    """Turns tensors' bytes into a device's bytes. ``threads``: those of the CPU's kernels."""
+    """Turns tensors' bytes into a device's bytes, over one run. ``threads``: those of the CPU's kernels."""
 
     device: torch.device
     threads: int = 1
+
+    def anew(self) -> Accounting:
+        """The same for another run."""
+        return replace(self)
 
     def rounding(self, nbytes: int) -> int:
         """Bytes the device's allocator adds to an allocation of ``nbytes``."""
         return 0
 
-    def workspace(self, operation: Any, arguments: tuple[Any, ...]) -> int:
+    def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
         """Bytes that libraries hold while an operation runs, and that its kernel allocates for itself."""
         return 0
 
@@ -40,32 +45,58 @@ def accounting_for(device: torch.device, threads: int | None = None) -> Accounti
     return kinds.get(device.type, Accounting)(device, threads or torch.get_num_threads())
 
 
+@dataclass
 class CpuAccounting(Accounting):
-    """Pages of the process, and the buffers that kernels keep per thread."""
+    """Pages of the process, buffers of kernels, copies that some of them make, and compiled kernels that are kept."""
+
+    kept: dict[Any, int] = field(default_factory=dict, init=False)
 
     def rounding(self, nbytes: int) -> int:
         # Header and alignment; from 64 KiB on a block has pages of its own.
         return -nbytes % PAGE + PAGE if nbytes >= 64 * KIB else 64
 
-    def workspace(self, operation: Any, arguments: tuple[Any, ...]) -> int:
-        packet = operation._overloadpacket
-        if packet is aten._scaled_dot_product_flash_attention_for_cpu:
-            return _CPU_RESIDENT + self.threads * 512 * KIB
+    def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
+        packet, tensors = operation._overloadpacket, [x for x in arguments if isinstance(x, Tensor)]
+        half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
+        if half and packet in _KEPT:
+            layout = tuple((tensor.shape, tensor.is_contiguous()) for tensor in tensors)
+            self.kept[packet, layout] = _KEPT[packet]
+        taken = _RESIDENT + sum(self.kept.values())
+        if packet in _BUFFERS:
+            taken += self.threads * _BUFFERS[packet][half]
         if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            return _CPU_RESIDENT + self.threads * MIB + _copy_unless_token_major(arguments[1])
-        if packet is aten.logsumexp:
-            return _CPU_RESIDENT + _nbytes(arguments[0])
-        return _CPU_RESIDENT
+            taken += 0 if tensors[0].transpose(1, 2).is_contiguous() else _nbytes(tensors[0])
+        elif packet is aten.logsumexp:
+            taken += _nbytes(tensors[0])
+        elif packet in _REDUCTIONS and keywords.get("dtype") not in (None, tensors[0].dtype):
+            taken += tensors[0].numel() * keywords["dtype"].itemsize
+        elif torch.Tag.pointwise in operation.tags and packet is not aten.copy_:
+            taken += _converted(tensors)
+        return taken
 
 
 # What matrix products and the C library's heap keep once they have run.
-_CPU_RESIDENT = 3 * MIB
+_RESIDENT = 2 * MIB
+# What oneDNN keeps of each shape and layout that it has compiled a kernel for, in half precision.
+_KEPT = {
+    **dict.fromkeys((aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm), 540 * KIB),
+    aten._scaled_dot_product_flash_attention_for_cpu: 1750 * KIB,
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: 2150 * KIB,
+}
+# Per thread, in single and in half precision.
+_BUFFERS = {
+    aten._scaled_dot_product_flash_attention_for_cpu: (500 * KIB, 700 * KIB),
+    aten._scaled_dot_product_flash_attention_for_cpu_backward: (950 * KIB, 1600 * KIB),
+    **dict.fromkeys((aten.mm, aten.addmm, aten.addmm_), (0, 1250 * KIB)),
+}
+_REDUCTIONS = {aten.sum, aten.mean}
 
 
-def _copy_unless_token_major(query: Tensor) -> int:
-    """The CPU's kernel copies ``(b, h, n, d)`` that does not lie in memory as ``(b, n, h, d)``."""
-    _, of_head, of_token, _ = query.stride()
-    return 0 if of_token >= of_head else _nbytes(query)
+def _converted(tensors: list[Tensor]) -> int:
+    """The CPU computes element by element in one dtype, into which it first copies operands of another."""
+    floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim()]
+    common = functools.reduce(torch.promote_types, (tensor.dtype for tensor in floating), torch.bfloat16)
+    return sum(tensor.numel() * common.itemsize for tensor in floating if tensor.dtype != common)
 
 
 class CudaAccounting(Accounting):
@@ -74,7 +105,7 @@ class CudaAccounting(Accounting):
     def rounding(self, nbytes: int) -> int:
         return -nbytes % 512
 
-    def workspace(self, operation: Any, arguments: tuple[Any, ...]) -> int:
+    def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
         packet = operation._overloadpacket
         if packet in _ATTENTION_BACKWARD:
             b, h, n, d = arguments[1].shape

@@ -34,24 +34,26 @@ OptimizerMaker = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Step:
-    """A training step to be run dry.
+    """A step to be run dry.
 
     ``args`` and ``kwargs`` go to the model's forward; their tensors give shapes and dtypes alone and may live on any
-    device, ``meta`` included. ``loss`` makes a scalar of what the model returns. ``dtype``: of parameters and floating-
-    point buffers (None: as they are). ``autocast``: the dtype of mixed precision (None: off).
+    device, ``meta`` included. ``loss`` makes a scalar of what the model returns; None: there is no training, only a
+    forward pass in eval mode, and another with ``then`` in place of ``args`` where that is given. ``dtype``: of
+    parameters and floating-point buffers (None: as they are). ``autocast``: the dtype of mixed precision (None: off).
     """
 
     model: nn.Module
-    loss: Callable[[Any], Tensor]
+    loss: Callable[[Any], Tensor] | None
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = field(default_factory=dict)
     optimizer: str | OptimizerMaker | None = "adamw"
     dtype: torch.dtype | None = None
     autocast: torch.dtype | None = None
+    then: tuple[Any, ...] = ()
 
 
 def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Timeline:
-    """Record one step as every step after the first is: gradients and the optimizer's state exist when it begins.
+    """Record a training step as all but the first are: gradients and the optimizer's state exist when it begins.
 
     The model is not touched: a copy gets fake parameters and buffers. ``abridge``: cut this package's loops over equal
     parts short, which changes nothing but the time.
@@ -61,7 +63,9 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
     device = accounting.device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
     model = _fake_copy(step.model, mode, device, step.dtype)
-    args, kwargs = tree_map_only(Tensor, lambda tensor: _fake(tensor, mode, device), (step.args, dict(step.kwargs)))
+    args, kwargs, then = tree_map_only(
+        Tensor, lambda tensor: _fake(tensor, mode, device), (step.args, dict(step.kwargs), step.then)
+    )
     ledger = Ledger(accounting, categorizer(model))
     with ExitStack() as entered:
         for context in (torch.autograd.set_multithreading_enabled(False), mode, stand_in(device), ledger):
@@ -70,27 +74,59 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
             entered.enter_context(context)
         if abridge:
             entered.enter_context(abridged(model, ledger.weight))
-        optimizer = _set_up(model, step.optimizer, ledger)
-        ledger.enter("streams", (leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)))
-        ledger.start()
-        with torch.autocast(device.type, step.autocast, enabled=step.autocast is not None):
-            with ledger.during("forward"):
-                output = model(*args, **kwargs)
-            with ledger.during("loss"):
-                loss = step.loss(output)
-        del output
-        with ledger.during("backward"):
-            loss.backward()
-        if optimizer is not None:
-            with ledger.during("optimizer"):
-                optimizer.step()
+        ledger.learn_the_engine()
+        autocast = torch.autocast(device.type, step.autocast, enabled=step.autocast is not None)
+        ledger.enter("parameters", [*model.parameters(), *model.buffers()])
+        ledger.enter("streams", (leaf for leaf in tree_leaves((args, kwargs, then)) if isinstance(leaf, Tensor)))
+        if step.loss is None:
+            _infer(model, autocast, ledger, [args, then] if then else [args], kwargs)
+        else:
+            optimizer = _set_up(model, step.optimizer, ledger)
+            _train(model, step.loss, optimizer, autocast, ledger, args, kwargs)
     return ledger.timeline()
 
 
+def _train(
+    model: nn.Module,
+    loss_of: Callable[[Any], Tensor],
+    optimizer: torch.optim.Optimizer | None,
+    autocast: torch.autocast,
+    ledger: Ledger,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
+) -> None:
+    ledger.start()
+    with autocast:
+        with ledger.during("forward"):
+            output = model(*args, **kwargs)
+        with ledger.during("loss"):
+            loss = loss_of(output)
+    del output
+    with ledger.during("backward"):
+        loss.backward()
+    if optimizer is not None:
+        with ledger.during("optimizer"):
+            optimizer.step()
+
+
+def _infer(
+    model: nn.Module,
+    autocast: torch.autocast,
+    ledger: Ledger,
+    calls: list[tuple[Any, ...]],
+    kwargs: Mapping[str, Any],
+) -> None:
+    model.eval()
+    ledger.start()
+    with torch.no_grad(), autocast:
+        for phase, args in zip(("forward", "next token"), calls, strict=False):
+            with ledger.during(phase):
+                model(*args, **kwargs)
+
+
 def _set_up(model: nn.Module, choice: str | OptimizerMaker | None, ledger: Ledger) -> torch.optim.Optimizer | None:
-    """Enter what exists before the step: parameters, buffers, gradients and the optimizer's state."""
+    """Make what exists before a training step besides the model: gradients and the optimizer's state."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
-    ledger.enter("parameters", [*model.parameters(), *model.buffers()])
     with ledger.during("gradients"):
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)

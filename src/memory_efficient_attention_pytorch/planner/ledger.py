@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import bisect
+import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -64,10 +65,11 @@ class Ledger(TorchDispatchMode):
         self._rows: list[list[int]] = []
         self._flops = 0.0
         self.weight = Weight()
-        self._accounting = accounting
+        self._accounting = accounting.anew()
         self._categorize = categorize
         self._live: Counter[str] = Counter()
         self._storages: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._learning, self._unshared = True, set[tuple[int, ...]]()
         self._places = [Place("setup")]
         # Places that nodes of the autograd graph were made in, by their first sequence number.
         self._made_from: list[int] = [0]
@@ -131,6 +133,8 @@ class Ledger(TorchDispatchMode):
         if func is aten._local_scalar_dense.default and self.phase == "optimizer":
             return 1.0  # a step counter: what an update takes does not depend on how many came before
         place = self._place()
+        if func is aten.add.Tensor:
+            func, args = self._as_the_engine_adds(func, args)
         try:
             result = func(*args, **kwargs)
         except (DataDependentOutputException, DynamicOutputShapeException) as error:
@@ -142,10 +146,30 @@ class Ledger(TorchDispatchMode):
         for tensor in _tensors(result):
             self._charge(tensor, category)
         self._flops += count_flops(func, args, kwargs, result) * self.weight.value
-        self._live["kernel workspace"] = self._accounting.workspace(func, args)
+        self._live["kernel workspace"] = self._accounting.workspace(func, args, kwargs)
         self._operations.append(Operation(self.phase, place.module, str(func)))
         self._rows.append(as_row(self._live))
         return result
+
+    def learn_the_engine(self) -> None:
+        """See how a gradient looks to which nobody but the autograd engine holds a reference."""
+        x = torch.empty((), device=self._accounting.device, requires_grad=True)
+        torch.autograd.grad(x * 1 + x * 1, x)
+        self._learning = False
+
+    def _as_the_engine_adds(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+        """Two gradients of one tensor: the engine adds in place if it alone holds one of them, but never fake ones."""
+        if torch._C._current_autograd_node() is None or torch.is_grad_enabled():
+            return func, args
+        first, second, *_ = args
+        holders = [_holders(first), _holders(second)]
+        if self._learning:
+            self._unshared.update(holders)
+        for gradient, held, other in ((first, holders[0], second), (second, holders[1], first)):
+            same = gradient.shape == other.shape and gradient.dtype == other.dtype
+            if held in self._unshared and same and torch.ops.aten.is_non_overlapping_and_dense(gradient):
+                return aten.add_.Tensor, (gradient, other)
+        return func, args
 
     def _place(self) -> Place:
         """Who runs: a module, or in backward the one that made what is being differentiated."""
@@ -186,6 +210,13 @@ class Ledger(TorchDispatchMode):
         _, category, nbytes = self._storages.pop(key)
         self._live[category] -= nbytes
         self._live["allocator"] -= self._accounting.rounding(nbytes)
+
+
+def _holders(tensor: Tensor) -> tuple[int, int, int]:
+    """How many references there are to the Python object, the tensor and its storage."""
+    storage = tensor.untyped_storage()
+    of_storage = torch._C._storage_Use_Count(storage._cdata)
+    return sys.getrefcount(tensor), tensor._use_count(), of_storage  # type: ignore[attr-defined]
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

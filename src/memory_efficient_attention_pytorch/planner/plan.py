@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
 import torch
@@ -73,6 +73,23 @@ class Plan:
         """Two per multiply-add of matrix products and attention, recomputation included, causality not deducted."""
         return self.timeline.flops
 
+    def as_dict(self) -> dict[str, Any]:
+        """Everything but the timeline, of types that JSON knows."""
+        return {
+            "peak_bytes": self.peak_bytes,
+            "breakdown": self.breakdown,
+            "peak": self.peak._asdict(),
+            "flops": self.flops,
+            "device": str(self.device),
+            "batch_size": self.batch_size,
+            "seq_len": self.seq_len,
+            "budget": self.budget,
+            "fits": None if self.budget is None else self.fits(),
+            "settings": dict(self.settings),
+            "options": [asdict(option) for option in self.options],
+            "advice": self.advice,
+        }
+
     def fits(self, budget: int | float | str | None = None) -> bool:
         """Is the peak within the budget (by default the one planned for)?"""
         limit = self.budget if budget is None else parse_size(budget)
@@ -93,6 +110,7 @@ def plan(
     budget: int | float | str | None = None,
     example_inputs: ExampleInputs = None,
     loss_fn: Callable[[Any], Tensor] | None = None,
+    training: bool = True,
     threads: int | None = None,
 ) -> Plan:
     """Plan a training step (forward, backward, optimizer) without running it: the real code runs on fake tensors.
@@ -113,6 +131,8 @@ def plan(
         example_inputs: what the module's forward takes: a tensor, a tuple, a mapping of keywords, or a function of
             ``(batch_size, seq_len)`` that makes one. Values do not matter; ``meta`` tensors do.
         loss_fn: makes a scalar of what the module returns; default: that itself, or its attribute ``loss``.
+        training: False plans a forward pass without gradients in eval mode; for a Transformer generation, that is the
+            pass over a prompt of ``seq_len`` tokens, which fills the cache of keys and values, and the next token.
         threads: of the CPU's kernels, which keep buffers each.
 
     The step planned is any after the first: gradients and the optimizer's state exist when it begins.
@@ -121,9 +141,18 @@ def plan(
         ValueError: an argument that makes no sense.
         NotImplementedError: a module whose shapes depend on its data; names the operation.
     """
-    workload, accounting = _prepared(
-        model_or_config, batch_size, seq_len, dtype, autocast, device, optimizer, example_inputs, loss_fn, threads
+    workload = Workload(
+        model_or_config,
+        batch_size,
+        seq_len,
+        optimizer,
+        _dtype(dtype, "dtype"),
+        _dtype(autocast, "autocast"),
+        example_inputs,
+        loss_fn,
+        training,
     )
+    accounting = accounting_for(_device(device, model_or_config), threads)
     limit = None if budget is None else parse_size(budget)
     if limit is not None and isinstance(model_or_config, Mapping):
         return _plan_within(limit, workload, accounting)
@@ -142,6 +171,7 @@ def max_seq_len(
     optimizer: str | OptimizerMaker | None = "adamw",
     example_inputs: ExampleInputs = None,
     loss_fn: Callable[[Any], Tensor] | None = None,
+    training: bool = True,
     threads: int | None = None,
 ) -> int:
     """The most tokens in a sequence for which the step's peak is within the budget; 0 if not even one fits.
@@ -153,29 +183,19 @@ def max_seq_len(
     require(
         example_inputs is None or callable(example_inputs), "example_inputs", "a function of (batch, length)", "none"
     )
-    workload, accounting = _prepared(
-        model_or_config, batch_size, 1, dtype, autocast, device, optimizer, example_inputs, loss_fn, threads
-    )
-    return _longest(workload, accounting, parse_size(budget))
-
-
-def _prepared(
-    subject: Config | nn.Module,
-    batch_size: int | None,
-    seq_len: int | None,
-    dtype: torch.dtype | str | None,
-    autocast: torch.dtype | str | None,
-    device: torch.device | str | None,
-    optimizer: str | OptimizerMaker | None,
-    example_inputs: ExampleInputs,
-    loss_fn: Callable[[Any], Tensor] | None,
-    threads: int | None,
-) -> tuple[Workload, Accounting]:
-    types = {"dtype": _dtype(dtype, "dtype"), "autocast": _dtype(autocast, "autocast")}
     workload = Workload(
-        subject, batch_size, seq_len, optimizer, example_inputs=example_inputs, loss_fn=loss_fn, **types
+        model_or_config,
+        batch_size,
+        1,
+        optimizer,
+        _dtype(dtype, "dtype"),
+        _dtype(autocast, "autocast"),
+        example_inputs,
+        loss_fn,
+        training,
     )
-    return workload, accounting_for(_device(device, subject), threads)
+    accounting = accounting_for(_device(device, model_or_config), threads)
+    return _longest(workload, accounting, parse_size(budget))
 
 
 def _planned(workload: Workload, accounting: Accounting, budget: int | None = None) -> Plan:

@@ -31,6 +31,11 @@ class Operation(NamedTuple):
     module: str
     name: str
 
+    def describe(self) -> str:
+        """``"backward of layers.3.1.fn, aten.mm"``."""
+        name = self.name.removesuffix(".default")
+        return f"{self.phase} of {self.module}, {name}" if self.module else f"{self.phase}, {name}"
+
 
 @dataclass(frozen=True)
 class Timeline:
@@ -75,7 +80,7 @@ Segment = tuple[list[Operation], NDArray[np.int64]]
 
 
 def _segments(timeline: Timeline) -> Iterator[Segment]:
-    """The passes of a step: forward with the loss, backward, optimizer."""
+    """The passes of a step: forward with the loss, backward, optimizer; or the prompt and a token more."""
     passes = [_PASSES[operation.phase] for operation in timeline.operations]
     for number in sorted(set(_PASSES.values())):
         places = [i for i, found in enumerate(passes) if found == number]
@@ -83,7 +88,7 @@ def _segments(timeline: Timeline) -> Iterator[Segment]:
         yield timeline.operations[start:stop], timeline.live[start:stop]
 
 
-_PASSES = {"forward": 0, "loss": 0, "backward": 1, "optimizer": 2}
+_PASSES = {"forward": 0, "loss": 0, "backward": 1, "optimizer": 2, "next token": 1}
 
 
 def _stretch(two: Segment, three: Segment, depth: int) -> Segment:

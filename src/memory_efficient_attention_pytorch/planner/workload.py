@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..cache import KVCache
 from ..errors import require, require_positive_int
 from ..transformer import Transformer
 from .accounting import Accounting
@@ -33,6 +34,7 @@ class Workload:
     autocast: torch.dtype | None = None
     example_inputs: ExampleInputs = None
     loss_fn: Callable[[Any], Tensor] | None = None
+    training: bool = True
 
     def __post_init__(self) -> None:
         kinds = "a Transformer's keywords or an nn.Module"
@@ -68,12 +70,15 @@ class Workload:
         tokens = torch.zeros(self.token_shape, dtype=torch.long, device="meta")
 
         def at(depth: int) -> Timeline:
-            return dry_run(self.step(self.transformer(depth), (tokens,), {"labels": tokens}), accounting)
+            given = {"labels": tokens} if self.training else {"cache": KVCache()}
+            return dry_run(self.step(self.transformer(depth), (tokens,), given), accounting)
 
         return at_depth(at(2), at(3), self._depth) if self._depth > 3 and self._uniform else at(self._depth)
 
     def step(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
-        return Step(model, self.loss_fn or _scalar_loss, args, kwargs, self.optimizer, self.dtype, self.autocast)
+        loss = (self.loss_fn or _scalar_loss) if self.training else None
+        then = (args[0][:, :1],) if self.of_transformer and not self.training else ()
+        return Step(model, loss, args, kwargs, self.optimizer, self.dtype, self.autocast, then)
 
     @property
     def _depth(self) -> int:
@@ -93,8 +98,8 @@ class Workload:
         if not isinstance(self.subject, Mapping):
             assert isinstance(self.subject, Transformer)
             return shortened(self.subject, depth)
-        # Learned positions are as many as the sequence has, unless said otherwise.
-        keywords = {"max_seq_len": self.seq_len, **self.subject, "depth": depth}
+        # Learned positions are as many as the sequence has, unless said otherwise; one more for the next token.
+        keywords = {"max_seq_len": self.token_shape[1] + (not self.training), **self.subject, "depth": depth}
         try:
             with torch.device("meta"):
                 return Transformer(**keywords)
