@@ -3,6 +3,7 @@
   python benchmarks/planner_accuracy.py               predict and measure the reported set; write the table
   python benchmarks/planner_accuracy.py --calibrate   the same for the calibration set, which the table never contains
   python benchmarks/planner_accuracy.py --operators   what single operators allocate for themselves
+  python benchmarks/planner_accuracy.py --limits      the longest sequence within a budget, run under that budget
 
 A measurement is the rise of a fresh process's high-water resident set during the step, added to the bytes of what
 exists before it (parameters, gradients, optimizer state), which are known exactly.
@@ -24,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from memory_efficient_attention_pytorch import Transformer
-from memory_efficient_attention_pytorch.planner import format_size, plan
+from memory_efficient_attention_pytorch.planner import format_size, max_seq_len, parse_size, plan
 from memory_efficient_attention_pytorch.planner.dry_run import OPTIMIZERS
 from memory_efficient_attention_pytorch.planner.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.planner.plan import DTYPES
@@ -86,6 +87,15 @@ REPORTED: list[dict[str, Any]] = [
     {"kind": "encoder", "seq_len": 1024, "batch_size": 4, "dim": 512, "heads": 8, "depth": 2, "autocast": "bf16"},
     {"kind": "gpt2", "seq_len": 1536, "depth": 6, "dim": 384, "heads": 6, "num_tokens": 256},
     {"kind": "gpt2", "seq_len": 1024, "batch_size": 3, "depth": 2, "num_tokens": 16000, "optimizer": "sgd"},
+]
+
+
+# Budgets, and what is to fit in them with as long a sequence as possible.
+LIMITED: list[tuple[str, dict[str, Any]]] = [
+    ("300MiB", {"depth": 3, "positions": "rotary", "ff_chunks": 8, "head_chunks": 2}),
+    ("400MB", {"depth": 2, "reversible": False, "positions": "alibi", "window": 256}),
+    ("512MiB", {"dim": 512, "heads": 8, "depth": 3, "positions": "rotary", "autocast": "bf16", "exact": True}),
+    ("600MiB", {"num_tokens": 16000, "depth": 2, "positions": "none", "batch_size": 2}),
 ]
 
 
@@ -184,6 +194,33 @@ def compare(config: dict[str, Any]) -> Row:
     return Row(config, made.peak_bytes, before + measured.peak_bytes, measured.seconds)
 
 
+def limits() -> Iterator[str]:
+    """For each budget the longest sequence, and whether it and slightly longer ones run where no more can be had."""
+    longer = (1.0, 1.01, 1.02, 1.03)
+    yield (
+        "| configuration | budget | longest sequence | runs | " + " | ".join(f"{f - 1:+.0%}" for f in longer[1:]) + " |"
+    )
+    yield "|---|---:|---:|" + "---|" * len(longer)
+    for budget, config in LIMITED:
+        how, keywords = split(config)
+        options = {name: how[name] for name in ("batch_size", "dtype", "autocast", "optimizer")}
+        longest = max_seq_len(keywords, budget=budget, device="cpu", **options)
+        state = plan(keywords, seq_len=longest, device="cpu", **options).timeline.breakdown(0)
+        room = parse_size(budget) - sum(state[part] for part in STATE)
+        outcomes = [runs_within({**config, "seq_len": round(longest * factor)}, room) for factor in longer]
+        cells = [describe({**config, "seq_len": longest}), budget, f"{longest:,}"]
+        yield "| " + " | ".join([*cells, *("yes" if ran else "no" for ran in outcomes)]) + " |"
+
+
+def runs_within(config: dict[str, Any], room: int) -> bool:
+    """Does the step run where the system refuses it more than ``room`` bytes?"""
+    try:
+        measure_peak(f"{__file__}:build", {"config": config}, limit_bytes=room)
+    except MemoryError:
+        return False
+    return True
+
+
 def describe(config: dict[str, Any]) -> str:
     whole = {**BASE, **config}
     fixed = " ".join(
@@ -216,17 +253,29 @@ def table(rows: list[Row]) -> Iterator[str]:
     )
 
 
-def report(rows: list[Row]) -> str:
-    machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.system()}"
-    head = [
-        "# What the planner predicted and what was measured",
-        "",
-        f"Made by `python benchmarks/planner_accuracy.py` on {machine}.",
-        "The figures are the peak of a training step with parameters, gradients and optimizer state. None of these",
-        "configurations was looked at when the allowances for kernels were set.",
-        "",
-    ]
-    return "\n".join([*head, *table(rows), ""])
+MACHINE = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.system()}"
+REPORT_HEAD = (
+    "# What the planner predicted and what was measured",
+    "",
+    f"Made by `python benchmarks/planner_accuracy.py` on {MACHINE}.",
+    "The figures are the peak of a training step with parameters, gradients and optimizer state. None of these",
+    "configurations was looked at when the allowances for kernels were set.",
+    "",
+)
+LIMITS_HEAD = (
+    "# The longest sequence within a budget, where no more can be had",
+    "",
+    f"Made by `python benchmarks/planner_accuracy.py --limits` on {MACHINE}.",
+    "`max_seq_len` gives the length; the step then runs in a process whose address space the system limits to the",
+    "budget (above the interpreter and its libraries), and again with sequences slightly longer.",
+    "",
+)
+
+
+def write(name: str, *lines: str) -> None:
+    print(*lines, sep="\n")
+    RESULTS.mkdir(parents=True, exist_ok=True)
+    (RESULTS / name).write_text("\n".join([*lines, ""]))
 
 
 def operator(name: str, dtype: str, warm: bool) -> Callable[[], Any]:
@@ -297,9 +346,13 @@ def main() -> None:
     parser.add_argument("--calibrate", action="store_true")
     parser.add_argument("--operators", action="store_true")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of configurations; nothing is written")
+    parser.add_argument("--limits", action="store_true")
     arguments = parser.parse_args()
     if arguments.operators:
         measure_operators()
+        return
+    if arguments.limits:
+        write("limits.md", *LIMITS_HEAD, *limits())
         return
     configs = CALIBRATION if arguments.calibrate else REPORTED
     rows = []
@@ -311,11 +364,11 @@ def main() -> None:
         print(
             f"{number:2} {row.error:+6.1%} {difference:+7.1f} MiB {row.seconds:5.1f} s  {describe(config)}", flush=True
         )
-    print(*table(rows), sep="\n")
-    if not arguments.only and not arguments.calibrate:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "report.md").write_text(report(rows))
-        (RESULTS / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
+    if arguments.only or arguments.calibrate:
+        print(*table(rows), sep="\n")
+        return
+    write("report.md", *REPORT_HEAD, *table(rows))
+    (RESULTS / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -57,6 +57,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings.add_argument("--loss-chunk-size", type=int, metavar="N", help="tokens whose logits exist at once")
     asked = parser.add_argument_group("what is asked")
     asked.add_argument("--budget", metavar="SIZE", help="8GiB, 8GB, 8000M, …, or auto: what is free here")
+    asked.add_argument("--generate", action="store_true", help="plan the pass over a prompt and a new token instead")
     asked.add_argument("--longest", action="store_true", help="find the longest sequence within the budget")
     asked.add_argument("--plot", metavar="FILE", help="write a picture (PNG) of the step's memory")
     asked.add_argument("--json", action="store_true", help="print JSON instead of a table")
@@ -72,6 +73,7 @@ def run(args: argparse.Namespace) -> int:
         "autocast": None if args.precision == "fp32" else args.precision,
         "device": args.device,
         "optimizer": None if args.optimizer == "none" else args.optimizer,
+        "training": not args.generate,
     }
     if args.longest and args.budget is None:
         raise ValueError("--longest needs a --budget, such as 8GiB or auto")
@@ -121,7 +123,8 @@ def _print(config: dict[str, Any], args: argparse.Namespace, made: "Plan", longe
 
     kind = "causal Transformer" if config["causal"] else "Transformer"
     print(f"{kind} of {config['depth']} blocks, {config['dim']} wide, {config['heads']} heads of {config['dim_head']},")
-    print(f"trained with {args.optimizer} on {made.batch_size} × {made.seq_len:,} tokens, device {made.device}")
+    doing = "generating after" if args.generate else f"trained with {args.optimizer} on"
+    print(f"{doing} {made.batch_size} × {made.seq_len:,} tokens, device {made.device}")
     print(f"\n{'needs at its peak':<22}{format_size(made.peak_bytes):>10}   in the {made.peak.describe()}")
     for category, nbytes in made.breakdown.items():
         print(f"  {category:<20}{format_size(nbytes):>10}{nbytes / made.peak_bytes:>7.0%}")

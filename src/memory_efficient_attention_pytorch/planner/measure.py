@@ -61,7 +61,7 @@ def measure_peak(
         arguments: JSON-serialisable keywords of the function.
         device: ``"cpu"`` (Linux only, since it reads ``/proc``) or a CUDA device.
         threads: CPU threads of the step; PyTorch's own default if not given.
-        limit_bytes: enforce this many bytes for built things and step together: an allocation beyond it fails.
+        limit_bytes: enforce this many bytes for the step, above what was built: an allocation beyond them fails.
         timeout: seconds after which the process is killed.
 
     Raises:
@@ -119,10 +119,10 @@ def _run_child() -> None:
     warm_up(request["device"])
     device = torch.device(request["device"])
     gauge: _CudaGauge | _ResidentSet = _CudaGauge(device) if device.type == "cuda" else _ResidentSet()
-    if request["limit_bytes"] is not None:
-        gauge.limit(request["limit_bytes"])
     step = build(**request["arguments"])
     held = gauge.start()
+    if request["limit_bytes"] is not None:
+        gauge.limit(request["limit_bytes"])
     began = time.perf_counter()
     kept = step()
     peak, seconds = gauge.peak(), time.perf_counter() - began
@@ -155,7 +155,9 @@ class _CudaGauge:
 
     def limit(self, limit_bytes: int) -> None:
         total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.set_per_process_memory_fraction((self.base + limit_bytes) / total, self.device)
+        torch.cuda.empty_cache()
+        allowed = torch.cuda.memory_reserved(self.device) + limit_bytes
+        torch.cuda.set_per_process_memory_fraction(allowed / total, self.device)
 
     def start(self) -> int:
         torch.cuda.synchronize(self.device)

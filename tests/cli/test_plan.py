@@ -1,0 +1,104 @@
+"""`mea plan`: a table to read, JSON to use, a picture, and mistakes told in one line."""
+
+import json
+
+import pytest
+
+from memory_efficient_attention_pytorch.cli import main
+
+SMALL = [
+    "plan",
+    "--dim",
+    "64",
+    "--depth",
+    "2",
+    "--heads",
+    "4",
+    "--dim-head",
+    "16",
+    "--seq-len",
+    "2048",
+    "--device",
+    "cpu",
+]
+
+
+def test_table(capsys):
+    assert main(SMALL) == 0
+    shown = capsys.readouterr().out
+    assert "causal Transformer of 2 blocks, 64 wide, 4 heads of 16" in shown
+    assert "1 × 2,048 tokens, device cpu" in shown
+    for category in (
+        "parameters",
+        "gradients",
+        "optimizer",
+        "streams",
+        "attention",
+        "feed-forward",
+        "kernel workspace",
+    ):
+        assert category in shown
+    assert "TFLOP a step" in shown
+    assert "budget" not in shown
+
+
+def test_budget_chooses_settings_and_says_what_each_saves(capsys):
+    assert main([*SMALL, "--budget", "14MiB"]) == 0
+    shown = capsys.readouterr().out
+    assert "store everything" in shown
+    assert "reversible blocks" in shown
+    assert "reversible=True" in shown
+    assert "budget 14 MiB: fits, with" in shown
+
+
+def test_what_does_not_fit_has_status_1_and_says_what_would(capsys):
+    settings = ["--reversible", "--no-exact", "--ff-chunks", "8", "--head-chunks", "1", "--loss-chunk-size", "128"]
+    assert main([*SMALL, *settings, "--budget", "10MiB"]) == 1
+    shown = capsys.readouterr().out
+    assert "too large" in shown
+    assert "would fit" in shown
+
+
+def test_json_and_picture(capsys, tmp_path):
+    pytest.importorskip("matplotlib")
+    picture = tmp_path / "memory.png"
+    assert main([*SMALL, "--json", "--plot", str(picture), "--budget", "64MiB", "--longest"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["peak_bytes"] == sum(told["breakdown"].values()) <= told["budget"] == 64 * 2**20
+    assert told["fits"] is True
+    assert told["longest"] > 2048
+    assert set(told["peak"]) == {"phase", "module", "name"}
+    assert told["options"][-1]["settings"] == told["settings"]
+    assert picture.read_bytes().startswith(b"\x89PNG")
+    assert not list(tmp_path.glob("*.partial"))
+
+
+def test_generation(capsys):
+    assert main([*SMALL, "--generate"]) == 0
+    shown = capsys.readouterr().out
+    assert "generating after 1 × 2,048 tokens" in shown
+
+
+def test_budget_from_the_machine(capsys):
+    assert main([*SMALL, "--budget", "auto"]) == 0
+    assert "fits, with" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--budget", "8XB"], "mea plan: budget: expected a size above zero such as 8GB, 8GiB or 8000M, got '8XB'"),
+        (["--seq-len", "0"], "mea plan: seq_len: expected a positive integer, got 0"),
+        (["--dim", "-3"], "mea plan: dim: expected a positive integer, got -3"),
+        (["--precision", "int8"], "mea plan: argument --precision: invalid choice: 'int8'"),
+        (["--longest"], "mea plan: --longest needs a --budget"),
+        (["--optimizer", "lion"], "mea plan: optimizer: expected one of adamw"),
+        (["--sequence", "8"], "mea plan: unknown argument --sequence"),
+    ],
+)
+def test_mistakes_are_one_line(options, message, capsys):
+    assert main([*SMALL, *options]) == 2
+    told = capsys.readouterr()
+    assert told.out == ""
+    assert told.err.startswith(message)
+    assert told.err.count("\n") == 1

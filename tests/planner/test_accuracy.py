@@ -1,0 +1,95 @@
+"""Predictions held against real steps in processes of their own."""
+
+import pytest
+import torch
+from torch import nn
+
+from memory_efficient_attention_pytorch import Transformer
+from memory_efficient_attention_pytorch.planner import max_seq_len, plan
+from memory_efficient_attention_pytorch.planner.measure import measure_peak, zero_grads
+
+MIB = 2**20
+THREADS = 1
+CONFIG = {"num_tokens": 256, "dim": 256, "depth": 2, "heads": 4, "causal": True, "positions": "rotary"}
+STATE = ("parameters", "gradients", "optimizer")
+
+
+def build(config, seq_len, autocast=False):
+    model = zero_grads(Transformer(max_seq_len=seq_len, **config))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    tokens = torch.randint(config["num_tokens"], (1, seq_len))
+
+    def step(length=seq_len):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = model(tokens[:, :length], labels=tokens[:, :length])
+        loss.backward()
+        optimizer.step()
+
+    step(16)  # loads what PyTorch loads on first use
+    return step
+
+
+def before(made):
+    return sum(made.timeline.breakdown(0)[part] for part in STATE)
+
+
+@pytest.mark.parametrize(
+    ("changes", "autocast"),
+    [
+        ({"ff_chunks": 4, "head_chunks": 2}, False),
+        ({"reversible": False, "window": 128}, False),
+        ({"exact": True}, True),
+    ],
+    ids=str,
+)
+def test_the_peak_is_what_the_step_takes(changes, autocast):
+    config = {**CONFIG, **changes}
+    options = {"optimizer": "sgd", "autocast": "bf16" if autocast else None, "device": "cpu", "threads": THREADS}
+    made = plan(config, batch_size=1, seq_len=3000, **options)
+    arguments = {"config": config, "seq_len": 3000, "autocast": autocast}
+    measured = before(made) + measure_peak(f"{__file__}:build", arguments, threads=THREADS).peak_bytes
+    assert -0.1 < made.peak_bytes / measured - 1 < 0.1
+    assert abs(made.peak_bytes - measured) < 0.05 * measured + 3 * MIB
+
+
+def test_the_longest_sequence_runs_under_its_budget_and_a_longer_one_does_not():
+    config, budget = {**CONFIG, "ff_chunks": 8, "head_chunks": 2}, 120 * MIB
+    options = {"optimizer": "sgd", "device": "cpu", "threads": THREADS}
+    longest = max_seq_len(config, budget=budget, **options)
+    room = budget - before(plan(config, batch_size=1, seq_len=longest, **options))
+
+    def run(length):
+        arguments = {"config": config, "seq_len": length}
+        return measure_peak(f"{__file__}:build", arguments, threads=THREADS, limit_bytes=room)
+
+    run(int(0.97 * longest))
+    with pytest.raises(MemoryError):
+        run(int(1.05 * longest))
+
+
+def perceptron(rows):
+    model = zero_grads(nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 8)))
+    x = torch.randn(rows, 64)
+    model(x[:2]).sum().backward()
+
+    def step():
+        model(x).square().mean().backward()
+
+    return step
+
+
+def test_any_module_is_as_close():
+    rows = 40000
+    model = nn.Sequential(nn.Linear(64, 512), nn.ReLU(), nn.Linear(512, 512), nn.Tanh(), nn.Linear(512, 8))
+    made = plan(
+        model,
+        example_inputs=torch.empty(rows, 64, device="meta"),
+        loss_fn=lambda output: output.square().mean(),
+        optimizer=None,
+        device="cpu",
+        threads=THREADS,
+    )
+    state = made.timeline.breakdown(0)
+    held = sum(state[part] for part in STATE) + rows * 64 * 4
+    measured = held + measure_peak(f"{__file__}:perceptron", {"rows": rows}, threads=THREADS).peak_bytes
+    assert abs(made.peak_bytes / measured - 1) < 0.05
