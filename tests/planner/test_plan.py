@@ -6,7 +6,8 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import Transformer
-from memory_efficient_attention_pytorch.planner import CATEGORIES, max_seq_len, plan
+from memory_efficient_attention_pytorch.planner import CATEGORIES, max_seq_len, plan, workload
+from memory_efficient_attention_pytorch.planner.dry_run import dry_run
 from memory_efficient_attention_pytorch.planner.ladder import ladder
 
 CONFIG = {"num_tokens": 256, "dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "causal": True}
@@ -39,6 +40,32 @@ def test_memory_free_of_depth_and_memory_that_grows_with_it():
     per_block = 2048 * CONFIG["dim"] * 4
     assert streams(24) == streams(2)
     assert streams(24, **stored) - streams(2, **stored) > 22 * 10 * per_block
+
+
+def test_a_million_tokens_are_no_more_work_than_a_few(monkeypatch):
+    ran = []
+
+    def counted(*arguments, **options):
+        ran.append(dry_run(*arguments, **options))
+        return ran[-1]
+
+    monkeypatch.setattr(workload, "dry_run", counted)
+    config = {**CONFIG, "depth": 24, "ff_chunks": 64, "head_chunks": 4}
+    for seq_len in (2**15, 2**20):
+        planned(config, seq_len=seq_len, device="cuda")
+    operations = [len(timeline.operations) for timeline in ran]
+    assert len(operations) == 4
+    assert operations[:2] == operations[2:]
+    assert sum(operations[:2]) < 12_000
+
+
+def test_planning_draws_no_random_numbers_and_changes_no_settings():
+    before = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    for device in ("cpu", "cuda"):
+        planned({**CONFIG, "dropout": 0.1}, device=device, autocast="bf16", seq_len=64)
+    after = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
+    assert torch.equal(before[0], after[0])
+    assert before[1:] == after[1:]
 
 
 def test_half_the_bytes_in_half_the_precision():

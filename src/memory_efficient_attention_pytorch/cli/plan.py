@@ -44,10 +44,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--seq-len", type=int, default=8192, metavar="N", help="tokens in a sequence (%(default)s)")
     step.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences (%(default)s)")
     step.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adam, sgd, … or none (%(default)s)")
-    step.add_argument(
-        "--dtype", default="fp32", metavar="TYPE", help="of the parameters: fp32, bf16, fp16 (%(default)s)"
-    )
-    step.add_argument("--precision", default="fp32", metavar="TYPE", help="mixed precision: bf16 or fp16 (off)")
+    types = ("fp32", "bf16", "fp16")
+    step.add_argument("--dtype", default="fp32", choices=types, help="of the parameters (%(default)s)")
+    step.add_argument("--precision", default="fp32", choices=types, help="of mixed precision; fp32: off (%(default)s)")
     step.add_argument("--device", metavar="NAME", help="cpu or cuda, here or not (default: what is here)")
     settings = parser.add_argument_group("settings, which a budget chooses where they are not given")
     settings.add_argument("--reversible", action=argparse.BooleanOptionalAction, help="rebuild activations")
@@ -99,6 +98,8 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
     if args.window is not None:
         config["window"] = (args.window, 0) if args.causal else args.window
     given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
+    if args.budget is None and args.precision != "fp32" and args.reversible is not False:
+        given.setdefault("exact", True)  # as mea train does
     return config | given
 
 
