@@ -1,11 +1,13 @@
 """Training on the next token, and generation: what is drawn, where it ends, and what the network is shown."""
 
 import math
+from collections import Counter
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from memory_efficient_attention_pytorch import Attention, AutoregressiveWrapper, Transformer
 from memory_efficient_attention_pytorch.autoregressive_wrapper import pad_left
@@ -431,6 +433,82 @@ def test_gradients_are_off_during_a_step_alone():
     next(steps)
     assert enabled == [False]
     assert torch.is_grad_enabled()
+
+
+class Operators(TorchDispatchMode):
+    """Counts what runs."""
+
+    def __init__(self):
+        super().__init__()
+        self.counts = Counter()
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.counts[function.overloadpacket] += 1
+        return function(*args, **(kwargs or {}))
+
+
+def make_large(**kwargs):
+    """In fp32, with two layers of 512 × 512 to a block: those of the feed-forward."""
+    torch.manual_seed(0)
+    return Transformer(**{**SHAPE, "dim": 512, "ff_mult": 1, **kwargs}).eval()
+
+
+onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch was built without oneDNN")
+
+
+@onednn
+def test_large_products_are_onednns_and_small_ones_not():
+    model = make_large()
+    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
+    with Operators() as seen:
+        list(AutoregressiveWrapper(model).stream(prompts(), 3))
+    large = 2 * SHAPE["depth"]
+    assert seen.counts[torch.ops.mkldnn._linear_pointwise] == 3 * large
+    assert seen.counts[torch.ops.aten.mm] + seen.counts[torch.ops.aten.addmm] == 3 * (linear - large)
+
+
+@onednn
+def test_onednns_logits_are_the_nets_own():
+    model, tokens, seen = make_large(), prompts(), []
+    model.register_forward_hook(lambda net, inputs, logits: seen.append(logits))
+    next(AutoregressiveWrapper(model).stream(tokens, 1))
+    with torch.no_grad():
+        model(tokens)
+        expected = model.double()(tokens)
+    ours, plain = ((logits - expected).abs().max() for logits in seen[:2])
+    assert ours < 2 * plain + 1e-6
+
+
+@pytest.mark.parametrize("other", ["fp64", "autocast", "replaced", "subclass"])
+def test_only_plain_fp32_layers_are_onednns(other):
+    model = make_large()
+    if other == "fp64":
+        model.double()
+    if other in ("replaced", "subclass"):
+        for layer in model.modules():
+            if type(layer) is nn.Linear and other == "replaced":
+                layer.forward = layer.forward
+            elif type(layer) is nn.Linear:
+                layer.__class__ = type("Custom", (nn.Linear,), {})
+    with Operators() as seen, torch.autocast("cpu", enabled=other == "autocast"):
+        list(AutoregressiveWrapper(model).stream(prompts(), 2))
+    assert torch.ops.mkldnn._linear_pointwise not in seen.counts
+    assert seen.counts[torch.ops.aten.addmm]
+
+
+def test_layers_are_as_they_were_between_steps_and_their_hooks_run_in_them():
+    model, called = make_large(), []
+    layer = model.layers[0][1].fn.net[0]
+    handle = layer.register_forward_hook(lambda *_: called.append(True))
+    steps = AutoregressiveWrapper(model).stream(prompts(), 3)
+    next(steps)
+    assert called == [True]
+    assert not any("forward" in vars(module) for module in model.modules())
+    handle.remove()
+    layer.register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        next(steps)
+    assert not any("forward" in vars(module) for module in model.modules())
 
 
 ERRORS = {
