@@ -119,6 +119,13 @@ def test_text_from_standard_input_with_a_tokenizer_trained_on_it(mea, text, here
     assert json.loads((here / "mine/a/data/corpus.json").read_text()) == corpus
 
 
+def test_data_named_twice_is_both(mea, text, here):
+    (here / "more.txt").write_text("more of it\n" * 30)
+    result = mea("train", "--data", "text.txt", *TINY, "--quiet", "--data", "more.txt", "-", stdin=b"and more\n" * 30)
+    assert result.status == 0, result.error
+    assert json.loads((here / "runs/1/data/corpus.json").read_text())["documents"] == 3
+
+
 def test_options_from_toml_with_the_command_line_going_first(mea, text, here):
     packed = here / "packed"
     packed.mkdir()

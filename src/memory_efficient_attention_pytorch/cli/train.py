@@ -47,7 +47,7 @@ def _argument(field: dataclasses.Field) -> dict[str, Any]:
     if kind is bool:
         return options | {"action": argparse.BooleanOptionalAction}
     if kind is tuple:
-        return options | {"nargs": "+", "metavar": "PATH"}
+        return options | {"nargs": "+", "action": "extend", "metavar": "PATH"}
     if field.metadata["choices"]:
         return options | {"choices": field.metadata["choices"]}
     return options | {"type": kind, "metavar": {int: "N", float: "X", str: "FILE"}[kind]}
