@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import require
+from .functional.products import linear_into
 from .linear_pieces import Gradients, Scratch, compute_dtype, normed_piece, slabs
 from .pieces import Add, Branch, vector_jacobian_product
 
@@ -130,7 +131,7 @@ class HeadGroupBranch(Branch):
             for index in slabs(tokens):
                 normed = tokens[index] if source.norm is None else source.norm(tokens[index])
                 rows = normed.to(scratch.dtype).flatten(0, 1)
-                torch.mm(rows, weight.t(), out=buffer[index].view(len(rows), len(weight)))
+                linear_into(buffer[index].view(len(rows), len(weight)), rows, weight)
             sizes = [rows.stop - rows.start for _, rows in source.rows]
             found += [t.unflatten(-1, (-1, self.attention.dim_head)).transpose(1, 2) for t in buffer.split(sizes, -1)]
         return tuple(found)
@@ -152,7 +153,7 @@ class HeadGroupBranch(Branch):
         for index in slabs(values):
             upstream = cotangent[index].to(values.dtype)
             rows = upstream.flatten(0, 1)
-            torch.mm(rows, weight, out=back[index].view(len(rows), weight.shape[1]))
+            linear_into(back[index].view(len(rows), weight.shape[1]), rows, weight.t())
             grads.add_product(output, upstream, values[index], (slice(None), columns))
         return back
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .functional.products import add_product, linear_into
 from .pieces import Add, Index, vector_jacobian_product
 
 # Normed values and the projections' cotangents are held for one slab of tokens at a time: this part of all of them,
@@ -55,11 +56,7 @@ class Scratch:
         """``values (…, k) @ weightᵀ (k, j) + bias``."""
         rows = values.reshape(-1, values.shape[-1])
         out = self.take(name, len(rows), len(weight))
-        if bias is None:
-            torch.mm(rows, weight.t(), out=out)
-        else:
-            torch.addmm(bias, rows, weight.t(), out=out)
-        return out.view(*values.shape[:-1], len(weight))
+        return linear_into(out, rows, weight, bias).view(*values.shape[:-1], len(weight))
 
 
 class Gradients:
@@ -99,13 +96,8 @@ class Gradients:
     def add_product(self, weight: Tensor, upstream: Tensor, values: Tensor, place: Any = ...) -> None:
         """Add ``upstreamᵀ values``, over tokens, to the gradient of a linear layer's weight, at ``place``."""
         total = self.total(weight)
-        if total is None:
-            return
-        upstream, values = upstream.flatten(0, -2), values.flatten(0, -2)
-        if total.dtype == values.dtype:
-            total[place].addmm_(upstream.t(), values)
-        else:
-            total[place].add_(upstream.t() @ values)
+        if total is not None:
+            add_product(total[place], upstream.flatten(0, -2), values.flatten(0, -2))
 
     def through_norm(
         self, index: Index, norm: nn.Module | None, piece: Tensor, normed: Tensor, upstream: Tensor

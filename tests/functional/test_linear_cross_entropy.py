@@ -20,6 +20,7 @@ from memory_efficient_attention_pytorch.functional.linear_cross_entropy import (
     default_chunk_size,
     linear_cross_entropy,
 )
+from memory_efficient_attention_pytorch.functional.products import PART
 from tests.memory.live_bytes import LiveBytes, saved_bytes
 
 # What a path may lose beyond the plain computation in the same dtype, relative to the largest value.
@@ -366,7 +367,8 @@ def test_default_chunk_is_bounded():
     hidden, weight, _, labels = big()
     with LiveBytes() as live, torch.no_grad():
         linear_cross_entropy(hidden, weight, labels)
-    assert 4 * 128 * V <= live.peak <= 4 * 128 * V + PER_TOKEN
+    part = 4 * PART  # oneDNN's own copy, on CPUs where it is used
+    assert 4 * 128 * V <= live.peak <= 4 * 128 * V + PER_TOKEN + part
 
 
 # Without values, and recorded.

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS = ("mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot")
+PRODUCTS = ("_linear_pointwise", "mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot")
 FUSED = "scaled_dot_product"
 
 

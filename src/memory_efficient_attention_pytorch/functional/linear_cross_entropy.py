@@ -14,6 +14,7 @@ from torch._subclasses import FakeTensor
 
 from ..differentiation import once_differentiable
 from ..errors import require, require_positive_int
+from .products import add_product, linear_into
 from .request import full_precision
 
 REDUCTIONS = ("none", "mean", "sum")
@@ -124,7 +125,7 @@ class ChunkLoss:
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """``(c, d)`` and ``(c,)`` labels in ``[0, V)`` → losses ``(c,)``; :meth:`add_gradients` may follow."""
         logits, products = self.logits[: len(hidden)], self.products[: len(hidden)]
-        torch.mm(hidden.to(products.dtype), self.weight.T, out=products)
+        linear_into(products, hidden.to(products.dtype), self.weight)
         if products.dtype != logits.dtype:
             logits.copy_(products)
         if self.bias is not None:
@@ -152,22 +153,16 @@ class ChunkLoss:
         if products.dtype == logits.dtype:
             # Weighting the rows of the two (c, d) matrices spares a pass over the (c, V) one.
             if self.grad_weight is not None:
-                self.grad_weight.addmm_(logits.T, hidden * row_weight[:, None])
+                add_product(self.grad_weight, logits, hidden * row_weight[:, None])
             if grad_hidden is not None:
-                torch.mul(logits @ self.weight, row_weight[:, None], out=grad_hidden)
+                product = linear_into(logits.new_empty(grad_hidden.shape), logits, self.weight.T)
+                torch.mul(product, row_weight[:, None], out=grad_hidden)
             return
         products.copy_(logits.mul_(row_weight[:, None]))
         if self.grad_weight is not None:
-            self._add_in_blocks(self.grad_weight, products, hidden.to(products.dtype))
+            add_product(self.grad_weight, products, hidden.to(products.dtype))
         if grad_hidden is not None:
             grad_hidden.copy_(products @ self.weight)
-
-    @staticmethod
-    def _add_in_blocks(grad_weight: Tensor, products: Tensor, hidden: Tensor) -> None:
-        # A product in low precision cannot add to fp32: it goes through a block, small enough for a CPU's cache.
-        block = max(1, (2**20 if products.device.type == "cpu" else 2**24) // hidden.shape[1])
-        for total, part in zip(grad_weight.split(block), products.split(block, dim=1), strict=True):
-            total.add_(part.T @ hidden)
 
 
 class Settings(NamedTuple):
