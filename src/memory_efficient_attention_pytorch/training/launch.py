@@ -111,6 +111,10 @@ def _train(
         watcher = Watchers([*files, watcher])
         corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
         trainer = Trainer(accelerator, run, config, corpus, tokenizer, watcher, checkpoint)
+        if main:
+            # Only now is it certain that the run can go on with what has been changed.
+            with _clear_about_writing(run):
+                write_atomically(run.config, dump_config(config))
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         plan = describe(config, accelerator, corpus, parameters)
         watcher.started(plan, run.path, trainer.state.step, config.steps)
@@ -119,7 +123,6 @@ def _train(
 
 def _prepare(run: RunDirectory, config: TrainConfig, watcher: Watcher, *, resuming: bool) -> Checkpoint | None:
     """Everything on disk that the loop needs; the checkpoint to go on from."""
-    write_atomically(run.config, dump_config(config))
     with torch.device("meta"):
         build_model(config, num_tokens=256)  # refuses an impossible shape before the text is read
     prepare_text(run, config, watcher)
