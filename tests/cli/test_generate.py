@@ -288,7 +288,7 @@ def test_no_prompt_on_a_terminal(runs, capsys, monkeypatch):
     ("change", "message"),
     [
         (lambda run: (run / "config.toml").unlink(), "is not a run directory: it has no config.toml"),
-        (lambda run: replace(run, "dim = 16", "dim = 18"), "are not those of the model in its config.toml"),
+        (lambda run: replace(run, "dim = 16", "dim = 18"), "are not those of the model in the run's config.toml"),
         (lambda run: replace(run, "format = 1", "format = 99"), "is of format 99 and this version reads format 1"),
         (lambda run: replace(run, "depth = 2", "depht = 2"), "unknown key 'depht'"),
         (

@@ -154,6 +154,10 @@ def test_options_from_toml_with_the_command_line_going_first(mea, text, here):
         mea("train", "--resume", "runs/1", "--steps", "4", "--batch-size", "3"), "took 4 windows a step", "now take 6"
     )
     config = run / "config.toml"
+    assert "steps = 3 " in config.read_text()
+    assert "batch_size = 2 " in config.read_text()
+    config.write_text(config.read_text().replace("dim = 16", "dim = 18"))
+    refused(mea("train", "--resume", "runs/1"), "step-00000003 are not those of the model in the run's config.toml")
     config.write_text(config.read_text().replace("format = 1", "format = 99"))
     refused(mea("train", "--resume", "runs/1"), "format 99", "this version reads format 1")
 

@@ -82,12 +82,7 @@ def _load(args: argparse.Namespace) -> "LoadedRun":
     device = accelerator if accelerator is not None and args.device == "auto" else "cpu"
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        try:
-            loaded = load_run(args.run, checkpoint=args.checkpoint, device=device)
-        except RuntimeError as error:  # what load_state_dict raises, a line for each weight
-            raise ValueError(
-                f"the weights in {args.run} are not those of the model in its config.toml: was that changed later?"
-            ) from error
+        loaded = load_run(args.run, checkpoint=args.checkpoint, device=device)
     for warning in caught:
         _note(str(warning.message))
     return loaded

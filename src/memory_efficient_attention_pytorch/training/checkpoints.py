@@ -145,8 +145,14 @@ def find_flaw(path: Path) -> str | None:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model of the same shape."""
-    load_model(model, str(checkpoint.model))
+    """Copy a checkpoint's weights into a model of the same shape. Raises ValueError for one of another shape."""
+    try:
+        load_model(model, str(checkpoint.model))
+    except RuntimeError as error:  # what load_state_dict raises, a line for each weight
+        raise ValueError(
+            f"the weights in {checkpoint.path} are not those of the model in the run's config.toml: was that changed "
+            "later?"
+        ) from error
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
