@@ -1,6 +1,7 @@
 """Seconds per generated token beside Hugging Face's GPT-2 of the same shape, each with its cache, in one process.
 
     python benchmarks/generation.py [--prompt-tokens N] [--num-tokens N] ...
+    python benchmarks/generation.py --threads 1 --processor-time     where others use the machine too
 
 Both read the same prompt, then generate greedily, a few tokens each in alternation, so that whatever else the machine
 does falls on both. GPT-2 is measured in a bare loop around its forward pass, and by its own `generate`.
@@ -9,7 +10,7 @@ does falls on both. GPT-2 is measured in a bare loop around its forward pass, an
 import argparse
 import statistics
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 from torch import Tensor
@@ -58,37 +59,38 @@ def bare_loop(model: GPT2LMHeadModel, prompt: Tensor, tokens: int) -> Iterator[T
 class Clock(BaseStreamer):
     """Notes when `generate` hands over each token."""
 
-    def __init__(self) -> None:
+    def __init__(self, clock: Callable[[], float]) -> None:
+        self.clock = clock
         self.times: list[float] = []
 
     def put(self, value: Tensor) -> None:
-        self.times.append(time.perf_counter())
+        self.times.append(self.clock())
 
     def end(self) -> None:
         pass
 
 
-def own_generate(model: GPT2LMHeadModel, prompt: Tensor, tokens: int) -> float:
+def own_generate(model: GPT2LMHeadModel, prompt: Tensor, tokens: int, clock: Callable[[], float]) -> float:
     """Median seconds between two tokens of GPT-2's `generate`."""
-    clock = Clock()
+    streamer = Clock(clock)
     model.generate(
         prompt,
         attention_mask=torch.ones_like(prompt),
         max_new_tokens=tokens,
         do_sample=False,
         pad_token_id=0,
-        streamer=clock,
+        streamer=streamer,
     )
-    return statistics.median(b - a for a, b in zip(clock.times[1:], clock.times[2:], strict=False))
+    return statistics.median(b - a for a, b in zip(streamer.times[1:], streamer.times[2:], strict=False))
 
 
-def seconds(tokens: Iterator[Tensor], count: int) -> list[float]:
+def seconds(tokens: Iterator[Tensor], count: int, clock: Callable[[], float]) -> list[float]:
     """Of each of the next ``count`` tokens."""
     found = []
     for _ in range(count):
-        begin = time.perf_counter()
+        begin = clock()
         next(tokens)
-        found.append(time.perf_counter() - begin)
+        found.append(clock() - begin)
     return found
 
 
@@ -103,7 +105,9 @@ def main() -> None:
     parser.add_argument("--tokens-a-round", type=int, default=8)
     parser.add_argument("--positions", nargs="+", default=["learned", "rotary", "alibi"], help="of ours")
     parser.add_argument("--threads", type=int, help="CPU threads (PyTorch's default)")
+    parser.add_argument("--processor-time", action="store_true", help="count what all threads spend, not what passes")
     args = parser.parse_args()
+    clock = time.process_time if args.processor_time else time.perf_counter
     if args.threads:
         torch.set_num_threads(args.threads)
     args.tokens = 1 + args.rounds * args.tokens_a_round
@@ -113,20 +117,19 @@ def main() -> None:
     model = gpt2(args)
     running = {"GPT-2, bare loop": bare_loop(model, prompt, args.tokens)}
     running |= {f"ours, {positions}": ours(args, prompt, positions) for positions in args.positions}
-    first = {name: seconds(tokens, 1)[0] for name, tokens in running.items()}
+    first = {name: seconds(tokens, 1, clock)[0] for name, tokens in running.items()}
     each: dict[str, list[float]] = {name: [] for name in running}
     for _ in range(args.rounds):
         for name, tokens in running.items():
-            each[name].append(statistics.median(seconds(tokens, args.tokens_a_round)))
+            each[name].append(statistics.median(seconds(tokens, args.tokens_a_round, clock)))
     reference = each["GPT-2, bare loop"]
     print(f"{'':<20}{'prompt s':>10}{'s/token':>10}{'ratio to the bare loop (rounds)':>36}")
     for name, times in each.items():
         ratios = sorted(mine / theirs for mine, theirs in zip(times, reference, strict=True))
         spread = f"{statistics.median(ratios):.2f}  ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(f"{name:<20}{first[name]:>10.3f}{statistics.median(times):>10.4f}{spread:>36}")
-    print(
-        f"{'GPT-2, generate':<20}{'':>10}{own_generate(model, prompt, args.tokens):>10.4f}{'(alone, at the end)':>36}"
-    )
+    alone = own_generate(model, prompt, args.tokens, clock)
+    print(f"{'GPT-2, generate':<20}{'':>10}{alone:>10.4f}{'(alone, at the end)':>36}")
 
 
 if __name__ == "__main__":
