@@ -14,12 +14,13 @@ from torch import Tensor, nn
 from .differentiation import once_differentiable
 from .functional.linear_cross_entropy import Rows, Settings, check, run, scaled, share_of_each
 from .pieces import Totals, vector_jacobian_product
-from .reversible import ReversibleSequence, Tape
+from .reversible import Tape
 
 
 def reversible_cross_entropy(
-    blocks: ReversibleSequence,
-    x: Tensor,
+    tape: Tape,
+    y1: Tensor,
+    y2: Tensor,
     norm: nn.Module,
     weight: Tensor,
     labels: Tensor,
@@ -27,15 +28,14 @@ def reversible_cross_entropy(
     bias: Tensor | None = None,
     ignore_index: int = -100,
     chunk_size: int | None = None,
-    **kwargs: Any,
 ) -> Tensor:
-    """``linear_cross_entropy(norm(blocks(x, **kwargs)), weight, labels, bias=bias, …)``, the mean, in less memory.
+    """``linear_cross_entropy(norm(y1 + y2), weight, labels, bias=bias, …)``, the mean, in less memory.
 
-    x ``(b, n, d)``, weight ``(V, d)``, labels ``(b, n)`` int64 → scalar in nats. norm: token-wise. To be called with
-    gradients enabled. Raises what :func:`linear_cross_entropy` and :class:`ReversibleSequence` raise.
+    tape and streams ``(b, n, d)``: what :meth:`ReversibleSequence.streams` returns. weight ``(V, d)``, labels
+    ``(b, n)`` int64 → scalar in nats. norm: token-wise. To be called with gradients enabled. Raises what
+    :func:`linear_cross_entropy` raises.
     """
-    settings = check(x, weight, labels, bias, ignore_index, "mean", 0.0, chunk_size)
-    tape, y1, y2 = blocks.streams(x, **kwargs)
+    settings = check(y1.to(tape.dtype), weight, labels, bias, ignore_index, "mean", 0.0, chunk_size)
     return _LossExit.apply(tape, settings, norm, y1, y2, labels.reshape(-1), weight, bias, *norm.parameters())
 
 

@@ -151,7 +151,9 @@ class Transformer(nn.Module):
         norm, bias = self.to_logits[0], getattr(head, "bias", None)
         options: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index, "chunk_size": self.loss_chunk_size}
         if torch.is_grad_enabled() and not has_hooks(norm) and not has_hooks(self.layers):
-            return reversible_cross_entropy(self.layers, tokens, norm, head.weight, labels, **options, **given)
+            end = self.layers.streams(tokens, **given)
+            del tokens  # held by nobody else: where the loss is made they would be n · dim elements too many
+            return reversible_cross_entropy(*end, norm, head.weight, labels, **options)
         return linear_cross_entropy(norm(self._hidden(tokens, given)), head.weight, labels, **options)
 
     @property

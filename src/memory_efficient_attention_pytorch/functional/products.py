@@ -21,12 +21,17 @@ PART = 2**18
 MULTIPLE = 64
 # Terms of a sum. With fewer, making that memory costs what the product gains; more are split, again for few shapes.
 LEAST_TERMS, MOST_TERMS = 256, 2048
+MOST_COLUMNS = PART // MULTIPLE
 
 
 def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``out (n, j) = values (n, k) @ weightᵀ (k, j) + bias (j,)``; all of one dtype. Returns out."""
     if not (_has_onednn(values, weight) and _worthwhile(values.shape[1], len(weight))):
         return _usual(out, values, weight, bias)
+    if len(weight) > MOST_COLUMNS:
+        for columns in _parts(len(weight), MULTIPLE):
+            linear_into(out[:, columns], values, weight[columns], None if bias is None else bias[columns])
+        return out
     weight = _dense(weight)
     for rows in _parts(len(values), len(weight)):
         if len(values[rows]) % MULTIPLE:
