@@ -4,7 +4,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from ..training.watching import Step, Validation, Watcher, read_metrics
 
@@ -49,6 +49,9 @@ class Lines(Quiet):
         if first_step:
             self._print(f"going on after step {first_step}")
         self.steps = steps
+
+    def budgeted(self, text: str) -> None:
+        self._print(text)
 
     def step(self, step: Step) -> None:
         self._now_and_then(f"step {step.step}/{self.steps}  {numbers(step)}")
@@ -152,11 +155,15 @@ def summary(outcome: "Outcome") -> str:
         f"({_short(state.tokens / max(state.seconds, 1e-9))} tok/s), {outcome.parameters:,} parameters",
         f"validation: {first['validation_bits_per_byte']:.2f} -> {last['validation_bits_per_byte']:.2f} bits per byte, "
         f"best {best['validation_bits_per_byte']:.2f} at step {best['step']}",
-        f"memory: {max(r['memory_peak'] for r in steps) >> 20} MiB at the peak",
+        f"memory: {outcome.memory.result() if outcome.memory else _memory(steps)}",
         f"curve: {run.plot}   numbers: {run.metrics}   weights: {run.checkpoints.root}",
         f"next: mea generate {run.path} --prompt '{'...' if outcome.config.data else 'import '}'",
     ]
     return "\n".join(lines)
+
+
+def _memory(steps: list[dict[str, Any]]) -> str:
+    return f"{max(record['memory_peak'] for record in steps) >> 20} MiB at the peak"
 
 
 def duration(seconds: float) -> str:

@@ -40,6 +40,7 @@ class Step:
     device, ``meta`` included. ``loss`` makes a scalar of what the model returns; None: there is no training, only a
     forward pass in eval mode, and another with ``then`` in place of ``args`` where that is given. ``dtype``: of
     parameters and floating-point buffers (None: as they are). ``autocast``: the dtype of mixed precision (None: off).
+    ``keep_gradients``: they exist when the step begins, as where they are accumulated; otherwise backward makes them.
     """
 
     model: nn.Module
@@ -50,10 +51,11 @@ class Step:
     dtype: torch.dtype | None = None
     autocast: torch.dtype | None = None
     then: tuple[Any, ...] = ()
+    keep_gradients: bool = True
 
 
 def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Timeline:
-    """Record a training step as all but the first are: gradients and the optimizer's state exist when it begins.
+    """Record a training step as all but the first are: the optimizer's state exists when it begins.
 
     The model is not touched: a copy gets fake parameters and buffers. ``abridge``: cut this package's loops over equal
     parts short, which changes nothing but the time.
@@ -81,7 +83,7 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
         if step.loss is None:
             _infer(model, autocast, ledger, [args, then] if then else [args], kwargs)
         else:
-            optimizer = _set_up(model, step.optimizer, ledger)
+            optimizer = _set_up(model, step, ledger)
             _train(model, step.loss, optimizer, autocast, ledger, args, kwargs)
     return ledger.timeline()
 
@@ -124,27 +126,38 @@ def _infer(
                 model(*args, **kwargs)
 
 
-def _set_up(model: nn.Module, choice: str | OptimizerMaker | None, ledger: Ledger) -> torch.optim.Optimizer | None:
-    """Make what exists before a training step besides the model: gradients and the optimizer's state."""
+def _set_up(model: nn.Module, step: Step, ledger: Ledger) -> torch.optim.Optimizer | None:
+    """Make what exists before a training step besides the model: the optimizer's state and, if kept, gradients."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ledger.during("gradients"):
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
-    if choice is None or not trained:
-        return None
-    optimizer = _optimizer(choice, trained)
-    with ledger.during("optimizer"):
-        optimizer.step()
+    optimizer = None
+    if step.optimizer is not None and trained:
+        optimizer = _optimizer(step.optimizer, trained)
+        with ledger.during("optimizer"):
+            optimizer.step()
+    if not step.keep_gradients:
+        for parameter in trained:
+            parameter.grad = None
+            parameter.register_post_accumulate_grad_hook(
+                lambda made: ledger.belongs("gradients", made.grad)  # until then it is whose work made it
+            )
     return optimizer
 
 
 def _optimizer(choice: str | OptimizerMaker, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
-    if not isinstance(choice, str):
-        return choice(parameters)
-    require(choice in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}, a function or None", repr(choice))
-    make: Any = OPTIMIZERS[choice]
-    # PyTorch's default depends on the type of the parameters, which here is not the one they will have.
-    return make(parameters, lr=1e-3, foreach=parameters[0].device.type == "cuda")
+    if isinstance(choice, str):
+        require(choice in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}, a function or None", repr(choice))
+        make: Any = OPTIMIZERS[choice]
+        optimizer = make(parameters, lr=1e-3)
+    else:
+        optimizer = choice(parameters)
+    for group in optimizer.param_groups:
+        # PyTorch's default depends on the type of the parameters, which here is not the one they will have.
+        if "foreach" in group and group["foreach"] is None and not group.get("fused"):
+            group["foreach"] = parameters[0].device.type == "cuda"
+    return optimizer
 
 
 def _fake_copy(model: nn.Module, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> nn.Module:

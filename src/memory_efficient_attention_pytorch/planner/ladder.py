@@ -36,15 +36,18 @@ def ladder(config: Mapping[str, Any], batch_size: int, seq_len: int, mixed_preci
 def _changes(
     config: Mapping[str, Any], tokens: int, seq_len: int, mixed_precision: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
+    whole = {"ff_chunks": 1, "head_chunks": 1, "loss_chunk_size": tokens}
+    reversible = config.get("reversible", False)
     yield (
-        "store everything",
-        {"reversible": False, "exact": False, "ff_chunks": 1, "head_chunks": 1, "loss_chunk_size": tokens},
+        "reversible, in one piece" if reversible else "store everything",
+        {"reversible": reversible, "exact": reversible and mixed_precision, **whole},
     )
     yield "loss in chunks", {"loss_chunk_size": None}
-    chunks = [count for count in (8, 64, 512) if count * LEAST_TOKENS <= seq_len]
+    chunks = [count for count in (8, 64, 512) if count * LEAST_TOKENS <= tokens and count <= seq_len]
     if chunks:
         yield f"feed-forward in {chunks[0]} chunks", {"ff_chunks": chunks[0]}
-    yield "reversible blocks", {"reversible": True, "exact": mixed_precision}
+    if "reversible" not in config:
+        yield "reversible blocks", {"reversible": True, "exact": mixed_precision}
     for groups in _head_groups(config):
         yield f"heads in {groups} groups", {"head_chunks": groups}
     for count in chunks[1:]:

@@ -84,6 +84,15 @@ class Ledger(TorchDispatchMode):
         for tensor in tensors:
             self._charge(tensor, category)
 
+    def belongs(self, category: str, tensor: Tensor) -> None:
+        """From now on the tensor's storage is of this category, whose work it was made by notwithstanding."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._storages:
+            reference, before, nbytes = self._storages[key]
+            self._storages[key] = (reference, category, nbytes)
+            self._live[before] -= nbytes
+            self._live[category] += nbytes
+
     def start(self) -> None:
         """Forget the operations so far: what came before is no part of the step."""
         self._operations.clear()

@@ -21,6 +21,9 @@ from torch import nn
 
 _CHILD = f"from {__name__} import _run_child; _run_child()"
 _RESULT = "measured-peak:"
+_ONEDNN = "could not create a primitive"
+"""What oneDNN says of anything that keeps it from compiling a kernel; under a limit, that it got no memory for it."""
+_OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError", "std::bad_alloc", _ONEDNN)
 
 
 @dataclass(frozen=True)
@@ -86,7 +89,7 @@ def measure_peak(
     readings = [line for line in done.stdout.splitlines() if line.startswith(_RESULT)]
     if done.returncode == 0 and readings:
         return Measurement(**json.loads(readings[-1].removeprefix(_RESULT)))
-    if "OutOfMemoryError" in done.stderr or "can't allocate memory" in done.stderr or "MemoryError" in done.stderr:
+    if any(sign in done.stderr for sign in _OUT_OF_MEMORY if limit_bytes is not None or sign != _ONEDNN):
         raise MemoryError(f"{target} ran out of memory:\n{done.stderr[-2000:]}")
     raise RuntimeError(f"measuring {target} failed with exit status {done.returncode}:\n{done.stderr[-4000:]}")
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,10 +13,10 @@ from ..errors import require
 from ..transformer import Transformer
 from .accounting import Accounting, accounting_for
 from .dry_run import OptimizerMaker
-from .ladder import ladder
+from .ladder import Rung, ladder
 from .search import largest
 from .sizes import format_size, parse_size
-from .timeline import Operation, Timeline
+from .timeline import CATEGORIES, Operation, Timeline
 from .workload import Config, ExampleInputs, Workload
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -37,8 +37,9 @@ class Plan:
     """What a training step needs.
 
     ``timeline`` has what is live at every operation. With a budget, ``settings`` are the Transformer's keywords that
-    were chosen, ``options`` all that was considered up to that choice, fastest first, and ``advice``, where nothing
-    fits, says what would.
+    were chosen, and ``options`` all that was considered up to that choice, fastest first. Where nothing fits,
+    ``remedies`` are what would, each by itself: the largest ``batch_size``, ``seq_len`` or ``depth``, and the
+    ``budget``.
     """
 
     timeline: Timeline
@@ -48,7 +49,7 @@ class Plan:
     budget: int | None = None
     settings: Mapping[str, Any] = field(default_factory=dict)
     options: tuple[Option, ...] = ()
-    advice: str | None = None
+    remedies: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def peak_bytes(self) -> int:
@@ -73,6 +74,19 @@ class Plan:
         """Two per multiply-add of matrix products and attention, recomputation included, causality not deducted."""
         return self.timeline.flops
 
+    @property
+    def advice(self) -> str | None:
+        """The remedies in words; None where the step fits or there is no budget."""
+        if not self.remedies:
+            return None
+        words = [_REMEDIES[name].format(amount) for name, amount in self.remedies.items() if name != "budget"]
+        changes = " or ".join([*words, f"a budget of {format_size(self.remedies['budget'])}"]) + " would fit"
+        state = [CATEGORIES.index(name) for name in ("parameters", "gradients", "optimizer")]
+        standing = int(self.timeline.live[:, state].sum(axis=1).max())
+        if self.budget is None or standing < self.budget:
+            return changes
+        return f"parameters, gradients and optimizer state alone take {format_size(standing)}: {changes}"
+
     def as_dict(self) -> dict[str, Any]:
         """Everything but the timeline, of types that JSON knows."""
         return {
@@ -87,6 +101,7 @@ class Plan:
             "fits": None if self.budget is None else self.fits(),
             "settings": dict(self.settings),
             "options": [asdict(option) for option in self.options],
+            "remedies": dict(self.remedies),
             "advice": self.advice,
         }
 
@@ -96,6 +111,9 @@ class Plan:
         require(limit is not None, "budget", "a size such as 8GiB, since the plan was made without one", None)
         assert limit is not None
         return self.peak_bytes <= limit
+
+
+_REMEDIES = {"batch_size": "a batch of {}", "seq_len": "sequences of {} tokens", "depth": "a depth of {}"}
 
 
 def plan(
@@ -112,6 +130,7 @@ def plan(
     loss_fn: Callable[[Any], Tensor] | None = None,
     training: bool = True,
     threads: int | None = None,
+    keep_gradients: bool = True,
 ) -> Plan:
     """Plan a training step (forward, backward, optimizer) without running it: the real code runs on fake tensors.
 
@@ -134,8 +153,10 @@ def plan(
         training: False plans a forward pass without gradients in eval mode; for a Transformer generation, that is the
             pass over a prompt of ``seq_len`` tokens, which fills the cache of keys and values, and the next token.
         threads: of the CPU's kernels, which keep buffers each.
+        keep_gradients: whether they exist when the step begins, as where they are accumulated over batches; False: they
+            are made in backward, as after ``optimizer.zero_grad()``.
 
-    The step planned is any after the first: gradients and the optimizer's state exist when it begins.
+    The step planned is any after the first: the optimizer's state exists when it begins.
 
     Raises:
         ValueError: an argument that makes no sense.
@@ -151,13 +172,16 @@ def plan(
         example_inputs,
         loss_fn,
         training,
+        keep_gradients,
     )
     accounting = accounting_for(_device(device, model_or_config), threads)
     limit = None if budget is None else parse_size(budget)
     if limit is not None and isinstance(model_or_config, Mapping):
         return _plan_within(limit, workload, accounting)
     made = _planned(workload, accounting, limit)
-    return made if limit is None or made.fits() else replace(made, advice=_advice(workload, accounting, limit, made))
+    if limit is None or made.fits():
+        return made
+    return replace(made, remedies=_remedies(workload, accounting, limit) | {"budget": made.peak_bytes})
 
 
 def max_seq_len(
@@ -173,6 +197,7 @@ def max_seq_len(
     loss_fn: Callable[[Any], Tensor] | None = None,
     training: bool = True,
     threads: int | None = None,
+    keep_gradients: bool = True,
 ) -> int:
     """The most tokens in a sequence for which the step's peak is within the budget; 0 if not even one fits.
 
@@ -193,6 +218,7 @@ def max_seq_len(
         example_inputs,
         loss_fn,
         training,
+        keep_gradients,
     )
     accounting = accounting_for(_device(device, model_or_config), threads)
     return _longest(workload, accounting, parse_size(budget))
@@ -204,42 +230,58 @@ def _planned(workload: Workload, accounting: Accounting, budget: int | None = No
 
 
 def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Plan:
-    """The first rung of the ladder that fits, or else the leanest with advice."""
-    assert isinstance(workload.subject, Mapping)
+    """The first rung of the ladder that fits, or else the leanest with what would."""
     options: list[Option] = []
-    leanest: tuple[Plan, Workload] | None = None
-    for rung in ladder(workload.subject, *workload.token_shape, workload.autocast is not None):
-        changed = replace(workload, subject={**workload.subject, **rung.settings})
+    leanest: Plan | None = None
+    for rung, changed in _rungs(workload):
         made = replace(_planned(changed, accounting, budget), settings=rung.settings)
         options.append(Option(rung.name, rung.settings, made.peak_bytes, made.flops))
-        if leanest is None or made.peak_bytes < leanest[0].peak_bytes:
-            leanest = made, changed
+        if leanest is None or made.peak_bytes < leanest.peak_bytes:
+            leanest = made
         if made.fits():
             return replace(made, options=tuple(options))
     assert leanest is not None
-    made, changed = leanest
-    return replace(made, options=tuple(options), advice=_advice(changed, accounting, budget, made))
+    remedies = _remedies(workload, accounting, budget) | {"budget": leanest.peak_bytes}
+    return replace(leanest, options=tuple(options), remedies=remedies)
 
 
-def _advice(workload: Workload, accounting: Accounting, budget: int, made: Plan) -> str:
-    """What to change so that the step fits."""
-    standing = sum(made.breakdown[part] for part in ("parameters", "gradients", "optimizer"))
-    if standing >= budget:
-        return (
-            f"parameters, gradients and optimizer state alone take {format_size(standing)}: "
-            "a smaller model, a lean optimizer or a dtype of fewer bytes is needed"
-        )
-    changes = []
-    if workload.batch_size and workload.batch_size > 1 and workload.seq_len:
-        smaller = largest(
-            lambda size: _peak(replace(workload, batch_size=size), accounting), budget, workload.batch_size
-        )
-        changes += [f"a batch of {smaller}"] if smaller else []
-    if workload.of_transformer or callable(workload.example_inputs):
-        longest = _longest(workload, accounting, budget)
-        changes += [f"sequences of {longest} tokens"] if longest else []
-    changes.append(f"a budget of {format_size(made.peak_bytes)}")
-    return " or ".join(changes) + " would fit"
+def _rungs(workload: Workload) -> Iterator[tuple[Rung, Workload]]:
+    assert isinstance(workload.subject, Mapping)
+    for rung in ladder(workload.subject, *workload.token_shape, workload.autocast is not None):
+        yield rung, replace(workload, subject={**workload.subject, **rung.settings})
+
+
+def _remedies(workload: Workload, accounting: Accounting, budget: int) -> dict[str, int]:
+    """The largest batch, length or, where neither helps, depth with which the step fits, run as leanly as can be."""
+
+    def most(name: str, now: int) -> dict[str, int]:
+        found = largest(lambda size: _peak(_leanest(_with(workload, name, size)), accounting), budget, now - 1)
+        return {name: found} if found else {}
+
+    found: dict[str, int] = {}
+    batch, length = workload.batch_size or 1, workload.seq_len or 1
+    sized = workload.of_transformer or callable(workload.example_inputs)
+    if sized and batch > 1:
+        found |= most("batch_size", batch)
+    if sized and length > 1:
+        found |= most("seq_len", length)
+    if not found and isinstance(workload.subject, Mapping) and workload.subject["depth"] > 1:
+        found |= most("depth", workload.subject["depth"])
+    return found
+
+
+def _with(workload: Workload, name: str, size: int) -> Workload:
+    if name == "batch_size":
+        return replace(workload, batch_size=size)
+    if name == "seq_len":
+        return replace(workload, seq_len=size)
+    assert isinstance(workload.subject, Mapping)
+    return replace(workload, subject={**workload.subject, name: size})
+
+
+def _leanest(workload: Workload) -> Workload:
+    """The last rung of the ladder: where that fits, a rung does."""
+    return list(_rungs(workload))[-1][1] if isinstance(workload.subject, Mapping) else workload
 
 
 def _longest(workload: Workload, accounting: Accounting, budget: int) -> int:

@@ -35,6 +35,7 @@ class Workload:
     example_inputs: ExampleInputs = None
     loss_fn: Callable[[Any], Tensor] | None = None
     training: bool = True
+    keep_gradients: bool = True
 
     def __post_init__(self) -> None:
         kinds = "a Transformer's keywords or an nn.Module"
@@ -78,7 +79,7 @@ class Workload:
     def step(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
         loss = (self.loss_fn or _scalar_loss) if self.training else None
         then = (args[0][:, :1],) if self.of_transformer and not self.training else ()
-        return Step(model, loss, args, kwargs, self.optimizer, self.dtype, self.autocast, then)
+        return Step(model, loss, args, kwargs, self.optimizer, self.dtype, self.autocast, then, self.keep_gradients)
 
     @property
     def _depth(self) -> int:

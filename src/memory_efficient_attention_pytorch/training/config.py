@@ -56,13 +56,18 @@ class TrainConfig:
     )
     dropout: float = _option(0.0, "dropout of the attention's weights", group="model", low=0)
     tie_embeddings: bool = _option(False, "use the token embedding for the output layer too", group="model")
-    reversible: bool = _option(True, "rebuild activations in backward instead of storing them", group="model")
+    reversible: bool | None = _option(
+        None, "rebuild activations in backward instead of storing them; default: on", group="model"
+    )
     exact: bool | None = _option(None, "rebuild activations bit for bit; default: under mixed precision", group="model")
     head_chunks: int | None = _option(
         None, "pieces the attention is computed in; default: chosen for the machine", group="model", low=1
     )
     ff_chunks: int | None = _option(
         None, "pieces the feed-forward is computed in; default: chosen for the machine", group="model", low=1
+    )
+    loss_chunk_size: int | None = _option(
+        None, "tokens whose logits exist at once; default: by the size of the vocabulary", group="model", low=1
     )
 
     steps: int = _option(300, "optimizer steps", group="optimisation", low=1)
@@ -85,6 +90,12 @@ class TrainConfig:
     )
     device: str = _option(
         "auto", "auto: the accelerator if there is one", group="optimisation", choices=("auto", "cpu")
+    )
+    memory_budget: str | None = _option(
+        None,
+        "memory the process may take, 8GiB, 8GB, 8000M or auto (what is free): the fastest settings that fit are "
+        "chosen among reversible, exact, head-chunks, ff-chunks and loss-chunk-size where they are not given",
+        group="optimisation",
     )
     seed: int = _option(0, "seed of weights, batches, dropout and the validation split", group="optimisation", low=0)
 
@@ -225,8 +236,12 @@ def _check_combination(config: TrainConfig) -> None:
         raise ValueError(f"head_chunks must divide heads ({config.heads}), got {config.head_chunks}")
     if config.positions == "rotary" and config.dim_head % 2:
         raise ValueError(f"rotary positions need an even dim_head, got {config.dim_head}")
-    if config.exact and not config.reversible:
+    if config.exact and config.reversible is False:
         raise ValueError("exact and no reversible contradict each other: exact says how reversal rebuilds activations")
+    if config.memory_budget not in (None, "auto"):
+        from ..planner import parse_size
+
+        parse_size(config.memory_budget, "memory_budget")
     for name in ("dropout", "beta1", "beta2"):
         if not getattr(config, name) < 1:
             raise ValueError(f"{name} must be below 1, got {getattr(config, name)}")

@@ -1,6 +1,7 @@
 """Starting a run and going on with one: everything between the options and the loop."""
 
 import contextlib
+import dataclasses
 import datetime
 import os
 import shutil
@@ -11,14 +12,16 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 
 from ..functional.attention import select_backend
+from .budget import Memory, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
 from .files import WRITE_ERRORS, RunError, write_atomically
 from .model import build_model
-from .resources import PIECE_BYTES, pick_precision, resolve
+from .resources import PIECE_BYTES, memory_peak, pick_precision, resolve
 from .run_directory import RunDirectory
 from .text import prepare_text
+from .tokenizers import ByteTokenizer, SubwordTokenizer
 from .trainer import Trainer
 from .watching import MetricsFile, TensorBoardFile, Watcher, Watchers
 
@@ -30,19 +33,23 @@ RUNS = Path("runs")
 
 _CHANGEABLE = {
     *("steps", "batch_size", "accumulation", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"),
-    *("clip", "device", "head_chunks", "ff_chunks", "evaluate_every", "evaluation_windows", "sample_every"),
-    *("sample_tokens", "checkpoint_every", "keep", "tensorboard"),
+    *("clip", "device", "head_chunks", "ff_chunks", "loss_chunk_size", "memory_budget", "evaluate_every"),
+    *("evaluation_windows", "sample_every", "sample_tokens", "checkpoint_every", "keep", "tensorboard"),
 }
 
 
 class Outcome(NamedTuple):
-    """A run that came to its last step. main: whether this process is the one that speaks for all."""
+    """A run that came to its last step.
+
+    main: whether this process is the one that speaks for all. memory: what its memory budget came to, if it had one.
+    """
 
     run: RunDirectory
     config: TrainConfig
     state: TrainState
     parameters: int
     main: bool
+    memory: Memory | None = None
 
 
 def start_run(config: TrainConfig, out: Path | str | None, make_watcher: Callable[[bool], Watcher]) -> Outcome:
@@ -57,9 +64,10 @@ def start_run(config: TrainConfig, out: Path | str | None, make_watcher: Callabl
     text: dict[str, Any] = {"data": tuple(name if name == "-" else str(Path(name).absolute()) for name in config.data)}
     if config.tokenizer is not None:
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
-    config = resolve(config.updated(text), accelerator.device)
+    num_tokens = _num_tokens(config) if config.memory_budget else 0
+    config, memory = _settle(accelerator, config.updated(text), num_tokens)
     path, made = _on_main(accelerator, lambda: _make_directory(out, config))
-    return _train(accelerator, RunDirectory(path), config, make_watcher, refused=lambda: _remove(path, made))
+    return _train(accelerator, RunDirectory(path), config, memory, make_watcher, lambda: _remove(path, made))
 
 
 def resume_run(path: Path | str, changes: Mapping[str, Any], make_watcher: Callable[[bool], Watcher]) -> Outcome:
@@ -77,7 +85,31 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_watcher: Calla
                 f"{key} is {getattr(before, key)!r} in {run.path} and cannot change on the way: start a new run for it"
             )
     accelerator = _make_accelerator(config)
-    return _train(accelerator, run, resolve(config, accelerator.device), make_watcher)
+    num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
+    config, memory = _settle(accelerator, config, num_tokens, settled=True)
+    return _train(accelerator, run, config, memory, make_watcher)
+
+
+def _settle(
+    accelerator: "Accelerator", config: TrainConfig, num_tokens: int, *, settled: bool = False
+) -> tuple[TrainConfig, Memory | None]:
+    """Every choice that was left open made: for the memory budget, if there is one, and for the machine."""
+    if config.memory_budget is None:
+        return resolve(config, accelerator.device), None
+    prepare(accelerator.device)
+    return _on_main(
+        accelerator,
+        lambda: within_budget(
+            config, accelerator.device, num_tokens, processes=accelerator.num_processes, settled=settled
+        ),
+    )
+
+
+def _num_tokens(config: TrainConfig) -> int:
+    """The size of the vocabulary, before there is one."""
+    if config.tokenizer is not None:
+        return SubwordTokenizer(config.tokenizer).num_tokens
+    return config.vocab_size or ByteTokenizer.num_tokens
 
 
 def latest_run() -> Path:
@@ -92,6 +124,7 @@ def _train(
     accelerator: "Accelerator",
     run: RunDirectory,
     config: TrainConfig,
+    memory: Memory | None,
     make_watcher: Callable[[bool], Watcher],
     refused: Callable[[], None] | None = None,
 ) -> Outcome:
@@ -118,7 +151,12 @@ def _train(
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         plan = describe(config, accelerator, corpus, parameters)
         watcher.started(plan, run.path, trainer.state.step, config.steps)
-        return Outcome(run, config, trainer.train(), parameters, main)
+        if memory is not None:
+            watcher.budgeted(memory.announcement())
+        state = trainer.train()
+        if memory is not None:
+            memory = dataclasses.replace(memory, measured=memory_peak(accelerator.device))
+        return Outcome(run, config, state, parameters, main, memory)
 
 
 def _prepare(run: RunDirectory, config: TrainConfig, watcher: Watcher, *, resuming: bool) -> Checkpoint | None:
@@ -158,6 +196,7 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
     q, k, v = (torch.zeros((), device=device, dtype=dtype).expand(shape) for shape in shapes)
     window = None if config.window is None else (config.window, 0)
     choice = select_backend(q, k, v, causal=True, window=window, dropout=config.dropout)
+    pieces = "for the memory budget" if config.memory_budget else f"cut at {PIECE_BYTES >> 20} MiB"
     if not config.reversible:
         reversal = "off, activations are stored"
     elif config.exact:
@@ -167,7 +206,7 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
     return (
         f"{parameters:,} parameters; {where}; {config.precision}; "
         f"attention: {choice.name} ({choice.reason}); reversal: {reversal}; "
-        f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} (cut at {PIECE_BYTES >> 20} MiB); "
+        f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} ({pieces}); "
         f"text: {corpus.info.train_tokens:,} tokens to train on, {corpus.info.validation_tokens:,} to validate on "
         f"({corpus.info.split})"
     )

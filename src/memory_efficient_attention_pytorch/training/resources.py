@@ -1,8 +1,11 @@
 """What the machine offers: choices made for it, with their reasons, and the memory in use."""
 
+import ctypes
+import mmap
 import os
 import sys
 
+import numpy as np
 import torch
 
 from .config import TrainConfig
@@ -24,18 +27,20 @@ def pick_precision(config: TrainConfig, device: torch.device) -> str:
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The configuration with every choice that was left to the machine made.
+    """The configuration with every choice that was left to the machine made, and not to a memory budget before.
 
     Exact reversal wherever the branches compute in less than fp32, since rounding would grow on the way back. Pieces
     small enough for their working memory to stay below 32 MiB, and attention pieces with at least as many heads as
     there are threads to compute them.
     """
     precision = pick_precision(config, device)
+    reversible = config.reversible is not False
     stream = config.batch_size * config.seq_len * config.dim * 4
     return config.updated(
         {
             "precision": precision,
-            "exact": config.reversible and precision != "fp32" if config.exact is None else config.exact,
+            "reversible": reversible,
+            "exact": reversible and precision != "fp32" if config.exact is None else config.exact,
             "ff_chunks": config.ff_chunks or _ff_chunks(config, stream),
             "head_chunks": config.head_chunks or _head_chunks(config, device),
         }
@@ -55,6 +60,20 @@ def _head_chunks(config: TrainConfig, device: torch.device) -> int:
     threads = torch.get_num_threads() if device.type == "cpu" else 1
     allowed = [n for n in groups if n == 1 or config.heads // n * config.batch_size >= threads]
     return next((n for n in allowed if working / n <= PIECE_BYTES), allowed[-1])
+
+
+def forget_pages(array: np.ndarray) -> None:
+    """Let go of what was read from a memory-mapped file: the system's cache keeps it, the process has it no longer."""
+    mapped = getattr(array, "_mmap", None)
+    if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
+        mapped.madvise(mmap.MADV_DONTNEED)
+
+
+def trim_heap() -> None:
+    """Have the C library give back what its heap has free, where it can."""
+    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+    if trim is not None:
+        trim(0)
 
 
 def memory_now(device: torch.device) -> int:

@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import numpy as np
 import torch
@@ -17,7 +17,7 @@ from .files import WRITE_ERRORS, RunError
 from .interruption import Interrupted, Interruption
 from .model import build_model
 from .plot import plot_losses
-from .resources import memory_now, memory_peak
+from .resources import forget_pages, memory_now, memory_peak
 from .run_directory import RunDirectory
 from .tokenizers import Tokenizer
 from .watching import Step, Validation, Watcher
@@ -147,6 +147,7 @@ class Trainer:
         self.seconds_per_step = (
             seconds if self.seconds_per_step is None else 0.9 * self.seconds_per_step + 0.1 * seconds
         )
+        forget_pages(self.corpus.train)
         now = memory_now(self.accelerator.device)
         self.watcher.step(
             Step(
@@ -201,6 +202,7 @@ class Trainer:
             total += torch.tensor([loss.item() * labels.numel(), labels.numel()], dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             total = self.accelerator.gather(total.float().to(self.accelerator.device)[None]).sum(0)
+        forget_pages(tokens)
         return (total[0] / total[1]).item()
 
     def _sample(self) -> None:
@@ -255,8 +257,13 @@ class Trainer:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
+    """The optimizer of a model's parameters; see `adamw`."""
+    return adamw(model.parameters(), config)
+
+
+def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
     """AdamW with weight decay on matrices only (Loshchilov and Hutter, 2019), not on gains, biases and norms."""
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    parameters = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},

@@ -47,6 +47,9 @@ class Watcher:
     def started(self, plan: str, run: Path, first_step: int, steps: int) -> None:
         """Training begins. `plan`: what it uses and why, in one line."""
 
+    def budgeted(self, text: str) -> None:
+        """What the memory budget made of the run, in one line."""
+
     def step(self, step: Step) -> None: ...
 
     def validation(self, validation: Validation) -> None: ...
@@ -72,6 +75,9 @@ class Watchers(Watcher):
 
     def started(self, plan: str, run: Path, first_step: int, steps: int) -> None:
         self._tell("started", plan, run, first_step, steps)
+
+    def budgeted(self, text: str) -> None:
+        self._tell("budgeted", text)
 
     def step(self, step: Step) -> None:
         self._tell("step", step)

@@ -1,0 +1,189 @@
+"""A memory budget: the settings that keep a run within it, what they should take, and what the run took."""
+
+import ctypes
+import dataclasses
+import io
+from typing import Any
+
+import torch
+
+from ..planner import Option, Plan, available_memory, format_size, parse_size, plan
+from ..planner.measure import warm_up
+from .config import TrainConfig
+from .model import build_model, model_keywords
+from .resources import memory_now, memory_peak, resolve, trim_heap
+from .trainer import adamw
+
+SETTINGS = ("reversible", "exact", "head_chunks", "ff_chunks", "loss_chunk_size")
+"""What a budget decides, fields of TrainConfig and keywords of Transformer alike."""
+
+_MIB = 1 << 20
+_BESIDE = 10 * _MIB
+"""What a run holds in RAM beside its steps: batches, records, pictures, checkpoints, what accelerate keeps."""
+_NOISE = 8 * _MIB
+"""By how much the memory of a process differs from one start to the next."""
+_MMAP_THRESHOLD, _MMAP_BYTES = -3, 65536
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """What a run may take, what it should take at its peak and, at its end, what it took; bytes of one process.
+
+    On a CPU they are its resident set, interpreter and libraries included; on an accelerator, what PyTorch allocates
+    there. before: in use before there is a model. choice: what was chosen and why.
+    """
+
+    kind: str
+    budget: int
+    before: int
+    predicted: int
+    choice: str
+    measured: int | None = None
+
+    def announcement(self) -> str:
+        """What is to be expected, in one line."""
+        return (
+            f"memory: {format_size(self.predicted)} predicted at the peak of the {format_size(self.budget)} allowed "
+            f"({self.kind}, {format_size(self.before)} of it before the model); {self.choice}"
+        )
+
+    def result(self) -> str:
+        """What was predicted beside what was measured, in one line."""
+        assert self.measured is not None
+        verdict = "within" if self.measured <= self.budget else "BEYOND"
+        return (
+            f"{format_size(self.measured)} at the peak, {format_size(self.predicted)} predicted "
+            f"({self.predicted / self.measured - 1:+.1%}), {verdict} the {format_size(self.budget)} allowed "
+            f"({self.kind}, {format_size(self.before)} of it before the model)"
+        )
+
+
+def prepare(device: torch.device) -> None:
+    """Load what a run loads on first use, so that it counts as what the process takes before there is a model.
+
+    And have the C library return what is freed. Left alone, glibc raises the size from which it does so whenever a
+    larger block is freed, and the same step then takes up to three times as much.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
+    warm_up(str(device))
+    plan({"num_tokens": 2, "dim": 2, "depth": 1, "heads": 1, "dim_head": 2}, batch_size=1, seq_len=2, device=device)
+    _draw_nothing()
+    trim_heap()
+
+
+def _draw_nothing() -> None:
+    """What the first picture of a run loads."""
+    try:
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.figure import Figure
+    except ImportError:
+        return  # told when there is something to draw
+    figure = Figure(layout="constrained")
+    figure.add_subplot().set_xlabel("nothing")
+    FigureCanvasAgg(figure).print_png(io.BytesIO())
+
+
+def within_budget(
+    config: TrainConfig, device: torch.device, num_tokens: int, *, processes: int = 1, settled: bool = False
+) -> tuple[TrainConfig, Memory]:
+    """The configuration with the fastest settings that keep a training step within its budget, for each process.
+
+    Settings that it has stay as they are, and all of them where they are `settled`, as in a run that goes on; a budget
+    of "auto" becomes a size. Call `prepare` before. Raises ValueError, with the changes that would make it fit, where
+    nothing does.
+    """
+    resolved = resolve(config, device)
+    keywords = model_keywords(resolved, num_tokens)
+    for name in () if settled else _open(config):
+        del keywords[name]
+    before = memory_now(device)
+    budget = _budget(config, device, before)
+    # DistributedDataParallel sends gradients in buckets that together are as large as they are.
+    buckets = _parameter_bytes(resolved, num_tokens) if processes > 1 else 0
+    standing = before + buckets + (_BESIDE if device.type == "cpu" else 0)
+    made = _planned(keywords, resolved, device, budget - standing)
+    if not made.fits():
+        # Advice that holds in another process too, which may take a little more.
+        made = _planned(keywords, resolved, device, budget - standing - _NOISE)
+        raise ValueError(_refusal(made, budget, standing))
+    chosen = resolved.updated(made.settings)
+    if config.memory_budget == "auto":
+        chosen = chosen.updated({"memory_budget": f"{budget // _MIB}MiB"})
+    # What was in use for a moment before, such as for tokenising, belongs to the process's peak too.
+    predicted = max(standing + made.peak_bytes, memory_peak(device))
+    return chosen, Memory(_kind(device), budget, before, predicted, _choice(chosen, made.options, standing))
+
+
+def _planned(keywords: dict[str, Any], config: TrainConfig, device: torch.device, room: int) -> Plan:
+    """The run's own step, the settings that its model's keywords leave open chosen for `room` bytes."""
+    return plan(
+        keywords,
+        batch_size=config.batch_size,
+        seq_len=config.seq_len,
+        autocast=None if config.precision == "fp32" else config.precision,
+        device=device,
+        optimizer=lambda parameters: adamw(parameters, config),
+        keep_gradients=config.accumulation > 1,
+        budget=max(1, room),
+    )
+
+
+def _open(config: TrainConfig) -> list[str]:
+    """Settings that the budget may decide."""
+    found = [name for name in SETTINGS if getattr(config, name) is None]
+    if config.exact and config.reversible is None:
+        found.remove("reversible")  # which exact implies
+    elif config.reversible is not None and config.exact is None:
+        found.remove("exact")  # which follows from the precision
+    return found
+
+
+def _budget(config: TrainConfig, device: torch.device, before: int) -> int:
+    assert config.memory_budget is not None
+    if config.memory_budget != "auto":
+        return parse_size(config.memory_budget, "memory_budget")
+    try:
+        return before + available_memory(device)
+    except NotImplementedError as error:
+        raise ValueError(f"memory_budget: {error}") from error
+
+
+def _choice(chosen: TrainConfig, options: tuple[Option, ...], standing: int) -> str:
+    """What was chosen and why, in words."""
+    *faster, taken = options
+    if not taken.settings:
+        return "every setting was given before"
+    shown = ", ".join(f"{name} {_shown(getattr(chosen, name))}" for name in taken.settings)
+    if not faster:
+        return f"chosen: {taken.name}, the fastest way there is ({shown})"
+    more = format_size(standing + faster[-1].peak_bytes)
+    return f"chosen: {taken.name}, since the next faster way, {faster[-1].name}, takes {more} ({shown})"
+
+
+def _refusal(made: Plan, budget: int, standing: int) -> str:
+    options = {"batch_size": "--batch-size", "seq_len": "--seq-len", "depth": "--depth"}
+    changes = [f"{options[name]} {size}" for name, size in made.remedies.items() if name in options]
+    enough = standing + made.remedies["budget"] + _NOISE
+    changes.append(f"--memory-budget {-(-enough // _MIB)}MiB")
+    return (
+        f"memory_budget: the leanest settings take {format_size(standing + made.peak_bytes)} of the "
+        f"{format_size(budget)} allowed, {format_size(standing)} of it before there is a model: "
+        f"{' or '.join(changes)} would fit"
+    )
+
+
+def _shown(setting: object) -> str:
+    if isinstance(setting, bool):
+        return "on" if setting else "off"
+    return "auto" if setting is None else str(setting)
+
+
+def _parameter_bytes(config: TrainConfig, num_tokens: int) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() * p.element_size() for p in build_model(config, num_tokens).parameters())
+
+
+def _kind(device: torch.device) -> str:
+    return "resident memory of the process" if device.type == "cpu" else f"PyTorch's allocations on {device}"

@@ -1,0 +1,118 @@
+"""`mea train --memory-budget`, the real command in a process of its own."""
+
+import functools
+import re
+
+import pytest
+
+from memory_efficient_attention_pytorch.training.config import load_config
+from tests.cli import train_command
+
+SHAPE = ["--dim=64", "--depth=8", "--heads=4", "--dim-head=16", "--seq-len=1024", "--batch-size=4", "--device=cpu"]
+SHORT = ["--data", "text.txt", "--steps=2", "--evaluation-windows=2", "--sample-every=0"]
+MIB = 2**20
+SETTINGS = ("reversible", "exact", "head_chunks", "ff_chunks", "loss_chunk_size")
+
+
+@pytest.fixture
+def here(tmp_path):
+    folder = tmp_path / "here"
+    folder.mkdir()
+    (folder / "text.txt").write_text("".join(f"line {i} of a text to learn\n" for i in range(4000)))
+    return folder
+
+
+@pytest.fixture
+def train(here):
+    """Runs `mea train` on the text with a budget."""
+    return functools.partial(train_command.mea, here, "train", *SHORT, *SHAPE, "--memory-budget")
+
+
+def sizes(line):
+    """The sizes in a line, in bytes."""
+    units = {"KiB": 2**10, "MiB": 2**20, "GiB": 2**30}
+    return [float(number) * units[unit] for number, unit in re.findall(r"([\d.]+) ([KMG]iB)", line)]
+
+
+def memory_lines(result):
+    """The one line at the start and the one at the end."""
+    assert result.status == 0, result.error
+    start, end = (line for line in result.out.splitlines() if line.startswith("memory: "))
+    return start, end
+
+
+def leanest(refused):
+    """What the leanest settings of a refused run take, in bytes."""
+    assert refused.status == 2, refused.out
+    return sizes(refused.error)[0]
+
+
+def test_settings_are_chosen_saved_and_kept(train, here):
+    """Everything fits in much; in less the run is reversible, as predicted, and stays so when it goes on."""
+    start, end = memory_lines(train("8GiB"))
+    predicted, allowed, before, *_ = sizes(start)
+    assert "chosen: store everything, the fastest way there is (reversible off, " in start
+    assert allowed == 8 * 2**30
+    measured = sizes(end)[0]
+    assert abs(measured - predicted) < 0.05 * (measured - before) + 12 * MIB
+    assert "within the 8 GiB allowed" in end
+    assert load_config(here / "runs/1/config.toml").reversible is False
+
+    budget = before + (predicted - before) / 3
+    start, end = memory_lines(train(f"{budget:.0f}"))
+    leaner, allowed, *_ = sizes(start)
+    assert leaner <= allowed == pytest.approx(budget, rel=0.01)
+    assert "chosen: reversible blocks, since the next faster way, feed-forward in 8 chunks, takes" in start
+    assert sizes(end)[0] < measured - (predicted - before) / 2
+    saved = load_config(here / "runs/2/config.toml")
+    assert saved.memory_budget == f"{budget:.0f}"
+    assert saved.reversible is True
+    assert saved.ff_chunks == 8
+
+    resumed = train_command.mea(here, "train", "--resume", "runs/2", "--steps=3")
+    assert "every setting was given before" in memory_lines(resumed)[0]
+    after = load_config(here / "runs/2/config.toml")
+    assert [getattr(after, name) for name in SETTINGS] == [getattr(saved, name) for name in SETTINGS]
+
+
+def test_what_cannot_fit_is_refused_with_what_would(train, here):
+    budget = f"{leanest(train('16MiB', '--batch-size=16')) / MIB - 14:.0f}MiB"
+    result = train(budget, "--batch-size=16")
+    assert result.status == 2
+    assert result.out == ""
+    assert result.error.startswith("mea train: memory_budget: the leanest settings take ")
+    assert result.error.count("\n") == 1
+    assert not (here / "runs").exists()
+    length, batch, enough = re.search(
+        r"--batch-size (\d+) or --seq-len (\d+) or --memory-budget (\d+MiB) would fit", result.error
+    ).group(2, 1, 3)
+    assert 128 < int(length) < 1024
+    assert 1 < int(batch) < 16
+    for changes in ([budget, "--batch-size=16", "--seq-len", length], [budget, "--batch-size", batch], [enough]):
+        memory_lines(train(*changes, "--steps=1"))
+
+
+def test_what_the_user_gave_is_not_overridden(train, here):
+    start, _ = memory_lines(train("8GiB", "--reversible", "--head-chunks=4", "--steps=1"))
+    assert "chosen: reversible, in one piece" in start
+    config = load_config(here / "runs/1/config.toml")
+    assert config.reversible is True
+    assert config.head_chunks == 4
+    assert leanest(train("16MiB", "--no-reversible")) > leanest(train("16MiB")) + 8 * MIB
+
+
+def test_the_budget_may_stand_in_the_configuration_file(here):
+    (here / "run.toml").write_text('memory_budget = "auto"\nprecision = "bf16"\naccumulation = 2\n')
+    start, _ = memory_lines(train_command.mea(here, "train", "--config", "run.toml", *SHORT, *SHAPE))
+    saved = load_config(here / "runs/1/config.toml")
+    assert int(saved.memory_budget.removesuffix("MiB")) == pytest.approx(sizes(start)[1] / MIB, rel=0.01)
+    assert "chosen: store everything" in start
+
+
+@pytest.mark.parametrize("size", ["8XB", "0", "lots", "-3GiB", ""])
+def test_nonsense_is_refused_in_one_line(train, here, size):
+    result = train_command.mea(here, "train", *SHORT, f"--memory-budget={size}")
+    assert result.status == 2
+    expected = f"memory_budget: expected a size above zero such as 8GB, 8GiB or 8000M, got {size!r}"
+    assert result.error == f"mea train: {expected}\n"
+    assert not (here / "runs").exists()
