@@ -1,6 +1,7 @@
 """The command line: `mea COMMAND`, also `python -m memory_efficient_attention_pytorch COMMAND`."""
 
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -14,9 +15,9 @@ from .parser import Parser, nearest
 #                           process is the command's own and not a program that calls main().
 #
 # A user's mistake is a ValueError with a one-line message that says what to do: status 2. What fails in the middle of
-# the work for a reason outside the options is a RuntimeError of class training.files.RunError: status 1. Neither shows
-# a traceback unless --debug is given, which every command has. A module is imported only when its command is called,
-# so that `mea --help` is fast and optional dependencies load on use.
+# the work for a reason outside the options is a RuntimeError of class training.files.RunError, an OSError, or a lack of
+# memory: status 1. None shows a traceback unless --debug is given, which every command has. A module is imported only
+# when its command is called, so that `mea --help` is fast and optional dependencies load on use.
 COMMANDS = {
     "train": ("train", "train a Transformer on text, your own or the Python standard library's"),
     "generate": ("generate", "write text with a model that `mea train` made"),
@@ -29,6 +30,7 @@ _USAGE_ERROR, _RUN_ERROR, _INTERRUPTED = 2, 1, 130
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command and return its exit status: 0 done, 1 failed on the way, 2 a mistake in what was asked."""
+    _accept_any_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
     try:
@@ -74,19 +76,46 @@ def _run(name: str, arguments: list[str], *, from_shell: bool) -> int:
     try:
         return module.run(args)
     except BrokenPipeError:
-        # Whoever read our output has left; keep the interpreter from complaining about it when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        _let_go_of_output()
         return _RUN_ERROR
     except KeyboardInterrupt:
         if args.debug:
             raise
         return _fail(f"mea {name}", "interrupted", _INTERRUPTED)
-    except RuntimeError as error:
-        from ..training.files import RunError
-
-        if args.debug or not isinstance(error, RunError):
+    except (RuntimeError, OSError, MemoryError) as error:
+        message = _outside_reason(error)
+        if args.debug or message is None:
             raise
-        return _fail(f"mea {name}", error, _RUN_ERROR)
+        _let_go_of_output()
+        return _fail(f"mea {name}", message, _RUN_ERROR)
+
+
+def _outside_reason(error: Exception) -> object:
+    """What to say of an error whose reason lies outside of this program; None for one within it."""
+    from ..training.files import RunError
+
+    # PyTorch has a class of its own for accelerators' memory alone, and NumPy a subclass of Python's.
+    lacking = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    if lacking or "can't allocate memory" in str(error):
+        return "not enough memory for these sizes: choose smaller ones; mea plan says beforehand what they need"
+    return error if isinstance(error, RunError | OSError) else None
+
+
+def _accept_any_output() -> None:
+    """A closed standard output swallows what is written to it; what its encoding lacks is replaced."""
+    for name in ("stdout", "stderr"):
+        if getattr(sys, name) is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _let_go_of_output() -> None:
+    """Where nothing can be written any more, keep the interpreter from trying it, and complaining, at its end."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _fail(command: str, message: object, status: int) -> int:

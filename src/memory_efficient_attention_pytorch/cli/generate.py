@@ -8,7 +8,6 @@ The text goes to standard output and nothing else does.
 """
 
 import argparse
-import io
 import secrets
 import sys
 import time
@@ -167,8 +166,6 @@ def _note(text: str) -> None:
 
 def _print_texts(texts: "Sequence[_Text]", steps: "Iterator[torch.Tensor]") -> int:
     """Print every text while its tokens come and return how many tokens came."""
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")
     printer, made = _Printer(texts, sys.stdout), 0
     try:
         printer.show()
