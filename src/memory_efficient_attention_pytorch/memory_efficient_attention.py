@@ -9,7 +9,8 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 from .errors import require, require_positive_int, require_probability
-from .functional.attention import BACKENDS, dot_product_attention
+from .functional.attention import BACKENDS, dot_product_attention, recorded_attention
+from .functional.recording import Recording
 from .functional.request import BiasModule, accepts_heads
 from .head_groups import HeadGroup, HeadGroupBranch
 from .pieces import Branch, apply_piecewise, has_hooks
@@ -33,6 +34,9 @@ class Attention(nn.Module):
         head_chunks: split the heads into this many groups and compute one group at a time, in forward and backward.
             x is all that is kept for backward then, and the memory of q, k, v and output falls with the number. A group
             should hold at least as many heads × batch as there are CPU threads.
+        keep_attention: where backward computes activations again (head groups, reversible blocks), do not compute
+            attention again but keep its output and log-sum-exp, ``b·n·heads·(dim_head + 1)`` elements: True on the
+            device, ``"cpu"`` in host memory, which for a model on the CPU is the same. Results are the same.
         backend: see :func:`dot_product_attention`.
 
     Raises:
@@ -56,6 +60,7 @@ class Attention(nn.Module):
         kv_heads: int | None = None,
         window: int | tuple[int | None, int | None] | None = None,
         head_chunks: int = 1,
+        keep_attention: bool | str = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
@@ -67,6 +72,11 @@ class Attention(nn.Module):
         require_probability("dropout", dropout)
         require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
         window_sides(window)
+        known = isinstance(keep_attention, bool) or keep_attention == "cpu"
+        require(known, "keep_attention", "False, True or 'cpu'", repr(keep_attention))
+        fits = not keep_attention or backend != "naive"
+        require(fits, "keep_attention", "False with backend 'naive', which keeps every score", repr(keep_attention))
+        self.keep_attention = keep_attention
         self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
         self.dropout, self.causal, self.window, self.backend = dropout, causal, window, backend
         self.memory_efficient = memory_efficient
@@ -152,21 +162,22 @@ class Attention(nn.Module):
             mask, document_ids = _last_keys(mask, k.shape[2]), _last_keys(document_ids, k.shape[2])
         if group is not None:
             mask, attn_bias = _of_heads(mask, group.heads), _of_heads(attn_bias, group.heads)
-        return dot_product_attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            attn_bias=attn_bias,
-            causal=self.causal,
-            window=self.window,
-            document_ids=document_ids,
-            dropout=self.dropout if self.training else 0.0,
-            scale=scale,
-            backend=self.backend,
-            q_bucket_size=self.q_bucket_size if q_bucket_size is None else q_bucket_size,
-            k_bucket_size=self.k_bucket_size if k_bucket_size is None else k_bucket_size,
-        )
+        options: dict[str, Any] = {
+            "mask": mask,
+            "attn_bias": attn_bias,
+            "causal": self.causal,
+            "window": self.window,
+            "document_ids": document_ids,
+            "dropout": self.dropout if self.training else 0.0,
+            "scale": scale,
+            "backend": self.backend,
+            "q_bucket_size": self.q_bucket_size if q_bucket_size is None else q_bucket_size,
+            "k_bucket_size": self.k_bucket_size if k_bucket_size is None else k_bucket_size,
+        }
+        recording = Recording.active() if self.keep_attention else None
+        if recording is None:
+            return dot_product_attention(q, k, v, **options)
+        return recorded_attention(recording, self, self.keep_attention == "cpu", q, k, v, **options)
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
         """What is done to projected queries and keys before they meet, and the scale of their products."""

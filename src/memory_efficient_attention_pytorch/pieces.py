@@ -19,13 +19,17 @@ from torch.utils.checkpoint import get_device_states, set_device_states
 
 from .differentiation import once_differentiable
 from .errors import require, require_positive_int
+from .functional.recording import Recording
 
 Index = tuple[Any, ...]
 Add = Callable[[Index, Tensor], None]
 
 
 class Replay:
-    """Random state and autocast settings of a forward pass, to be put back when it is computed again."""
+    """Random state and autocast settings of a forward pass, to be put back when it is computed again.
+
+    And the attentions that are not to be computed again. To be made where gradients are on if there will be a backward.
+    """
 
     def __init__(self, *tensors: Tensor) -> None:
         self.cpu_state = torch.get_rng_state()
@@ -35,6 +39,7 @@ class Replay:
         self.autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)
         }
+        self.recording = Recording() if torch.is_grad_enabled() else None
 
     @contextmanager
     def settings(self) -> Iterator[None]:
@@ -48,10 +53,21 @@ class Replay:
             yield
 
     @contextmanager
-    def again(self) -> Iterator[None]:
-        """The recorded settings and random state; the caller's random state is put back afterwards."""
+    def first(self) -> Iterator[None]:
+        """The forward pass."""
+        with self.settings(), nullcontext() if self.recording is None else self.recording.record():
+            yield
+
+    def release(self) -> tuple[Tensor, ...]:
+        """The tensors that :meth:`again` asks for."""
+        return () if self.recording is None else self.recording.release()
+
+    @contextmanager
+    def again(self, kept: Sequence[Tensor]) -> Iterator[None]:
+        """The pass repeated; the caller's random state is put back afterwards."""
         kind = self.device_type if self.devices else "cuda"
-        with torch.random.fork_rng(self.devices, device_type=kind), self.settings():
+        recorded = nullcontext() if self.recording is None else self.recording.replay(kept)
+        with torch.random.fork_rng(self.devices, device_type=kind), self.settings(), recorded:
             torch.set_rng_state(self.cpu_state)
             set_device_states(self.devices, self.states, device_type=kind)
             yield
@@ -239,15 +255,14 @@ def refuse_sharded(module: nn.Module) -> None:
 
 
 def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
-    """The branch's output for x, keeping x and nothing else for backward; differentiable once."""
-    return _Piecewise.apply(branch, x, *branch.bound())
+    """The branch's output for x, keeping x (and attentions that ask for it) for backward; differentiable once."""
+    return _Piecewise.apply(branch, Replay(x), x, *branch.bound())
 
 
 class _Piecewise(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, branch: Branch, x: Tensor, *inputs: Tensor) -> Tensor:
-        ctx.branch, ctx.replay = branch, Replay(x)
-        ctx.save_for_backward(x, *inputs)
+    def forward(ctx: Any, branch: Branch, replay: Replay, x: Tensor, *inputs: Tensor) -> Tensor:
+        ctx.branch, ctx.replay, ctx.inputs = branch, replay, len(inputs)
         out: Tensor | None = None
         dtype: torch.dtype | None = None
 
@@ -257,26 +272,28 @@ class _Piecewise(torch.autograd.Function):
                 dtype, out = value.dtype, branch.allocate(x, value)
             out[index].add_(value) if branch.overlapping else out[index].copy_(value)
 
-        with ctx.replay.settings():
+        with replay.first():
             branch.run(x, inputs, add)
+        ctx.save_for_backward(x, *inputs, *replay.release())
         assert out is not None
         return out.to(dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        x, *inputs = ctx.saved_tensors
-        gradient = torch.zeros_like(x) if ctx.needs_input_grad[1] else None
+        x, *rest = ctx.saved_tensors
+        inputs, kept = rest[: ctx.inputs], rest[ctx.inputs :]
+        gradient = torch.zeros_like(x) if ctx.needs_input_grad[2] else None
 
         def add_gradient(index: Index, value: Tensor) -> None:
             assert gradient is not None
             gradient[index].add_(value)
 
-        with ctx.replay.again():
-            needed = ctx.needs_input_grad[2:]
+        with ctx.replay.again(kept):
+            needed = ctx.needs_input_grad[3:]
             add_to = None if gradient is None else add_gradient
             grads = ctx.branch.differentiate(x, inputs, needed, cotangent, None, add_to)
-        return (None, gradient, *grads)
+        return (None, None, gradient, *grads)
 
 
 class ChunkBranch(Branch):

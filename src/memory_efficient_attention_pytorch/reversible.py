@@ -123,20 +123,22 @@ class Tape:
 
 
 class _Step(torch.autograd.Function):
-    """``(a, b) → (b, a + branch(b))``, keeping neither; or b, where the tape is not to rebuild."""
+    """``(a, b) → (b, a + branch(b))``, keeping neither; b, if the tape is not to rebuild; attentions, where asked."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, branch: Branch, a: Tensor, b: Tensor, *inputs: Tensor) -> tuple[Tensor, Tensor]:
-        ctx.tape, ctx.branch, ctx.replay = tape, branch, Replay(b)
+    def forward(
+        ctx: Any, tape: Tape, branch: Branch, replay: Replay, a: Tensor, b: Tensor, *inputs: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        ctx.tape, ctx.branch, ctx.replay, ctx.inputs = tape, branch, replay, len(inputs)
         ctx.first, tape.started = not tape.started, True
-        ctx.save_for_backward(None if tape.rebuild else b, *inputs)
         c = a.clone(memory_format=torch.contiguous_format)
 
         def add(index: Index, value: Tensor) -> None:
             c[index].add_(tape.onto_grid(value))
 
-        with ctx.replay.settings():
+        with replay.first():
             branch.run(b.to(tape.dtype), inputs, add)
+        ctx.save_for_backward(None if tape.rebuild else b, *inputs, *replay.release())
         # Detached, b is an output of its own and no view: hooks that FSDP puts on outputs refuse views.
         return b.detach(), c
 
@@ -144,12 +146,13 @@ class _Step(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, grad_b: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
         tape, branch = ctx.tape, ctx.branch
-        b, *inputs = ctx.saved_tensors
+        b, *rest = ctx.saved_tensors
+        inputs, kept = rest[: ctx.inputs], rest[ctx.inputs :]
         c = None
         if tape.rebuild:
             assert tape.streams is not None, "a step of a reversible chain ran backward before its end did"
             b, c = tape.streams
-        needs_streams = ctx.needs_input_grad[2] or ctx.needs_input_grad[3]
+        needs_streams = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         mine = grad_c.untyped_storage()._cdata in tape.handed
         total = tape.take(grad_b) if needs_streams else None
         tape.streams = None
@@ -162,20 +165,20 @@ class _Step(torch.autograd.Function):
             assert total is not None
             total[index].add_(value)
 
-        with ctx.replay.again():
+        with ctx.replay.again(kept):
             grads = branch.differentiate(
                 b.to(tape.dtype),
                 inputs,
-                ctx.needs_input_grad[4:],
+                ctx.needs_input_grad[5:],
                 grad_c,
                 subtract if needs_streams and tape.rebuild else None,
                 add_gradient if needs_streams else None,
             )
         if not needs_streams:
-            return (None, None, None, None, *grads)
+            return (None, None, None, None, None, *grads)
         tape.streams = None if ctx.first or c is None else (c, b)
         tape.hand(grad_c if mine else None, total)
-        return (None, None, grad_c, total, *grads)
+        return (None, None, None, grad_c, total, *grads)
 
 
 class _Exit(torch.autograd.Function):
@@ -233,7 +236,7 @@ def _advance(module: nn.Module, tape: Tape, a: Tensor, b: Tensor, kwargs: Mappin
     branch = branch_of(module, kwargs) if tape.in_pieces else None
     if branch is not None and (tape.rebuild or not branch.single_piece):
         refuse_sharded(module)
-        return _Step.apply(tape, branch, a, b, *branch.bound())
+        return _Step.apply(tape, branch, Replay(b), a, b, *branch.bound())
     value = module(b.to(tape.dtype), **kwargs)
     return b, a + (value if tape.grid is None else _OntoGrid.apply(value, tape.grid))
 

@@ -36,7 +36,7 @@ class Transformer(nn.Module):
         causal: a language model; otherwise every token sees all others.
         ff_mult, ff_chunks: width of the feed-forward's hidden layer over ``dim``, and the chunks it is computed in.
         use_flash_attn: kept from version 0.1, where it chose between two algorithms; both give the same numbers.
-        kv_heads, window, head_chunks: see :class:`Attention`.
+        kv_heads, window, head_chunks, keep_attention: see :class:`Attention`.
         positions: ``"learned"``, ``"rotary"``, ``"alibi"`` or ``"none"``.
         dropout: of attention weights, in training.
         reversible: False stores every activation, by the same arithmetic with the same weights.
@@ -69,6 +69,7 @@ class Transformer(nn.Module):
         positions: str = "learned",
         dropout: float = 0.0,
         head_chunks: int = 1,
+        keep_attention: bool | str = False,
         reversible: bool = True,
         exact: bool = False,
         tie_embeddings: bool = False,
@@ -102,6 +103,7 @@ class Transformer(nn.Module):
             "kv_heads": kv_heads,
             "window": window,
             "head_chunks": head_chunks,
+            "keep_attention": keep_attention,
             "memory_efficient": True,
             **attention_kwargs,
         }

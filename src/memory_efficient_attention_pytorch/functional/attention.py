@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from ..errors import require
-from . import fused, naive, tiled
+from . import fused, kept, naive, tiled
+from .recording import Recording
 from .request import AttentionRequest, BiasModule, build_request
 
 BACKENDS = ("naive", "tiled", "fused", "auto")
@@ -96,6 +97,22 @@ def dot_product_attention(
         return fused.attention(request, q, k, v)
     out, lse = (tiled if choice.name == "tiled" else naive).attention(request, q, k, v)
     return (out, lse) if return_lse else out
+
+
+def recorded_attention(
+    recording: Recording, owner: object, offload: bool, q: Tensor, k: Tensor, v: Tensor, *, backend: str, **options: Any
+) -> Tensor:
+    """:func:`dot_product_attention`, computed in the forward pass alone; its repetition takes what ``recording`` has.
+
+    owner: who calls, the same in both passes. offload: keep it in host memory. options: the other arguments, all of
+    them but ``return_lse``. backend: not ``"naive"``.
+    """
+    q, k, v = _autocast(q, k, v)
+    request = build_request(q, k, v, return_lse=False, **options)
+    by_kernel = _choose(request, backend, q, k, v).name == "fused" and kept.kernel_for(request, q, k, v) is not None
+    by = kept if by_kernel else tiled
+    found = recording.find(owner, lambda: by.find(request, q, k, v), offload)
+    return by.again(request, q, k, v, found)
 
 
 def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **arguments: Any) -> BackendChoice:

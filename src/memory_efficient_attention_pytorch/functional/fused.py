@@ -22,7 +22,7 @@ def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Ten
         k,
         v,
         attn_mask=_added(request),
-        is_causal=request.visibility.plain_causal and not request.visibility.trivial,
+        is_causal=is_causal(request),
         scale=request.scale,
         enable_gqa=request.h != request.kv,
     )
@@ -59,7 +59,13 @@ def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
     return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
 
 
+def is_causal(request: AttentionRequest) -> bool:
+    """Is the kernels' own causality asked for?"""
+    return request.visibility.plain_causal and not request.visibility.trivial
+
+
 def _added(request: AttentionRequest) -> Tensor | None:
+    """What the kernels are given as ``attn_mask``: a bool mask, or a bias."""
     if request.bias is None:
         return request.visibility.mask
     if request.n > 1:
@@ -84,9 +90,7 @@ def _no_kernel(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> st
         return None
     if isinstance(q, FakeTensor):
         return None if request.dtype != torch.float64 else "no CUDA kernel for float64"
-    mask = _added(request)
-    causal = request.visibility.plain_causal and not request.visibility.trivial
     cuda = torch.backends.cuda
-    params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, request.h != request.kv)
+    params = cuda.SDPAParams(q, k, v, _added(request), 0.0, is_causal(request), request.h != request.kv)
     fits = cuda.can_use_flash_attention(params) or cuda.can_use_efficient_attention(params)
     return None if fits else f"no CUDA kernel takes {request.dtype}, width {request.d} with these arguments"

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..differentiation import once_differentiable
 from ..visibility import Tile, Visibility
 from .fused import unit_stride
+from .recording import Found
 from .request import AttentionRequest, Part, full_precision
 
 _fused_tile = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
@@ -29,20 +30,38 @@ def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tup
 
     Differentiable once in q, k, v, the bias (tensor or module's parameters) and through the log-sum-exp.
     """
+    return _apply(request, None, q, k, v)
+
+
+def find(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Found:
+    """:func:`attention` without gradients, to be kept for :func:`again`."""
+    with torch.no_grad():
+        return attention(request, q, k, v)
+
+
+def again(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, found: Found) -> Tensor:
+    """The output of :func:`attention`, which :func:`find` found, with its gradients."""
+    return _apply(request, found, q, k, v)[0]
+
+
+def _apply(request: AttentionRequest, found: Found | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     bias = request.bias if isinstance(request.bias, Tensor) else None
     visibility = request.visibility
     tensors = (q, k, v, visibility.mask, visibility.document_ids, bias, *request.bias_parameters)
-    out, lse = _TiledAttention.apply(request.without_tensors(), *tensors)
+    out, lse = _TiledAttention.apply(request.without_tensors(), found, *tensors)
     return out, lse
 
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, request: AttentionRequest, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(ctx: Any, request: AttentionRequest, found: Found | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
         q, k, v, mask, document_ids, bias, *parameters = tensors
-        with full_precision(q.device):
-            request = request.with_tensors(mask, document_ids, bias)
-            out, lse = _forward(request, q, k, v)
+        if found is None:
+            with full_precision(q.device):
+                request = request.with_tensors(mask, document_ids, bias)
+                out, lse = _forward(request, q, k, v)
+        else:
+            out, lse = (t.detach() for t in found)
         ctx.request = request.without_tensors()
         ctx.save_for_backward(q, k, v, out, lse, mask, document_ids, bias, *parameters)
         ctx.set_materialize_grads(False)
@@ -56,12 +75,12 @@ class _TiledAttention(torch.autograd.Function):
         if grad_out is None:
             grad_out = torch.zeros_like(out)
         with full_precision(q.device):
-            gradients = _Gradients.like(request, q, k, v, bias, parameters, ctx.needs_input_grad[6:])
+            gradients = _Gradients.like(request, q, k, v, bias, parameters, ctx.needs_input_grad[7:])
             _backward(request, gradients, q, k, v, out, lse, grad_out, grad_lse)
         wanted = (gradients.q.to(q.dtype), gradients.k.to(k.dtype), gradients.v.to(v.dtype))
         of_bias = None if gradients.bias is None or bias is None else gradients.bias.to(bias.dtype)
         pairs = zip(gradients.bias_parameters, parameters, strict=True)
-        return (None, *wanted, None, None, of_bias, *(g if g is None else g.to(p.dtype) for g, p in pairs))
+        return (None, None, *wanted, None, None, of_bias, *(g if g is None else g.to(p.dtype) for g, p in pairs))
 
 
 @dataclass
