@@ -200,6 +200,13 @@ def test_bad_input_is_refused_in_one_line(mea, here, arguments, parts):
     assert sorted(here.rglob("*")) == before
 
 
+@pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")
+def test_a_pipe_cannot_be_read_twice(mea, here):
+    os.mkfifo(here / "pipe")
+    result = mea("train", "--data", "pipe", "--vocab-size", "300", *TINY)
+    refused(result, "pipe can be read once", "mea train --data -")
+
+
 def test_a_terminal_shows_a_bar(here, text):
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 24, 90, 0, 0))

@@ -38,6 +38,7 @@ def test_defaults_left_out_are_taken(tmp_path):
         ("steps = ", "not valid TOML"),
         ("steps = 1.5", "steps must be a whole number, got 1.5"),
         ("steps = true", "steps must be a whole number, got True"),
+        (f"seed = {2**63}", r"seed must be below 2\*\*63, got 9223372036854775808"),
         ("steps = 0", "steps must be a finite number of at least 1, got 0"),
         ("learning_rate = nan", "learning_rate must be a finite number"),
         ("learning_rate = inf", "learning_rate must be a finite number"),

@@ -64,6 +64,12 @@ def _make_tokenizer(
         write_atomically(run.tokenizer, Path(config.tokenizer).read_bytes())
         return tokenizer
     if config.vocab_size is not None:
+        for document in documents:
+            if not document.path.is_file():
+                raise ValueError(
+                    f"data: {document.path} can be read once, and training a tokenizer takes two readings: "
+                    "pipe it into mea train --data -"
+                )
         return train_tokenizer(_texts(documents, report), config.vocab_size, run.tokenizer)
     return ByteTokenizer()
 
