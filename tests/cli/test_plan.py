@@ -57,6 +57,7 @@ def test_what_does_not_fit_has_status_1_and_says_what_would(capsys):
     shown = capsys.readouterr().out
     assert "too large" in shown
     assert "would fit" in shown
+    assert "offloading would save nothing" in shown
 
 
 def test_json_and_picture(capsys, tmp_path):
@@ -93,6 +94,9 @@ def test_budget_from_the_machine(capsys):
         (["--precision", "int8"], "mea plan: argument --precision: invalid choice: 'int8'"),
         (["--longest"], "mea plan: --longest needs a --budget"),
         (["--optimizer", "lion"], "mea plan: optimizer: expected one of adamw"),
+        (["--plot", "."], "mea plan: --plot: expected the name of a file, got '.'"),
+        (["--plot", "/dev/null/memory.png"], "mea plan: --plot: cannot write to /dev/null/memory.png"),
+        (["--budget", "auto", "--device", "xpu"], "mea plan: --budget: how much memory device 'xpu' has is not known"),
         (["--sequence", "8"], "mea plan: unknown argument --sequence"),
     ],
 )

@@ -139,6 +139,46 @@ def test_what_the_configuration_says_is_kept():
     assert [rung.settings for rung in ladder(pinned, 1, 2048, mixed_precision=False)] == [{}]
 
 
+def test_reversal_that_was_asked_for_is_exact_under_mixed_precision_on_every_rung():
+    rungs = list(ladder({**CONFIG, "reversible": True}, 1, 2048, mixed_precision=True))
+    assert rungs[0].name == "reversible, in one piece"
+    assert all(rung.settings["exact"] is True for rung in rungs)
+    stored = list(ladder({**CONFIG, "reversible": False}, 1, 2048, mixed_precision=True))
+    assert all(rung.settings["exact"] is False for rung in stored)
+
+
+def test_a_batch_of_short_sequences_has_chunks_too():
+    names = [rung.name for rung in ladder(CONFIG, 32, 64, mixed_precision=False)]
+    assert "feed-forward in 8 chunks" in names
+
+
+def test_gradients_that_are_freed_between_steps_come_into_being_in_backward():
+    kept, freed = (planned(depth_of(5), keep_gradients=keep).timeline for keep in (True, False))
+    assert freed.breakdown(0)["gradients"] == 0 < kept.breakdown(0)["gradients"]
+    assert freed.breakdown(-1)["gradients"] == kept.breakdown(-1)["gradients"]
+    assert freed.totals[0] == kept.totals[0] - kept.breakdown(0)["gradients"] - allocator_difference(kept, freed)
+    assert freed.totals.max() < kept.totals.max()
+
+
+def depth_of(depth):
+    return {**CONFIG, "depth": depth}
+
+
+def allocator_difference(one, other):
+    return one.breakdown(0)["allocator"] - other.breakdown(0)["allocator"]
+
+
+def test_an_optimizer_made_by_a_function_goes_tensor_by_tensor_on_the_cpu_and_all_at_once_on_cuda():
+    def make(parameters):
+        return torch.optim.AdamW([{"params": parameters[:3]}, {"params": parameters[3:], "weight_decay": 0.0}])
+
+    for device in ("cpu", "cuda"):
+        by_function, by_name = (planned(optimizer=choice, device=device) for choice in (make, "adamw"))
+        foreach = [op for op in by_function.timeline.operations if "foreach" in op.name and op.phase == "optimizer"]
+        assert bool(foreach) == (device == "cuda")
+        assert by_function.breakdown["optimizer"] == pytest.approx(by_name.breakdown["optimizer"], rel=0.01)
+
+
 def test_reversal_under_mixed_precision_is_exact():
     settings = planned(budget="16MiB", autocast="bf16").settings
     assert settings["reversible"] is True
@@ -153,7 +193,17 @@ def test_what_does_not_fit_comes_with_advice_that_holds():
     batch, length = int(words[words.index("batch") + 2]), int(words[words.index("sequences") + 2])
     assert planned(lean, batch_size=batch, seq_len=2048).fits("14MiB")
     assert planned(lean, batch_size=4, seq_len=length).fits("14MiB")
-    assert "parameters, gradients and optimizer state alone take" in planned(budget="1MiB").advice
+    assert hopeless.remedies == {"batch_size": batch, "seq_len": length, "budget": hopeless.peak_bytes}
+    tiny = planned(budget="1MiB")
+    assert "parameters, gradients and optimizer state alone take" in tiny.advice
+
+
+def test_where_neither_batch_nor_length_helps_a_smaller_depth_may():
+    deep = {**CONFIG, "depth": 60}
+    refused = planned(deep, seq_len=64, budget=planned(depth_of(20), seq_len=64).peak_bytes)
+    assert set(refused.remedies) == {"depth", "budget"}
+    assert planned(depth_of(refused.remedies["depth"]), seq_len=64, budget=refused.budget).fits()
+    assert 15 < refused.remedies["depth"] < 30
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])

@@ -48,6 +48,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     step.add_argument("--dtype", default="fp32", choices=types, help="of the parameters (%(default)s)")
     step.add_argument("--precision", default="fp32", choices=types, help="of mixed precision; fp32: off (%(default)s)")
     step.add_argument("--device", metavar="NAME", help="cpu or cuda, here or not (default: what is here)")
+    step.add_argument(
+        "--keep-gradients",
+        action=argparse.BooleanOptionalAction,
+        default=True,
+        help="they exist when the step begins, as when accumulated; --no-…: as after zero_grad() (default: they do)",
+    )
     settings = parser.add_argument_group("settings, which a budget chooses where they are not given")
     settings.add_argument("--reversible", action=argparse.BooleanOptionalAction, help="rebuild activations")
     settings.add_argument("--exact", action=argparse.BooleanOptionalAction, help="rebuild them bit for bit")
@@ -73,6 +79,7 @@ def run(args: argparse.Namespace) -> int:
         "device": args.device,
         "optimizer": None if args.optimizer == "none" else args.optimizer,
         "training": not args.generate,
+        "keep_gradients": args.keep_gradients,
     }
     if args.longest and args.budget is None:
         raise ValueError("--longest needs a --budget, such as 8GiB or auto")
@@ -113,10 +120,14 @@ def _free(available_memory: Any, device: str) -> int:
 def _draw(made: "Plan", file: str) -> Path:
     from ..planner.figures import draw
 
+    if not Path(file).name:
+        raise ValueError(f"--plot: expected the name of a file, got {file!r}")
     try:
         return draw(made, file)
     except ModuleNotFoundError as error:
         raise ValueError(f"--plot: {error}; pip install matplotlib") from error
+    except OSError as error:
+        raise ValueError(f"--plot: cannot write to {file}: {error.strerror}") from error
 
 
 def _print(config: dict[str, Any], args: argparse.Namespace, made: "Plan", longest: int | None) -> None:
@@ -140,6 +151,7 @@ def _print(config: dict[str, Any], args: argparse.Namespace, made: "Plan", longe
         print(f"\nbudget {format_size(made.budget)}: {verdict}")
         if made.advice:
             print(made.advice)
+            print("(offloading would save nothing: the leanest settings keep no activations for backward to move away)")
     if longest is not None:
         print(f"longest sequence within the budget: {longest:,} tokens")
 

@@ -5,8 +5,8 @@ from __future__ import annotations
 import copy
 import itertools
 import re
-from collections.abc import Callable, Mapping
-from contextlib import ExitStack
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -60,7 +60,7 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
     The model is not touched: a copy gets fake parameters and buffers. ``abridge``: cut this package's loops over equal
     parts short, which changes nothing but the time.
 
-    Raises NotImplementedError, naming the operation, for a model whose shapes depend on the data.
+    Raises NotImplementedError, naming the operation, for a model whose shapes depend on the data or that wants it.
     """
     device = accounting.device
     mode = FakeTensorMode(allow_non_fake_inputs=True)
@@ -99,7 +99,7 @@ def _train(
 ) -> None:
     ledger.start()
     with autocast:
-        with ledger.during("forward"):
+        with ledger.during("forward"), _contents_asked_for(ledger):
             output = model(*args, **kwargs)
         with ledger.during("loss"):
             loss = loss_of(output)
@@ -122,8 +122,21 @@ def _infer(
     ledger.start()
     with torch.no_grad(), autocast:
         for phase, args in zip(("forward", "next token"), calls, strict=False):
-            with ledger.during(phase):
+            with ledger.during(phase), _contents_asked_for(ledger):
                 model(*args, **kwargs)
+
+
+@contextmanager
+def _contents_asked_for(ledger: Ledger) -> Iterator[None]:
+    """Tensor.numpy is no operation that a dispatch mode would see."""
+    try:
+        yield
+    except RuntimeError as error:
+        if ".numpy() is not supported" not in str(error):
+            raise
+        raise NotImplementedError(
+            f"Tensor.numpy in the {ledger.phase} cannot be run dry: it asks for contents, and there are none"
+        ) from error
 
 
 def _set_up(model: nn.Module, step: Step, ledger: Ledger) -> torch.optim.Optimizer | None:

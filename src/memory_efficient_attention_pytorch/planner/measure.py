@@ -32,11 +32,13 @@ class Measurement:
 
     ``peak_bytes`` is the high-water mark above ``held_bytes``: what the step needed beyond what existed before it.
     ``held_bytes`` is what building (model, gradients, inputs) added to a process that has PyTorch loaded and warm.
+    ``reserved_bytes`` is address space that the step took and never touched: no memory, but a limit counts it.
     """
 
     peak_bytes: int
     held_bytes: int
     seconds: float
+    reserved_bytes: int = 0
 
     @property
     def total_bytes(self) -> int:
@@ -64,7 +66,8 @@ def measure_peak(
         arguments: JSON-serialisable keywords of the function.
         device: ``"cpu"`` (Linux only, since it reads ``/proc``) or a CUDA device.
         threads: CPU threads of the step; PyTorch's own default if not given.
-        limit_bytes: enforce this many bytes for the step, above what was built: an allocation beyond them fails.
+        limit_bytes: enforce this many bytes for the step, above what was built: an allocation beyond them fails. On
+            the CPU the system limits address space, ``reserved_bytes`` included.
         timeout: seconds after which the process is killed.
 
     Raises:
@@ -130,7 +133,7 @@ def _run_child() -> None:
     kept = step()
     peak, seconds = gauge.peak(), time.perf_counter() - began
     del kept
-    measurement = Measurement(max(0, peak - held), held, seconds)
+    measurement = Measurement(max(0, peak - held), held, seconds, gauge.reserved(peak - held))
     sys.stdout.write(f"\n{_RESULT}{json.dumps(asdict(measurement))}\n")
 
 
@@ -171,6 +174,9 @@ class _CudaGauge:
         torch.cuda.synchronize(self.device)
         return torch.cuda.max_memory_allocated(self.device) - self.base
 
+    def reserved(self, taken: int) -> int:
+        return 0
+
 
 class _ResidentSet:
     """The resident set of this process and its high-water mark, above what it was when the gauge was made."""
@@ -186,10 +192,14 @@ class _ResidentSet:
     def start(self) -> int:
         held = _process_bytes("VmRSS") - self.base
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
+        self.addresses = _process_bytes("VmSize")
         return held
 
     def peak(self) -> int:
         return _process_bytes("VmHWM") - self.base
+
+    def reserved(self, taken: int) -> int:
+        return max(0, _process_bytes("VmPeak") - self.addresses - taken)
 
 
 def _process_bytes(field: str) -> int:
