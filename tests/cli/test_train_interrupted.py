@@ -171,11 +171,12 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_kept(here, text, uninterrup
     assert end_of(folder) == end_of(uninterrupted)
 
 
-def test_a_disk_too_full_for_the_text_is_told(here, text):
-    result = mea(here, "train", *options(text), file_limit=3000)
+def test_a_disk_too_full_for_the_text_is_told_with_a_command_to_copy(here, text):
+    result = mea(here, "train", *options(text), "--out", "my run", file_limit=3000)
     assert result.status == 1, result.error
     assert result.error.count("\n") == 1
-    assert "cannot write to runs/1" in result.error
+    assert "cannot write to my run" in result.error
+    assert result.error.endswith("mea train --resume 'my run'\n")
 
 
 def test_a_loss_that_is_no_number_stops_the_run(here, text):

@@ -52,7 +52,10 @@ class Mea:
     ):
         self.streams = Path(tempfile.mkdtemp(dir=folder.parent, prefix="streams"))
         (self.streams / "stdin").write_bytes(stdin)
-        if terminal is not None:
+        (self.streams / "stderr").touch()  # now, since it may be killed before it opens them
+        if terminal is None:
+            (self.streams / "stdout").touch()
+        else:
             (self.streams / "stdout").symlink_to(terminal)
         self.process = _CONTEXT.Process(
             target=_command, args=(str(folder), arguments, str(self.streams), file_limit, kill_at)

@@ -157,7 +157,7 @@ def summary(outcome: "Outcome") -> str:
         f"best {best['validation_bits_per_byte']:.2f} at step {best['step']}",
         f"memory: {outcome.memory.result() if outcome.memory else _memory(steps)}",
         f"curve: {run.plot}   numbers: {run.metrics}   weights: {run.checkpoints.root}",
-        f"next: mea generate {run.path} --prompt '{'...' if outcome.config.data else 'import '}'",
+        f"next: mea generate {run.quoted} --prompt '{'...' if outcome.config.data else 'import '}'",
     ]
     return "\n".join(lines)
 

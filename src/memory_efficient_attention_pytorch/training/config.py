@@ -211,7 +211,7 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         value = float(value)
     if type(value) is not kind:
         raise ValueError(f"{field.name} must be {_NAMES[kind]}, got {value!r}")
-    if kind is int and value >= 2**63:
+    if isinstance(value, int) and value >= 2**63:
         raise ValueError(f"{field.name} must be below 2**63, got {value}")
     low, choices = field.metadata["low"], field.metadata["choices"]
     # Written so that NaN fails too.

@@ -3,9 +3,10 @@
 import signal
 import threading
 import time
-from pathlib import Path
 from types import FrameType
 from typing import Self
+
+from .run_directory import RunDirectory
 
 
 class Interruption:
@@ -47,6 +48,8 @@ class Interruption:
 class Interrupted(Exception):
     """A run ended early because a signal asked for it; its state is saved. main: in the process that speaks for all."""
 
-    def __init__(self, number: signal.Signals, step: int, run: Path, *, main: bool):
-        super().__init__(f"stopped by {number.name} after step {step}, all saved; go on with: mea train --resume {run}")
+    def __init__(self, number: signal.Signals, step: int, run: RunDirectory, *, main: bool):
+        super().__init__(
+            f"stopped by {number.name} after step {step}, all saved; go on with: mea train --resume {run.quoted}"
+        )
         self.signal, self.main = number, main

@@ -262,7 +262,11 @@ def _make_directory(out: Path | str | None, config: TrainConfig) -> tuple[Path, 
     made = not path.exists()
     try:
         if not made and any(path.iterdir()):
-            hint = f"go on with it, mea train --resume {path}, or" if (path / "config.toml").exists() else "please"
+            hint = (
+                f"go on with it, mea train --resume {RunDirectory(path).quoted}, or"
+                if (path / "config.toml").exists()
+                else "please"
+            )
             raise ValueError(f"out: {path} is not empty: {hint} choose another --out")
         path.mkdir(parents=True, exist_ok=True)
         write_atomically(path / "config.toml", dump_config(config))
@@ -323,5 +327,5 @@ def _clear_about_writing(run: RunDirectory) -> Iterator[None]:
     except WRITE_ERRORS as error:
         raise RunError(
             f"cannot write to {run.path} ({error}): make room or make it writable, and go on with: "
-            f"mea train --resume {run.path}"
+            f"mea train --resume {run.quoted}"
         ) from error

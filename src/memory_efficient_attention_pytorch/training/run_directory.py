@@ -7,6 +7,7 @@ RUN/checkpoints/step-00000100/           model.safetensors, optimizer.safetensor
 RUN/metrics.jsonl, RUN/loss.png          what was measured
 """
 
+import shlex
 from pathlib import Path
 from typing import NamedTuple
 
@@ -40,6 +41,11 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.plot = self.path / "loss.png"
         self.tensorboard = self.path / "tensorboard"
+
+    @property
+    def quoted(self) -> str:
+        """Its path as a shell takes it, for commands that are to be copied."""
+        return shlex.quote(str(self.path))
 
     def load_config(self) -> TrainConfig:
         """Raises ValueError if this is no run directory, or one that another version wrote."""

@@ -86,7 +86,7 @@ class Trainer:
         except WRITE_ERRORS as error:
             raise RunError(
                 f"cannot write to {self.run.path} ({error}); {self._last_good()}; "
-                f"make it writable again and go on with: mea train --resume {self.run.path}"
+                f"make it writable again and go on with: mea train --resume {self.run.quoted}"
             ) from error
 
     def _step(self, interruption: Interruption) -> None:
@@ -130,7 +130,7 @@ class Trainer:
     def _diverged(self, what: str) -> RunError:
         return RunError(
             f"{what}; {self._last_good()}; try a smaller learning rate: "
-            f"mea train --resume {self.run.path} --learning-rate {self.config.learning_rate / 3:.1g}"
+            f"mea train --resume {self.run.quoted} --learning-rate {self.config.learning_rate / 3:.1g}"
         )
 
     def _tell_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
@@ -174,7 +174,7 @@ class Trainer:
             self.save()
         if interruption.signal and not last:
             self._draw(at_last=True)
-            raise Interrupted(interruption.signal, step, self.run.path, main=self.accelerator.is_main_process)
+            raise Interrupted(interruption.signal, step, self.run, main=self.accelerator.is_main_process)
 
     def _validate(self) -> bool:
         """Measure the loss over the fixed validation set; whether it is the lowest so far."""
