@@ -108,11 +108,12 @@ def recorded_attention(
     them but ``return_lse``. backend: not ``"naive"``.
     """
     q, k, v = _autocast(q, k, v)
-    request = build_request(q, k, v, return_lse=False, **options)
-    by_kernel = _choose(request, backend, q, k, v).name == "fused" and kept.kernel_for(request, q, k, v) is not None
-    by = kept if by_kernel else tiled
-    found = recording.find(owner, lambda: by.find(request, q, k, v), offload)
-    return by.again(request, q, k, v, found)
+    with torch.enable_grad():  # the forward pass asks what backward will: does the bias want a gradient?
+        request = build_request(q, k, v, return_lse=False, **options)
+    choice = _choose(request, backend, q, k, v)
+    by_kernel = choice.name == "fused" and kept.kernel_for(request, q, k, v) is not None
+    found = recording.find(owner, lambda: (kept if by_kernel else tiled).find(request, q, k, v), offload)
+    return (tiled if found.by == "tiled" else kept).again(request, q, k, v, found)
 
 
 def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **arguments: Any) -> BackendChoice:

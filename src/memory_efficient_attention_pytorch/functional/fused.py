@@ -45,8 +45,9 @@ def reason_against(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -
     if request.bias is not None:
         if not isinstance(request.bias, Tensor) and request.n > 1:
             return "a bias module would have to be evaluated for all n × m positions at once"
-        if request.bias_needs_grad:
-            return "the gradient of the bias would hold the whole score matrix"
+        if request.bias_needs_grad or getattr(request.bias, "requires_grad", False):
+            # Under no_grad, too: else a forward pass and its repetition for backward would differ in their last bits.
+            return "where the bias wants a gradient, PyTorch holds the whole score matrix"
         if not visibility.trivial and request.n > 1:
             return "bias and mask or causality together need a mask of n × m"
         if isinstance(request.bias, Tensor) and request.bias.dtype != request.dtype:

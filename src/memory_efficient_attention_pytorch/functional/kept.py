@@ -52,13 +52,13 @@ def find(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Found:
         causal, scale = fused.is_causal(request), request.scale
         if kernel == "cpu":
             attention = _aten._scaled_dot_product_flash_attention_for_cpu
-            return tuple(attention(q, k, v, 0.0, causal, attn_mask=added, scale=scale))
+            return Found(kernel, tuple(attention(q, k, v, 0.0, causal, attn_mask=added, scale=scale)))
         if kernel == "flash":
             attention = _aten._scaled_dot_product_flash_attention
             out, lse, _, _, _, _, seed, offset, _ = attention(q, k, v, 0.0, causal, False, scale=scale)
-            return out, lse, seed, offset
+            return Found(kernel, (out, lse, seed, offset))
         attention = _aten._scaled_dot_product_efficient_attention
-        return tuple(attention(q, k, v, added, True, 0.0, causal, scale=scale))
+        return Found("efficient", tuple(attention(q, k, v, added, True, 0.0, causal, scale=scale)))
 
 
 def again(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, found: Found) -> Tensor:
@@ -67,18 +67,15 @@ def again(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, found: Fou
     Differentiable once.
     """
     q, k, v = fused.unit_stride(q, k, v)
-    kernel = kernel_for(request, q, k, v)
-    return _FusedAgain.apply(kernel, fused.is_causal(request), request.scale, found, _added(request), q, k, v)
+    return _FusedAgain.apply(found, fused.is_causal(request), request.scale, _added(request), q, k, v)
 
 
 class _FusedAgain(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any, kernel: str, causal: bool, scale: float, found: Found, added: Tensor | None, *heads: Tensor
-    ) -> Tensor:
-        ctx.kernel, ctx.causal, ctx.scale = kernel, causal, scale
-        ctx.save_for_backward(added, *heads, *found)
-        return found[0].detach()
+    def forward(ctx: Any, found: Found, causal: bool, scale: float, added: Tensor | None, *heads: Tensor) -> Tensor:
+        ctx.kernel, ctx.causal, ctx.scale = found.by, causal, scale
+        ctx.save_for_backward(added, *heads, *found.tensors)
+        return found.tensors[0].detach()
 
     @staticmethod
     @once_differentiable
@@ -96,7 +93,7 @@ class _FusedAgain(torch.autograd.Function):
             backward = _aten._scaled_dot_product_efficient_attention_backward
             wanted = [True, True, True, False]
             gradients = backward(grad_out, q, k, v, added, out, lse, *state, 0.0, wanted, causal, scale=scale)[:3]
-        return None, None, None, None, None, *gradients
+        return None, None, None, None, *gradients
 
 
 def _added(request: AttentionRequest) -> Tensor | None:

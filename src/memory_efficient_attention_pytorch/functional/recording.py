@@ -5,14 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..errors import require
 
-# An attention's output (b, h, n, e) and log-sum-exp; what else its backward asks for.
-Found = tuple[Tensor, ...]
+
+class Found(NamedTuple):
+    """An attention's output ``(b, h, n, e)``, log-sum-exp and what else its backward asks for; ``by`` which of ours."""
+
+    by: str
+    tensors: tuple[Tensor, ...]
+
 
 _active: ContextVar[Recording | None] = ContextVar("recording", default=None)
 
@@ -26,7 +32,7 @@ class Recording:
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[object, list[torch.device]]] = []
+        self._calls: list[tuple[object, str, list[torch.device]]] = []
         self._tensors: list[Tensor] = []
         self._taken: int | None = None
         self._outer: Recording | None = None
@@ -62,17 +68,17 @@ class Recording:
         if self._taken is None:
             outer = self._outer
             found = compute() if outer is None else outer.find(owner, compute, offload)
-            self._calls.append((owner, [t.device for t in found]))
-            self._tensors += [_to_host(t) for t in found] if offload else found
+            self._calls.append((owner, found.by, [t.device for t in found.tensors]))
+            self._tensors += [_to_host(t) if offload else t for t in found.tensors]
             return found
         number, self._taken = self._taken, self._taken + 1
         known = number < len(self._calls) and self._calls[number][0] is owner
         expected = "attention to be called in backward as in forward (no checkpoint inside a reversible block)"
         require(known, "keep_attention", expected, f"another call, the {number + 1}. of the repetition")
-        before = sum(len(devices) for _, devices in self._calls[:number])
-        devices = self._calls[number][1]
+        before = sum(len(devices) for *_, devices in self._calls[:number])
+        _, by, devices = self._calls[number]
         kept = self._tensors[before : before + len(devices)]
-        return tuple(t.to(device, non_blocking=True) for t, device in zip(kept, devices, strict=True))
+        return Found(by, tuple(t.to(device, non_blocking=True) for t, device in zip(kept, devices, strict=True)))
 
     @contextmanager
     def _inside(self) -> Iterator[None]:

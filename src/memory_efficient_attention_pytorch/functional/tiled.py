@@ -36,15 +36,17 @@ def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tup
 def find(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Found:
     """:func:`attention` without gradients, to be kept for :func:`again`."""
     with torch.no_grad():
-        return attention(request, q, k, v)
+        return Found("tiled", attention(request, q, k, v))
 
 
 def again(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, found: Found) -> Tensor:
     """The output of :func:`attention`, which :func:`find` found, with its gradients."""
-    return _apply(request, found, q, k, v)[0]
+    return _apply(request, found.tensors, q, k, v)[0]
 
 
-def _apply(request: AttentionRequest, found: Found | None, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+def _apply(
+    request: AttentionRequest, found: tuple[Tensor, ...] | None, q: Tensor, k: Tensor, v: Tensor
+) -> tuple[Tensor, Tensor]:
     bias = request.bias if isinstance(request.bias, Tensor) else None
     visibility = request.visibility
     tensors = (q, k, v, visibility.mask, visibility.document_ids, bias, *request.bias_parameters)
@@ -54,7 +56,9 @@ def _apply(request: AttentionRequest, found: Found | None, q: Tensor, k: Tensor,
 
 class _TiledAttention(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, request: AttentionRequest, found: Found | None, *tensors: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        ctx: Any, request: AttentionRequest, found: tuple[Tensor, ...] | None, *tensors: Tensor
+    ) -> tuple[Tensor, Tensor]:
         q, k, v, mask, document_ids, bias, *parameters = tensors
         if found is None:
             with full_precision(q.device):
