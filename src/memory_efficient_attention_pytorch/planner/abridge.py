@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from .. import linear_pieces, pieces
-from ..functional import linear_cross_entropy, tiled
+from ..functional import linear_cross_entropy, products, tiled
 from ..memory_efficient_attention import Attention
 from ..visibility import Tile, Visibility
 from .ledger import Ledger, Weight
@@ -58,7 +58,7 @@ def abridged(model: nn.Module, weight: Weight) -> Iterator[None]:
         return lambda *args, **kwargs: Parts(function(*args, **kwargs), weight)
 
     with ExitStack() as entered:
-        for owner, name in _globals_that_are(linear_pieces.slabs, tiled._parts):
+        for owner, name in _globals_that_are(linear_pieces.slabs, tiled._parts, products._parts):
             entered.enter_context(replaced(owner, name, parts_of(getattr(owner, name))))
         entered.enter_context(replaced(pieces.ChunkBranch, "slices", parts_of(pieces.ChunkBranch.slices)))
         entered.enter_context(replaced(linear_cross_entropy, "_chunks", parts_of(_chunks)))

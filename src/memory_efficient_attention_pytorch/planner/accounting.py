@@ -61,11 +61,16 @@ class CpuAccounting(Accounting):
         if half and packet in _KEPT:
             layout = tuple((tensor.shape, tensor.is_contiguous()) for tensor in tensors)
             self.kept[packet, layout] = _KEPT[packet]
+        onednn_product = packet._qualified_op_name == "mkldnn::_linear_pointwise"
+        if onednn_product:
+            self.kept[packet, tuple(tensor.shape for tensor in tensors)] = 590 * KIB
         taken = _RESIDENT + sum(self.kept.values())
         if packet in _BUFFERS:
             taken += self.threads * _BUFFERS[packet][half]
         if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
             taken += 0 if tensors[0].transpose(1, 2).is_contiguous() else _nbytes(tensors[0])
+        elif onednn_product:
+            taken += 0 if tensors[0].is_contiguous() else _nbytes(tensors[0])
         elif packet is aten.logsumexp:
             taken += _nbytes(tensors[0])
         elif packet in _REDUCTIONS and keywords.get("dtype") not in (None, tensors[0].dtype):

@@ -18,7 +18,7 @@ SETTINGS = ("reversible", "exact", "head_chunks", "ff_chunks", "loss_chunk_size"
 """What a budget decides, fields of TrainConfig and keywords of Transformer alike."""
 
 _MIB = 1 << 20
-_BESIDE = 10 * _MIB
+_BESIDE = 16 * _MIB
 """What a run holds in RAM beside its steps: batches, records, pictures, checkpoints, what accelerate keeps."""
 _NOISE = 8 * _MIB
 """By how much the memory of a process differs from one start to the next."""
@@ -105,8 +105,6 @@ def within_budget(
     standing = before + buckets + (_BESIDE if device.type == "cpu" else 0)
     made = _planned(keywords, resolved, device, budget - standing)
     if not made.fits():
-        # Advice that holds in another process too, which may take a little more.
-        made = _planned(keywords, resolved, device, budget - standing - _NOISE)
         raise ValueError(_refusal(made, budget, standing))
     chosen = resolved.updated(made.settings)
     if config.memory_budget == "auto":
@@ -164,7 +162,10 @@ def _choice(chosen: TrainConfig, options: tuple[Option, ...], standing: int) -> 
 
 def _refusal(made: Plan, budget: int, standing: int) -> str:
     options = {"batch_size": "--batch-size", "seq_len": "--seq-len", "depth": "--depth"}
-    changes = [f"{options[name]} {size}" for name, size in made.remedies.items() if name in options]
+    remedies = dict(made.remedies)
+    if "seq_len" in remedies:
+        remedies["seq_len"] -= remedies["seq_len"] // 16  # another process may itself take a little more than this one
+    changes = [f"{options[name]} {size}" for name, size in remedies.items() if name in options]
     enough = standing + made.remedies["budget"] + _NOISE
     changes.append(f"--memory-budget {-(-enough // _MIB)}MiB")
     return (
