@@ -185,6 +185,13 @@ def test_data_dependent_code_is_refused_by_name():
         with pytest.raises(NotImplementedError, match=f"aten.{operation} in inner cannot be run dry"):
             dry_run(Step(nn.Sequential(OrderedDict(inner=module)), mean, (torch.zeros(3, 4),)), plain())
 
+    class Reads(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * x.numpy().sum()
+
+    with pytest.raises(NotImplementedError, match=r"Tensor.numpy in the forward cannot be run dry"):
+        dry_run(Step(Reads(4, 4), mean, (torch.zeros(3, 4),)), plain())
+
 
 def test_nothing_is_left_behind_when_a_run_fails():
     before = nn.functional.scaled_dot_product_attention, torch.Generator, torch.cuda.device
