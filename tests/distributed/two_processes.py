@@ -55,10 +55,12 @@ class Layers(nn.Module):
 CASES = {
     "ddp": lambda: Language().net,
     "ddp in pieces": lambda: Language(head_chunks=2, ff_chunks=3).net,
+    "ddp kept attention": lambda: Language(head_chunks=2, keep_attention=True).net,
     "ddp unused": Language,
     "ddp layers": Layers,
     "fsdp": lambda: Language().net,
     "fsdp in pieces": lambda: Language(head_chunks=2, ff_chunks=3, positions="rotary").net,
+    "fsdp kept attention": lambda: Language(keep_attention="cpu").net,
     "fsdp exact autocast": lambda: Language(exact=True, tie_embeddings=True).net,
     "fsdp layers": Layers,
 }

@@ -94,3 +94,43 @@ def test_memory_does_not_grow_with_depth():
         model(tokens[:, :-1], labels=tokens[:, 1:]).backward()
         peaks.append(torch.cuda.max_memory_allocated() - before)
     assert peaks[1] <= 1.03 * peaks[0]
+
+
+@pytest.mark.parametrize("autocast", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "settings", [{}, {"window": (40, 0)}, {"dropout": 0.1}, {"kv_heads": 2}, {"mask": True}], ids=str
+)
+def test_kept_attention_gives_the_gradients_of_computing_it_again(settings, autocast):
+    """Within rounding: of several fused kernels PyTorch's choice need not be the one whose output we keep."""
+    tokens = torch.randint(0, 50, (2, 129), device="cuda")
+    mask = torch.arange(128, device="cuda")[None] >= torch.tensor([[0], [40]], device="cuda")
+    given = {"mask": mask} if settings.get("mask") else {}
+    found = []
+    for keep in (False, True, "cpu"):
+        torch.manual_seed(1)
+        shape = {"num_tokens": 50, "max_seq_len": 128, "dim": 64, "depth": 3, "heads": 4, "dim_head": 16}
+        built = {k: v for k, v in settings.items() if k != "mask"}
+        model = Transformer(**shape, causal=True, head_chunks=2, exact=True, keep_attention=keep, **built).cuda()
+        torch.manual_seed(2)
+        with torch.autocast("cuda", autocast, enabled=autocast != torch.float32):
+            loss = model(tokens[:, :-1], labels=tokens[:, 1:], **given)
+        loss.backward()
+        found.append([p.grad for p in model.parameters()])
+    allowed = 2e-2 if autocast == torch.bfloat16 else 1e-4
+    assert error(found[1], [g.double() for g in found[0]]) <= allowed
+    assert error(found[2], [g.double() for g in found[0]]) <= allowed
+
+
+def test_attention_kept_in_host_memory_takes_none_of_the_device():
+    shape = {"num_tokens": 64, "max_seq_len": 8192, "dim": 256, "depth": 4, "heads": 4, "causal": True}
+    tokens = torch.randint(0, 64, (1, 8193), device="cuda")
+    kept = {}
+    for keep in (False, True, "cpu"):
+        model = Transformer(**shape, head_chunks=2, ff_chunks=16, keep_attention=keep).cuda()
+        model(tokens[:, :-1], labels=tokens[:, 1:]).backward()
+        before = torch.cuda.memory_allocated()
+        loss = model(tokens[:, :-1], labels=tokens[:, 1:])
+        kept[keep] = (torch.cuda.memory_allocated() - before) / (8192 * 256 * 4)
+        loss.backward()
+    assert kept[True] >= kept[False] + 4
+    assert kept["cpu"] <= kept[False] + 0.01

@@ -99,3 +99,16 @@ def test_storing_activations_is_seen_to_cost():
     assert deep >= shallow + 8
     (shallow, _), (deep, _) = (step(depth=depth) for depth in (1, 3))
     assert deep == pytest.approx(shallow, abs=0.01)
+
+
+@pytest.mark.parametrize("keep", [True, "cpu"])
+@pytest.mark.parametrize("head_chunks", [1, 8])
+def test_kept_attention_costs_each_layer_its_output_and_log_sum_exp(head_chunks, keep):
+    """1 + heads / (heads · dim_head) units a layer, to the byte, beside what recomputing keeps; and no layer's more
+    at the peak, where a group's output exists anyhow."""
+    pieces = {**MANY_PIECES, "head_chunks": head_chunks}
+    for depth in (1, 4):
+        kept, peak = step(**pieces, depth=depth, keep_attention=keep)
+        without, peak_without = step(**pieces, depth=depth)
+        assert kept - without == pytest.approx(depth * (1 + 1 / 8), abs=1e-9)
+        assert peak - peak_without <= depth * (1 + 1 / 8) + 1e-9

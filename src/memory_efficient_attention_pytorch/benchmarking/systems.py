@@ -150,6 +150,7 @@ SYSTEMS = [
         "ours-bf16", "ours, lean, exact under bf16 autocast", _ours(lean=True, exact=True), ours=True, autocast=True
     ),
     System("ours-stored", "ours, reversible=False (stores everything)", _ours(reversible=False), ours=True),
+    System("ours-kept", "ours, lean, attention outputs kept", _ours(lean=True, keep_attention=True), ours=True),
     System("sdpa-stored", "SDPA, everything stored", _sdpa()),
     System("sdpa-checkpoint", "SDPA + checkpointing per layer", _sdpa(checkpoint_layers=True)),
     System(
