@@ -82,6 +82,7 @@ class _FusedAgain(torch.autograd.Function):
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         added, q, k, v, out, lse, *state = ctx.saved_tensors
         causal, scale = ctx.causal, ctx.scale
+        (grad_out,) = fused.unit_stride(grad_out)
         if ctx.kernel == "cpu":
             backward = _aten._scaled_dot_product_flash_attention_for_cpu_backward
             gradients = backward(grad_out, q, k, v, out, lse, 0.0, causal, attn_mask=added, scale=scale)
