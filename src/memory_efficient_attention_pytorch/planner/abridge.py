@@ -28,8 +28,9 @@ T = TypeVar("T")
 class Parts(Sequence[T]):
     """A sequence of equal parts that iterates over a few of them, each with the weight of those it stands for."""
 
-    def __init__(self, parts: Iterable[T], weight: Weight) -> None:
+    def __init__(self, parts: Iterable[T], weight: Weight, at_start: int = 2, at_end: int = 1) -> None:
         self.parts, self.weight = list(parts), weight
+        self.kept = representatives(len(self.parts), at_start, at_end)
 
     def __len__(self) -> int:
         return len(self.parts)
@@ -38,34 +39,40 @@ class Parts(Sequence[T]):
         return self.parts[index]
 
     def __iter__(self) -> Iterator[T]:
-        for index, stands_for in representatives(len(self.parts)):
+        for index, stands_for in self.kept:
             with self.weight.times(stands_for):
                 yield self.parts[index]
 
 
-def representatives(count: int, at_end: int = 1) -> list[tuple[int, int]]:
-    """Indices of a few of ``count`` iterations, the first two and the last ones, and how many each stands for."""
-    if count <= 2 + at_end:
+def representatives(count: int, at_start: int = 2, at_end: int = 1) -> list[tuple[int, int]]:
+    """Indices of a few of ``count`` iterations, the first and the last ones, and how many each stands for.
+
+    The last of those at the start stands for all that are left out.
+    """
+    if count <= at_start + at_end:
         return [(i, 1) for i in range(count)]
-    return [(0, 1), (1, count - 1 - at_end), *((i, 1) for i in range(count - at_end, count))]
+    first = [(i, 1) for i in range(at_start - 1)]
+    return [*first, (at_start - 1, count - at_start - at_end + 1), *((i, 1) for i in range(count - at_end, count))]
 
 
 @contextmanager
 def abridged(model: nn.Module, weight: Weight) -> Iterator[None]:
     """Within, this package's loops over equal parts are cut short."""
 
-    def parts_of(function: Callable[..., Iterable[Any]]) -> Callable[..., Iterable[Any]]:
-        return lambda *args, **kwargs: Parts(function(*args, **kwargs), weight)
+    def parts_of(function: Callable[..., Iterable[Any]], at_start: int = 2) -> Callable[..., Iterable[Any]]:
+        return lambda *args, **kwargs: Parts(function(*args, **kwargs), weight, at_start)
 
     with ExitStack() as entered:
-        for owner, name in _globals_that_are(linear_pieces.slabs, tiled._parts, products._parts):
+        for owner, name in _globals_that_are(linear_pieces.slabs, tiled._parts):
             entered.enter_context(replaced(owner, name, parts_of(getattr(owner, name))))
+        # Nothing comes into being in a product's first part that would be there in the others.
+        entered.enter_context(replaced(products, "_parts", parts_of(products._parts, at_start=1)))
         entered.enter_context(replaced(pieces.ChunkBranch, "slices", parts_of(pieces.ChunkBranch.slices)))
         entered.enter_context(replaced(linear_cross_entropy, "_chunks", parts_of(_chunks)))
         entered.enter_context(replaced(Visibility, "schedule", _schedule(weight)))
         for module in model.modules():
             if isinstance(module, Attention):
-                entered.enter_context(replaced(module, "head_groups", Parts(module.head_groups, weight)))
+                entered.enter_context(replaced(module, "head_groups", Parts(module.head_groups, weight, at_end=0)))
         yield
 
 

@@ -81,11 +81,15 @@ class Plan:
             return None
         words = [_REMEDIES[name].format(amount) for name, amount in self.remedies.items() if name != "budget"]
         changes = " or ".join([*words, f"a budget of {format_size(self.remedies['budget'])}"]) + " would fit"
-        state = [CATEGORIES.index(name) for name in ("parameters", "gradients", "optimizer")]
-        standing = int(self.timeline.live[:, state].sum(axis=1).max())
-        if self.budget is None or standing < self.budget:
+        if self.budget is None or self.state_bytes < self.budget:
             return changes
-        return f"parameters, gradients and optimizer state alone take {format_size(standing)}: {changes}"
+        return f"parameters, gradients and optimizer state alone take {format_size(self.state_bytes)}: {changes}"
+
+    @property
+    def state_bytes(self) -> int:
+        """The most that parameters, gradients and the optimizer's state take, whatever the batch and its length."""
+        state = [CATEGORIES.index(name) for name in ("parameters", "gradients", "optimizer")]
+        return int(self.timeline.live[:, state].sum(axis=1).max())
 
     def as_dict(self) -> dict[str, Any]:
         """Everything but the timeline, of types that JSON knows."""
@@ -181,7 +185,8 @@ def plan(
     made = _planned(workload, accounting, limit)
     if limit is None or made.fits():
         return made
-    return replace(made, remedies=_remedies(workload, accounting, limit) | {"budget": made.peak_bytes})
+    remedies = _remedies(workload, accounting, limit, made.state_bytes) | {"budget": made.peak_bytes}
+    return replace(made, remedies=remedies)
 
 
 def max_seq_len(
@@ -241,7 +246,7 @@ def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Pla
         if made.fits():
             return replace(made, options=tuple(options))
     assert leanest is not None
-    remedies = _remedies(workload, accounting, budget) | {"budget": leanest.peak_bytes}
+    remedies = _remedies(workload, accounting, budget, leanest.state_bytes) | {"budget": leanest.peak_bytes}
     return replace(leanest, options=tuple(options), remedies=remedies)
 
 
@@ -251,7 +256,7 @@ def _rungs(workload: Workload) -> Iterator[tuple[Rung, Workload]]:
         yield rung, replace(workload, subject={**workload.subject, **rung.settings})
 
 
-def _remedies(workload: Workload, accounting: Accounting, budget: int) -> dict[str, int]:
+def _remedies(workload: Workload, accounting: Accounting, budget: int, state_bytes: int) -> dict[str, int]:
     """The largest batch, length or, where neither helps, depth with which the step fits, run as leanly as can be."""
 
     def most(name: str, now: int) -> dict[str, int]:
@@ -260,7 +265,7 @@ def _remedies(workload: Workload, accounting: Accounting, budget: int) -> dict[s
 
     found: dict[str, int] = {}
     batch, length = workload.batch_size or 1, workload.seq_len or 1
-    sized = workload.of_transformer or callable(workload.example_inputs)
+    sized = state_bytes < budget and (workload.of_transformer or callable(workload.example_inputs))
     if sized and batch > 1:
         found |= most("batch_size", batch)
     if sized and length > 1:
