@@ -58,13 +58,15 @@ def test_the_longest_sequence_runs_under_its_budget_and_a_longer_one_does_not():
     longest = max_seq_len(config, budget=budget, **options)
     room = budget - before(plan(config, batch_size=1, seq_len=longest, **options))
 
-    def run(length):
+    def run(length, limit=None):
         arguments = {"config": config, "seq_len": length}
-        return measure_peak(f"{__file__}:build", arguments, threads=THREADS, limit_bytes=room)
+        return measure_peak(f"{__file__}:build", arguments, threads=THREADS, limit_bytes=limit)
 
-    run(int(0.97 * longest))
+    # The system limits address space, of which oneDNN's compiler takes some that it never touches.
+    room += run(longest).reserved_bytes
+    run(int(0.97 * longest), room)
     with pytest.raises(MemoryError):
-        run(int(1.05 * longest))
+        run(int(1.05 * longest), room)
 
 
 def perceptron(rows):
