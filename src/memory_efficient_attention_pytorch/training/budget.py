@@ -1,6 +1,5 @@
 """A memory budget: the settings that keep a run within it, what they should take, and what the run took."""
 
-import ctypes
 import dataclasses
 import io
 from typing import Any
@@ -11,7 +10,7 @@ from ..planner import Option, Plan, available_memory, format_size, parse_size, p
 from ..planner.measure import warm_up
 from .config import TrainConfig
 from .model import build_model, model_keywords
-from .resources import memory_now, memory_peak, resolve, trim_heap
+from .resources import memory_now, memory_peak, resolve, return_freed_blocks, trim_heap
 from .trainer import adamw
 
 SETTINGS = ("reversible", "exact", "head_chunks", "ff_chunks", "loss_chunk_size")
@@ -22,7 +21,8 @@ _BESIDE = 16 * _MIB
 """What a run holds in RAM beside its steps: batches, records, pictures, checkpoints, what accelerate keeps."""
 _NOISE = 8 * _MIB
 """By how much the memory of a process differs from one start to the next."""
-_MMAP_THRESHOLD, _MMAP_BYTES = -3, 65536
+_HELD_BYTES = 64 << 10
+"""Blocks smaller than this may be held when they are freed: few, so that what is live is what the process has."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,12 +61,9 @@ class Memory:
 def prepare(device: torch.device) -> None:
     """Load what a run loads on first use, so that it counts as what the process takes before there is a model.
 
-    And have the C library return what is freed. Left alone, glibc raises the size from which it does so whenever a
-    larger block is freed, and the same step then takes up to three times as much.
+    And have the C library return what is freed: held blocks could not be predicted.
     """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_THRESHOLD, _MMAP_BYTES)
+    return_freed_blocks(_HELD_BYTES)
     warm_up(str(device))
     plan({"num_tokens": 2, "dim": 2, "depth": 1, "heads": 1, "dim_head": 2}, batch_size=1, seq_len=2, device=device)
     _draw_nothing()

@@ -18,7 +18,7 @@ from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
 from .files import WRITE_ERRORS, RunError, write_atomically
 from .model import build_model
-from .resources import PIECE_BYTES, memory_peak, pick_precision, resolve
+from .resources import PIECE_BYTES, memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
@@ -95,6 +95,7 @@ def _settle(
 ) -> tuple[TrainConfig, Memory | None]:
     """Every choice that was left open made: for the memory budget, if there is one, and for the machine."""
     if config.memory_budget is None:
+        return_freed_blocks()
         return resolve(config, accelerator.device), None
     prepare(accelerator.device)
     return _on_main(
