@@ -14,7 +14,7 @@ from ..transformer import Transformer
 from .accounting import Accounting, accounting_for
 from .dry_run import OptimizerMaker
 from .ladder import Rung, ladder
-from .search import largest
+from .search import GRANULE, largest
 from .sizes import format_size, parse_size
 from .timeline import CATEGORIES, Operation, Timeline
 from .workload import Config, ExampleInputs, Workload
@@ -208,8 +208,8 @@ def max_seq_len(
 
     Arguments are those of :func:`plan`; ``example_inputs`` has to be a function of ``(batch_size, seq_len)``. The
     settings stay as they are: take them from ``plan(…, budget=…).settings`` for others. Found to within 1 part in 256,
-    on the side that fits, one part in 128 of the budget left free; a Transformer with learned positions is not asked
-    for more than it has.
+    on the side that fits, one part in 128 of the budget left free, and from 4096 tokens on a multiple of 64; a
+    Transformer with learned positions is not asked for more than it has.
     """
     require(
         example_inputs is None or callable(example_inputs), "example_inputs", "a function of (batch, length)", "none"
@@ -290,10 +290,16 @@ def _leanest(workload: Workload) -> Workload:
     return list(_rungs(workload))[-1][1] if isinstance(workload.subject, Mapping) else workload
 
 
+_LONG = 4096
+
+
 def _longest(workload: Workload, accounting: Accounting, budget: int) -> int:
     # A prediction may be a little under what the step takes: one part in 128 of the budget stays free.
     room = budget - budget // 128
-    return largest(lambda n: _peak(replace(workload, seq_len=n), accounting), room, _most_tokens(workload.subject))
+    most = _most_tokens(workload.subject)
+    longest = largest(lambda n: _peak(replace(workload, seq_len=n), accounting), room, most)
+    # Libraries compile more kernels for ragged lengths, and hold more memory for them.
+    return longest if longest == most or longest < _LONG else longest - longest % GRANULE
 
 
 def _peak(workload: Workload, accounting: Accounting) -> int:
