@@ -162,6 +162,25 @@ def test_loops_cut_short_have_the_peak_of_the_whole(changes, tokens, device):
     assert short.breakdown(short.peak) == whole.breakdown(whole.peak)
 
 
+@pytest.mark.parametrize(("keep_attention", "device"), [(True, CPU), (True, CUDA), ("cpu", CUDA)], ids=str)
+@pytest.mark.parametrize(("autocast", "width"), [(None, BYTES), (torch.bfloat16, 2)], ids=str)
+@pytest.mark.parametrize("groups", [1, 2, 4])
+def test_attention_kept_of_every_group_and_block_counts(groups, autocast, width, keep_attention, device):
+    tokens, heads, depth = 300, 8, 2
+    x = torch.zeros(1, tokens, dtype=torch.long, device="meta")
+    keywords = {"max_seq_len": tokens, "heads": heads, "depth": depth, "head_chunks": groups}
+    model = language_model(keep_attention=keep_attention, exact=autocast is not None, **keywords)
+    step = Step(model, lambda loss: loss, (x,), {"labels": x}, optimizer=None, autocast=autocast)
+    short, whole = (dry_run(step, plain(device), abridge=abridge) for abridge in (True, False))
+    assert short.totals.max() == whole.totals.max()
+    assert short.breakdown(short.peak) == whole.breakdown(whole.peak)
+    assert short.flops == whole.flops
+    forward_ends = [operation.phase for operation in short.operations].index("loss")
+    kept = depth * tokens * heads * (8 * width + BYTES)  # the output of each head, 8 wide, and its log-sum-exp
+    on_host = device != CPU and keep_attention == "cpu"
+    assert short.breakdown(forward_ends)["attention"] == pytest.approx(0 if on_host else kept, abs=0.1 * kept)
+
+
 def test_floating_point_operations_of_loops_cut_short_are_those_of_the_whole():
     x = torch.zeros(1, 1024, dtype=torch.long, device="meta")
     chunked = {"head_chunks": 4, "ff_chunks": 8, "loss_chunk_size": 64}

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from memory_efficient_attention_pytorch import Transformer
-from memory_efficient_attention_pytorch.planner.accounting import accounting_for
+from memory_efficient_attention_pytorch.planner.accounting import Accounting, accounting_for
 from memory_efficient_attention_pytorch.planner.dry_run import dry_run
 from memory_efficient_attention_pytorch.planner.timeline import CATEGORIES, Operation, Timeline, at_depth
 from memory_efficient_attention_pytorch.planner.workload import Workload, shortened
@@ -31,6 +31,9 @@ def timelines(config, device="cpu", **options):
         ({}, "cpu", {}),
         ({"reversible": False}, "cpu", {"optimizer": "sgd"}),
         ({"head_chunks": 2, "exact": True}, "cuda", {"autocast": torch.bfloat16}),
+        ({"head_chunks": 4, "keep_attention": True}, "cpu", {}),
+        ({"head_chunks": 2, "keep_attention": True, "exact": True}, "cuda", {"autocast": torch.bfloat16}),
+        ({"keep_attention": "cpu", "dropout": 0.1}, "cuda", {}),
         ({"num_tokens": 9000, "tie_embeddings": True}, "cuda", {"optimizer": None}),
         ({"dropout": 0.1, "positions": "rotary", "kv_heads": 2}, "cpu", {"dtype": torch.bfloat16}),
     ],
@@ -42,6 +45,19 @@ def test_depth_is_put_together_exactly(changes, device, options):
     assert made.operations == deep.operations
     np.testing.assert_array_equal(made.live, deep.live)
     assert made.flops == pytest.approx(deep.flops, rel=1e-12)
+
+
+@pytest.mark.parametrize("depth", [2, 3, 4, 6])
+def test_every_block_keeps_its_attention(depth):
+    def peak(**settings):
+        workload = Workload({**BASE, "depth": depth, **settings}, batch_size=1, seq_len=2000, optimizer=None)
+        return workload.run_dry(Accounting(torch.device("cpu"))).totals.max()
+
+    # Of each token the heads' outputs and their log-sum-exps. The peak is the backward of the last block, where
+    # without it the forward pass's output stands for that of this block.
+    kept = 2000 * 4 * (8 + 1) * 4
+    added = peak(keep_attention=True) - peak()
+    assert (depth - 1) * kept <= added <= depth * kept
 
 
 def test_a_built_model_is_planned_as_its_configuration_is():

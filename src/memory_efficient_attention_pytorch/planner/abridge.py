@@ -3,7 +3,7 @@
 Loops over equal parts (chunks, slabs, groups of heads, tiles) need not be gone through: a few iterations stand for all,
 since every one takes the same memory. The first two are kept (accumulators come into being in the first and may widen
 in the second) and the last, which may be ragged. Those left out still count as floating-point operations: the one that
-runs in their place weighs as much.
+runs in their place weighs as much, and so does what it keeps for backward.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from .. import linear_pieces, pieces
 from ..functional import linear_cross_entropy, products, tiled
+from ..functional.recording import Found, Recording
 from ..memory_efficient_attention import Attention
 from ..visibility import Tile, Visibility
 from .ledger import Ledger, Weight
@@ -56,8 +57,9 @@ def representatives(count: int, at_start: int = 2, at_end: int = 1) -> list[tupl
 
 
 @contextmanager
-def abridged(model: nn.Module, weight: Weight) -> Iterator[None]:
+def abridged(model: nn.Module, ledger: Ledger) -> Iterator[None]:
     """Within, this package's loops over equal parts are cut short."""
+    weight = ledger.weight
 
     def parts_of(function: Callable[..., Iterable[Any]], at_start: int = 2) -> Callable[..., Iterable[Any]]:
         return lambda *args, **kwargs: Parts(function(*args, **kwargs), weight, at_start)
@@ -72,7 +74,10 @@ def abridged(model: nn.Module, weight: Weight) -> Iterator[None]:
         entered.enter_context(replaced(Visibility, "schedule", _schedule(weight)))
         for module in model.modules():
             if isinstance(module, Attention):
-                entered.enter_context(replaced(module, "head_groups", Parts(module.head_groups, weight, at_end=0)))
+                # What is kept of each group adds up: the last finds that of all others, as in the whole loop.
+                groups = Parts(module.head_groups, weight, at_end=1 if module.keep_attention else 0)
+                entered.enter_context(replaced(module, "head_groups", groups))
+        entered.enter_context(replaced(Recording, "find", _found_of_each(ledger)))
         yield
 
 
@@ -107,6 +112,20 @@ def attributed(model: nn.Module, ledger: Ledger) -> Iterator[None]:
             loss = linear_cross_entropy.ChunkLoss
             entered.enter_context(replaced(loss, name, by_loss(getattr(loss, name))))
         yield
+
+
+def _found_of_each(ledger: Ledger) -> Callable[..., Found]:
+    """In place of ``Recording.find``: what it keeps counts as often as the call it came from stands for."""
+    find = Recording.find
+
+    def counted(recording: Recording, *args: Any, **kwargs: Any) -> Found:
+        before = len(recording._tensors)
+        found = find(recording, *args, **kwargs)
+        for tensor in recording._tensors[before:]:
+            ledger.stands_for(round(ledger.weight.value), tensor)
+        return found
+
+    return counted
 
 
 def _globals_that_are(*functions: Callable[..., Any]) -> list[tuple[Any, str]]:

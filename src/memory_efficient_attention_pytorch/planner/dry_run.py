@@ -75,7 +75,7 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
         for context in (ledger.watching(model), attributed(model, ledger)):
             entered.enter_context(context)
         if abridge:
-            entered.enter_context(abridged(model, ledger.weight))
+            entered.enter_context(abridged(model, ledger))
         ledger.learn_the_engine()
         autocast = torch.autocast(device.type, step.autocast, enabled=step.autocast is not None)
         ledger.enter("parameters", [*model.parameters(), *model.buffers()])

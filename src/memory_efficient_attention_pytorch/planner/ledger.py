@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -32,6 +32,15 @@ class Place:
 
     phase: str
     module: str = ""
+
+
+class _Held(NamedTuple):
+    """A live storage: whose it is, its bytes, and how many like it count with it."""
+
+    reference: weakref.ref[Any]
+    category: str
+    nbytes: int
+    times: int = 1
 
 
 class Weight:
@@ -68,7 +77,7 @@ class Ledger(TorchDispatchMode):
         self._accounting = accounting.anew()
         self._categorize = categorize
         self._live: Counter[str] = Counter()
-        self._storages: dict[int, tuple[weakref.ref[Any], str, int]] = {}
+        self._storages: dict[int, _Held] = {}
         self._learning, self._unshared = True, set[tuple[int, ...]]()
         self._places = [Place("setup")]
         # Places that nodes of the autograd graph were made in, by their first sequence number.
@@ -88,10 +97,19 @@ class Ledger(TorchDispatchMode):
         """From now on the tensor's storage is of this category, whose work it was made by notwithstanding."""
         key = tensor.untyped_storage()._cdata
         if key in self._storages:
-            reference, before, nbytes = self._storages[key]
-            self._storages[key] = (reference, category, nbytes)
-            self._live[before] -= nbytes
-            self._live[category] += nbytes
+            held = self._storages[key]
+            self._count(held, -1)
+            self._storages[key] = held._replace(category=category)
+            self._count(self._storages[key], 1)
+
+    def stands_for(self, times: int, tensor: Tensor) -> None:
+        """From now on the tensor's storage counts as so many, of which a loop that was cut short made only this."""
+        key = tensor.untyped_storage()._cdata
+        if key in self._storages:
+            held = self._storages[key]
+            self._count(held, -1)
+            self._storages[key] = held._replace(times=times)
+            self._count(self._storages[key], 1)
 
     def start(self) -> None:
         """Forget the operations so far: what came before is no part of the step."""
@@ -210,15 +228,16 @@ class Ledger(TorchDispatchMode):
         key = storage._cdata
         if key in self._storages:
             return
-        nbytes = storage.nbytes()
-        self._storages[key] = (weakref.ref(storage, partial(self._discharge, key)), category, nbytes)
-        self._live[category] += nbytes
-        self._live["allocator"] += self._accounting.rounding(nbytes)
+        held = _Held(weakref.ref(storage, partial(self._discharge, key)), category, storage.nbytes())
+        self._storages[key] = held
+        self._count(held, 1)
 
     def _discharge(self, key: int, _: Any) -> None:
-        _, category, nbytes = self._storages.pop(key)
-        self._live[category] -= nbytes
-        self._live["allocator"] -= self._accounting.rounding(nbytes)
+        self._count(self._storages.pop(key), -1)
+
+    def _count(self, held: _Held, sign: int) -> None:
+        self._live[held.category] += sign * held.times * held.nbytes
+        self._live["allocator"] += sign * held.times * self._accounting.rounding(held.nbytes)
 
 
 def _holders(tensor: Tensor) -> tuple[int, int, int]:
