@@ -136,6 +136,7 @@ def test_what_the_configuration_says_is_kept():
     tight = planned({**CONFIG, "reversible": False}, budget="14MiB")
     assert "reversible" not in tight.settings
     pinned = {**CONFIG, "reversible": True, "ff_chunks": 2, "head_chunks": 2, "loss_chunk_size": 64, "exact": False}
+    pinned["keep_attention"] = True
     assert [rung.settings for rung in ladder(pinned, 1, 2048, mixed_precision=False)] == [{}]
 
 
@@ -145,6 +146,57 @@ def test_reversal_that_was_asked_for_is_exact_under_mixed_precision_on_every_run
     assert all(rung.settings["exact"] is True for rung in rungs)
     stored = list(ladder({**CONFIG, "reversible": False}, 1, 2048, mixed_precision=True))
     assert all(rung.settings["exact"] is False for rung in stored)
+
+
+def way(rung):
+    return rung.settings.get("reversible"), rung.settings.get("keep_attention")
+
+
+@pytest.mark.parametrize(
+    ("changes", "offload", "ways"),
+    [
+        ({}, False, [(False, False), (True, True), (True, False)]),
+        ({}, True, [(False, False), (True, True), (True, "cpu"), (True, False)]),
+        ({"reversible": True}, True, [(None, True), (None, "cpu"), (None, False)]),
+        ({"reversible": False}, True, [(None, False)]),
+        ({"keep_attention": "cpu"}, True, [(False, None), (True, None)]),
+        ({"keep_attention": False}, True, [(False, None), (True, None)]),
+        ({"backend": "naive"}, True, [(False, False), (True, False)]),
+    ],
+    ids=str,
+)
+def test_attention_is_kept_before_it_is_computed_again(changes, offload, ways):
+    rungs = list(ladder({**CONFIG, **changes}, 1, 2048, mixed_precision=False, offload=offload))
+    assert list(dict.fromkeys(way(rung) for rung in rungs)) == ways
+    names = [rung.name for rung in rungs]
+    assert ("reversible with attention kept" in names) == (changes.get("keep_attention") == "cpu" or changes == {})
+    assert len(set(names)) == len(names)
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_ladder_leads_from_fast_to_lean(device):
+    config, options = {**CONFIG, "depth": 4}, {"device": device, "autocast": "bf16"}
+    rungs = [rung.settings for rung in ladder(config, 1, 2048, mixed_precision=True, offload=device == "cuda")]
+    places = [i for i, rung in enumerate(rungs) if rung["reversible"]][: 2 + (device == "cuda")]
+    stored, *reversible = (planned({**config, **rungs[i]}, **options) for i in (places[0] - 1, *places))
+    assert [made.peak_bytes for made in (stored, *reversible)] == sorted(
+        (made.peak_bytes for made in (stored, *reversible)), reverse=True
+    )
+    kept, *others, again = reversible
+    assert stored.flops < kept.flops < again.flops
+    assert all(other.flops == kept.flops for other in others)
+    assert all(other.peak_bytes == again.peak_bytes for other in others), "what waits on the host takes nothing here"
+
+
+def test_a_budget_between_has_attention_kept():
+    config = {**CONFIG, "depth": 6}
+    kept = planned({**config, "reversible": True, "keep_attention": True, "ff_chunks": 8}).peak_bytes
+    made = planned(config, budget=kept)
+    assert made.options[-1].name == "reversible with attention kept"
+    assert made.settings["keep_attention"] is True
+    leaner = planned(config, budget=kept - 1)
+    assert [option.name for option in leaner.options[-2:]] == ["reversible with attention kept", "reversible blocks"]
+    assert leaner.settings["keep_attention"] is False
 
 
 def test_a_batch_of_short_sequences_has_chunks_too():

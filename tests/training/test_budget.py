@@ -11,7 +11,7 @@ from tests.cli import train_command
 SHAPE = ["--dim=64", "--depth=8", "--heads=4", "--dim-head=16", "--seq-len=1024", "--batch-size=4", "--device=cpu"]
 SHORT = ["--data", "text.txt", "--steps=2", "--evaluation-windows=2", "--sample-every=0"]
 MIB = 2**20
-SETTINGS = ("reversible", "exact", "head_chunks", "ff_chunks", "loss_chunk_size")
+SETTINGS = ("reversible", "exact", "keep_attention", "head_chunks", "ff_chunks", "loss_chunk_size")
 
 
 @pytest.fixture
@@ -62,11 +62,13 @@ def test_settings_are_chosen_saved_and_kept(train, here):
     start, end = memory_lines(train(f"{budget:.0f}"))
     leaner, allowed, *_ = sizes(start)
     assert leaner <= allowed == pytest.approx(budget, rel=0.01)
-    assert "chosen: reversible blocks, since the next faster way, feed-forward in 8 chunks, takes" in start
+    assert "chosen: reversible with attention kept, since the next faster way, feed-forward in 8 chunks, takes" in start
+    assert "keep_attention on, " in start
     assert sizes(end)[0] < measured - (predicted - before) / 2
     saved = load_config(here / "runs/2/config.toml")
     assert saved.memory_budget == f"{budget:.0f}"
     assert saved.reversible is True
+    assert saved.keep_attention is True
     assert saved.ff_chunks == 8
 
     resumed = train_command.mea(here, "train", "--resume", "runs/2", "--steps=3")
@@ -93,10 +95,11 @@ def test_what_cannot_fit_is_refused_with_what_would(train, here):
 
 
 def test_what_the_user_gave_is_not_overridden(train, here):
-    start, _ = memory_lines(train("8GiB", "--reversible", "--head-chunks=4", "--steps=1"))
+    start, _ = memory_lines(train("8GiB", "--reversible", "--keep-attention=cpu", "--head-chunks=4", "--steps=1"))
     assert "chosen: reversible, in one piece" in start
     config = load_config(here / "runs/1/config.toml")
     assert config.reversible is True
+    assert config.keep_attention == "cpu"
     assert config.head_chunks == 4
     assert leanest(train("16MiB", "--no-reversible")) > leanest(train("16MiB")) + 8 * MIB
 

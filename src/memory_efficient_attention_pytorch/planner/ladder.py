@@ -18,36 +18,43 @@ class Rung:
     settings: Mapping[str, Any]
 
 
-def ladder(config: Mapping[str, Any], batch_size: int, seq_len: int, mixed_precision: bool) -> Iterator[Rung]:
+def ladder(
+    config: Mapping[str, Any], batch_size: int, seq_len: int, mixed_precision: bool, offload: bool = False
+) -> Iterator[Rung]:
     """The rungs in the order in which each trades some speed for memory. What the configuration says stays as it is.
 
     Under mixed precision reversal is exact, since rounding in low precision would grow from block to block.
+    ``offload``: whether host memory is another than the device's, so that moving kept attention there saves any.
     """
     settings: dict[str, Any] = {}
     rungs = 0
-    for name, changes in _changes(config, batch_size * seq_len, seq_len, mixed_precision):
+    for name, changes in _changes(config, batch_size * seq_len, seq_len, mixed_precision, offload):
         free = {key: value for key, value in changes.items() if key not in config}
-        if free or not rungs:
+        new = any(key not in settings or settings[key] != value for key, value in free.items())
+        if new or not rungs:
             settings |= free
             rungs += 1
             yield Rung(name if free else "as configured", dict(settings))
 
 
 def _changes(
-    config: Mapping[str, Any], tokens: int, seq_len: int, mixed_precision: bool
+    config: Mapping[str, Any], tokens: int, seq_len: int, mixed_precision: bool, offload: bool
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     whole = {"ff_chunks": 1, "head_chunks": 1, "loss_chunk_size": tokens}
     reversible = config.get("reversible", False)
-    yield (
-        "reversible, in one piece" if reversible else "store everything",
-        {"reversible": reversible, "exact": reversible and mixed_precision, **whole},
-    )
+    kept = bool(config.get("reversible", True) and config.get("keep_attention", config.get("backend") != "naive"))
+    how = {"reversible": reversible, "exact": reversible and mixed_precision, "keep_attention": reversible and kept}
+    yield "reversible, in one piece" if reversible else "store everything", {**how, **whole}
     yield "loss in chunks", {"loss_chunk_size": None}
     chunks = [count for count in (8, 64, 512) if count * LEAST_TOKENS <= tokens and count <= seq_len]
     if chunks:
         yield f"feed-forward in {chunks[0]} chunks", {"ff_chunks": chunks[0]}
-    if "reversible" not in config:
-        yield "reversible blocks", {"reversible": True, "exact": mixed_precision}
+    blocks = {} if "reversible" in config else {"reversible": True, "exact": mixed_precision}
+    if kept:
+        yield "reversible with attention kept", {**blocks, "keep_attention": True}
+        if offload:
+            yield "attention kept in host memory", {"keep_attention": "cpu"}
+    yield "reversible blocks", {**blocks, "keep_attention": False}
     for groups in _head_groups(config):
         yield f"heads in {groups} groups", {"head_chunks": groups}
     for count in chunks[1:]:

@@ -13,7 +13,7 @@ from .model import build_model, model_keywords
 from .resources import memory_now, memory_peak, resolve, return_freed_blocks, trim_heap
 from .trainer import adamw
 
-SETTINGS = ("reversible", "exact", "head_chunks", "ff_chunks", "loss_chunk_size")
+SETTINGS = ("reversible", "exact", "keep_attention", "head_chunks", "ff_chunks", "loss_chunk_size")
 """What a budget decides, fields of TrainConfig and keywords of Transformer alike."""
 
 _MIB = 1 << 20

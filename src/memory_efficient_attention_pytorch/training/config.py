@@ -60,6 +60,12 @@ class TrainConfig:
         None, "rebuild activations in backward instead of storing them; default: on", group="model"
     )
     exact: bool | None = _option(None, "rebuild activations bit for bit; default: under mixed precision", group="model")
+    keep_attention: bool | str | None = _option(
+        None,
+        "keep attention's outputs for backward, which is faster and takes memory; cpu: in host memory; default: off",
+        group="model",
+        choices=("cpu",),
+    )
     head_chunks: int | None = _option(
         None, "pieces the attention is computed in; default: chosen for the machine", group="model", low=1
     )
@@ -94,7 +100,8 @@ class TrainConfig:
     memory_budget: str | None = _option(
         None,
         "memory the process may take, 8GiB, 8GB, 8000M or auto (what is free): the fastest settings that fit are "
-        "chosen among reversible, exact, head-chunks, ff-chunks and loss-chunk-size where they are not given",
+        "chosen among reversible, exact, keep-attention, head-chunks, ff-chunks and loss-chunk-size where they are not "
+        "given",
         group="optimisation",
     )
     seed: int = _option(0, "seed of weights, batches, dropout and the validation split", group="optimisation", low=0)
@@ -124,7 +131,10 @@ class TrainConfig:
 
 
 def option_type(field: dataclasses.Field) -> tuple[type, bool]:
-    """The type of a field's value and whether None is allowed; `tuple` stands for a tuple of strings."""
+    """The type of a field's value and whether None is allowed; `tuple` stands for a tuple of strings.
+
+    Of a switch (`bool`) that has choices too, each of them is a way of being on.
+    """
     hint = typing.get_type_hints(TrainConfig)[field.name]
     alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
     plain = [typing.get_origin(kind) or kind for kind in alternatives if kind is not types.NoneType]
@@ -209,11 +219,14 @@ def _checked(field: dataclasses.Field, value: Any) -> Any:
         return tuple(value)
     if kind is float and type(value) is int:
         value = float(value)
+    low, choices = field.metadata["low"], field.metadata["choices"]
+    if kind is bool and choices and (isinstance(value, bool) or value in choices):
+        return value
     if type(value) is not kind:
-        raise ValueError(f"{field.name} must be {_NAMES[kind]}, got {value!r}")
+        others = "".join(f' or "{choice}"' for choice in choices) if kind is bool else ""
+        raise ValueError(f"{field.name} must be {_NAMES[kind]}{others}, got {value!r}")
     if isinstance(value, int) and value >= 2**63:
         raise ValueError(f"{field.name} must be below 2**63, got {value}")
-    low, choices = field.metadata["low"], field.metadata["choices"]
     # Written so that NaN fails too.
     if low is not None and (not value >= low or value == float("inf")):
         raise ValueError(f"{field.name} must be a finite number of at least {low}, got {value!r}")

@@ -31,6 +31,7 @@ def model_keywords(config: TrainConfig, num_tokens: int) -> dict[str, Any]:
         "positions": config.positions,
         "dropout": config.dropout,
         "head_chunks": config.head_chunks or 1,
+        "keep_attention": config.keep_attention or False,
         "reversible": config.reversible is not False,
         "exact": bool(config.exact),
         "tie_embeddings": config.tie_embeddings,
