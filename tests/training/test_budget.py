@@ -1,11 +1,15 @@
 """`mea train --memory-budget`, the real command in a process of its own."""
 
+import argparse
+import dataclasses
 import functools
 import re
 
 import pytest
 
-from memory_efficient_attention_pytorch.training.config import load_config
+from memory_efficient_attention_pytorch.cli.train import add_arguments
+from memory_efficient_attention_pytorch.training.config import TrainConfig, dump_config, load_config
+from memory_efficient_attention_pytorch.training.model import build_model
 from tests.cli import train_command
 
 SHAPE = ["--dim=64", "--depth=8", "--heads=4", "--dim-head=16", "--seq-len=1024", "--batch-size=4", "--device=cpu"]
@@ -110,6 +114,38 @@ def test_the_budget_may_stand_in_the_configuration_file(here):
     saved = load_config(here / "runs/1/config.toml")
     assert int(saved.memory_budget.removesuffix("MiB")) == pytest.approx(sizes(start)[1] / MIB, rel=0.01)
     assert "chosen: store everything" in start
+
+
+@pytest.mark.parametrize(
+    ("arguments", "written", "value"),
+    [
+        ([], "# keep_attention =", None),
+        (["--keep-attention"], "keep_attention = true", True),
+        (["--no-keep-attention"], "keep_attention = false", False),
+        (["--keep-attention", "cpu"], 'keep_attention = "cpu"', "cpu"),
+    ],
+    ids=str,
+)
+def test_keeping_attention_is_a_switch_with_a_place(tmp_path, arguments, written, value):
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    config = TrainConfig(keep_attention=getattr(parser.parse_args(arguments), "keep_attention", None))
+    assert f"\n{written}  #" in dump_config(config)
+    (tmp_path / "run.toml").write_text(dump_config(config))
+    assert load_config(tmp_path / "run.toml").keep_attention == value
+    layer = build_model(dataclasses.replace(config, dim=8, depth=1, heads=1), 4).layers[0].f.fn
+    assert layer.keep_attention == (value or False)
+
+
+def test_keeping_attention_elsewhere_is_refused(capsys):
+    with pytest.raises(ValueError, match="keep_attention must be true or false or \"cpu\", got 'gpu'"):
+        TrainConfig(keep_attention="gpu")
+    parser = argparse.ArgumentParser()
+    add_arguments(parser)
+    for arguments in (["--keep-attention", "gpu"], ["--no-keep-attention", "cpu"], ["--reversible", "cpu"]):
+        with pytest.raises(SystemExit):
+            parser.parse_args(arguments)
+    assert "takes no value" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("size", ["8XB", "0", "lots", "-3GiB", ""])

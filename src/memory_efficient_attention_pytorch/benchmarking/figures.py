@@ -11,7 +11,7 @@ from .summary import compared, peak, series, step_seconds
 from .systems import REFERENCE, SYSTEMS
 
 MIB = 1024**2
-OURS = ("#08306b", "#00a2c7", "#2f6fde", "#7b9ff2", "#a9c7ee")
+OURS = ("#08306b", "#00a2c7", "#2f6fde", "#7b9ff2", "#a9c7ee", "#54789c")
 OTHERS = ("#7f7f7f", "#b45f06", "#e69138", "#f1c232", "#6aa84f", "#a64d79", "#674ea7", "#444444")
 MEMORY, SECONDS = "memory above the model, MiB", "seconds a step"
 MARKERS = "osD^vPX*<>hp"
