@@ -151,7 +151,10 @@ def _print(config: dict[str, Any], args: argparse.Namespace, made: "Plan", longe
         print(f"\nbudget {format_size(made.budget)}: {verdict}")
         if made.advice:
             print(made.advice)
-            print("(offloading would save nothing: the leanest settings keep no activations for backward to move away)")
+            if {**config, **made.settings}.get("reversible", True):
+                print(
+                    "(offloading would save nothing: these settings keep neither activations nor attention's outputs)"
+                )
     if longest is not None:
         print(f"longest sequence within the budget: {longest:,} tokens")
 
