@@ -172,7 +172,7 @@ def test_a_full_disk_is_told_and_the_last_checkpoint_kept(here, text, uninterrup
 
 
 def test_a_disk_too_full_for_the_text_is_told_with_a_command_to_copy(here, text):
-    result = mea(here, "train", *options(text), "--out", "my run", file_limit=3000)
+    result = mea(here, "train", *options(text), "--out", "my run", file_limit=5000)
     assert result.status == 1, result.error
     assert result.error.count("\n") == 1
     assert "cannot write to my run" in result.error

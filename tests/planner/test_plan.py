@@ -199,6 +199,14 @@ def test_a_budget_between_has_attention_kept():
     assert leaner.settings["keep_attention"] is False
 
 
+def test_a_cuda_device_has_host_memory_to_keep_attention_in():
+    config = {**CONFIG, "depth": 6, "reversible": True}
+    kept = planned({**config, "keep_attention": True, "ff_chunks": 8}, device="cuda").peak_bytes
+    made = planned(config, budget=kept - 1, device="cuda")
+    assert made.options[-1].name == "attention kept in host memory"
+    assert made.settings["keep_attention"] == "cpu"
+
+
 def test_a_batch_of_short_sequences_has_chunks_too():
     names = [rung.name for rung in ladder(CONFIG, 32, 64, mixed_precision=False)]
     assert "feed-forward in 8 chunks" in names

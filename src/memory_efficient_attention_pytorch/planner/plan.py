@@ -149,8 +149,8 @@ def plan(
         optimizer: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, a function from a list of
             parameters to an optimizer, or None for forward and backward alone.
         budget: a size (``"8GiB"``, ``"8000M"``, bytes). For a configuration the fastest settings that fit are chosen
-            among those that it leaves open: ``reversible``, ``ff_chunks``, ``head_chunks``, ``loss_chunk_size`` and,
-            under autocast, ``exact``.
+            among those that it leaves open: ``reversible``, ``keep_attention``, ``ff_chunks``, ``head_chunks``,
+            ``loss_chunk_size`` and, under autocast, ``exact``.
         example_inputs: what the module's forward takes: a tensor, a tuple, a mapping of keywords, or a function of
             ``(batch_size, seq_len)`` that makes one. Values do not matter; ``meta`` tensors do.
         loss_fn: makes a scalar of what the module returns; default: that itself, or its attribute ``loss``.
@@ -239,7 +239,7 @@ def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Pla
     """The first rung of the ladder that fits, or else the leanest with what would."""
     options: list[Option] = []
     leanest: Plan | None = None
-    for rung, changed in _rungs(workload):
+    for rung, changed in _rungs(workload, accounting.device):
         made = replace(_planned(changed, accounting, budget), settings=rung.settings)
         options.append(Option(rung.name, rung.settings, made.peak_bytes, made.flops))
         if leanest is None or made.peak_bytes < leanest.peak_bytes:
@@ -251,9 +251,10 @@ def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Pla
     return replace(leanest, options=tuple(options), remedies=remedies)
 
 
-def _rungs(workload: Workload) -> Iterator[tuple[Rung, Workload]]:
+def _rungs(workload: Workload, device: torch.device) -> Iterator[tuple[Rung, Workload]]:
     assert isinstance(workload.subject, Mapping)
-    for rung in ladder(workload.subject, *workload.token_shape, workload.autocast is not None):
+    offload = device.type == "cuda"
+    for rung in ladder(workload.subject, *workload.token_shape, workload.autocast is not None, offload):
         yield rung, replace(workload, subject={**workload.subject, **rung.settings})
 
 
@@ -261,7 +262,9 @@ def _remedies(workload: Workload, accounting: Accounting, budget: int, state_byt
     """The largest batch, length or, where neither helps, depth with which the step fits, run as leanly as can be."""
 
     def most(name: str, now: int) -> dict[str, int]:
-        found = largest(lambda size: _peak(_leanest(_with(workload, name, size)), accounting), budget, now - 1)
+        found = largest(
+            lambda size: _peak(_leanest(_with(workload, name, size), accounting.device), accounting), budget, now - 1
+        )
         return {name: found} if found else {}
 
     found: dict[str, int] = {}
@@ -285,9 +288,9 @@ def _with(workload: Workload, name: str, size: int) -> Workload:
     return replace(workload, subject={**workload.subject, name: size})
 
 
-def _leanest(workload: Workload) -> Workload:
+def _leanest(workload: Workload, device: torch.device) -> Workload:
     """The last rung of the ladder: where that fits, a rung does."""
-    return list(_rungs(workload))[-1][1] if isinstance(workload.subject, Mapping) else workload
+    return list(_rungs(workload, device))[-1][1] if isinstance(workload.subject, Mapping) else workload
 
 
 _LONG = 4096

@@ -204,9 +204,12 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
         reversal = f"exact, since {config.precision} would round"
     else:
         reversal = f"on, not exact, since {config.precision} rounds little"
+    kept = {True: ", kept for backward", "cpu": ", kept for backward in host memory"}.get(
+        config.keep_attention or "", ""
+    )
     return (
         f"{parameters:,} parameters; {where}; {config.precision}; "
-        f"attention: {choice.name} ({choice.reason}); reversal: {reversal}; "
+        f"attention: {choice.name} ({choice.reason}){kept}; reversal: {reversal}; "
         f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} ({pieces}); "
         f"text: {corpus.info.train_tokens:,} tokens to train on, {corpus.info.validation_tokens:,} to validate on "
         f"({corpus.info.split})"
