@@ -453,68 +453,6 @@ def make_large(**kwargs):
     return Transformer(**{**SHAPE, "dim": 512, "ff_mult": 1, **kwargs}).eval()
 
 
-@pytest.fixture
-def onednn(monkeypatch):
-    """As on a CPU on which it is the faster one."""
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr("memory_efficient_attention_pytorch.autoregressive_wrapper.onednn_is_faster", lambda: True)
-
-
-def test_large_products_are_onednns_and_small_ones_not(onednn):
-    model = make_large()
-    linear = sum(isinstance(module, nn.Linear) for module in model.modules())
-    with Operators() as seen:
-        list(AutoregressiveWrapper(model).stream(prompts(), 3))
-    large = 2 * SHAPE["depth"]
-    assert seen.counts[torch.ops.mkldnn._linear_pointwise] == 3 * large
-    assert seen.counts[torch.ops.aten.mm] + seen.counts[torch.ops.aten.addmm] == 3 * (linear - large)
-
-
-@pytest.mark.parametrize(("rows", "tokens"), [(1, 1), (3, 5), (7, 11)])
-def test_onednns_logits_are_the_nets_own(onednn, rows, tokens):
-    model, tokens, seen = make_large(), prompts(rows, tokens), []
-    model.register_forward_hook(lambda net, inputs, logits: seen.append(logits))
-    next(AutoregressiveWrapper(model).stream(tokens, 1))
-    with torch.no_grad():
-        model(tokens)
-        expected = model.double()(tokens)
-    ours, plain = ((logits - expected).abs().max() for logits in seen[:2])
-    assert ours < 2 * plain + 1e-6
-
-
-@pytest.mark.parametrize("other", ["fp64", "autocast", "replaced", "subclass"])
-def test_only_plain_fp32_layers_are_onednns(onednn, other):
-    model = make_large()
-    if other == "fp64":
-        model.double()
-    if other in ("replaced", "subclass"):
-        for layer in model.modules():
-            if type(layer) is nn.Linear and other == "replaced":
-                layer.forward = layer.forward
-            elif type(layer) is nn.Linear:
-                layer.__class__ = type("Custom", (nn.Linear,), {})
-    with Operators() as seen, torch.autocast("cpu", enabled=other == "autocast"):
-        list(AutoregressiveWrapper(model).stream(prompts(), 2))
-    assert torch.ops.mkldnn._linear_pointwise not in seen.counts
-    assert seen.counts[torch.ops.aten.addmm]
-
-
-def test_layers_are_as_they_were_between_steps_and_their_hooks_run_in_them(onednn):
-    model, called = make_large(), []
-    layer = model.layers[0][1].fn.net[0]
-    handle = layer.register_forward_hook(lambda *_: called.append(True))
-    steps = AutoregressiveWrapper(model).stream(prompts(), 3)
-    next(steps)
-    assert called == [True]
-    assert not any("forward" in vars(module) for module in model.modules())
-    handle.remove()
-    layer.register_forward_pre_hook(lambda *_: 1 / 0)
-    with pytest.raises(ZeroDivisionError):
-        next(steps)
-    assert not any("forward" in vars(module) for module in model.modules())
-
-
 ERRORS = {
     "one dimension": ({"start_tokens": torch.tensor([1, 2])}, r"start_tokens: expected integers of shape \(batch"),
     "no token": (

@@ -18,7 +18,7 @@ FILES = sorted(ROOT.rglob("*.py"))
 FLOORS = (
     {"errors", "visibility", "differentiation"},
     {"functional"},
-    {"pieces", "linear_pieces", "reversible", "reversible_loss"},
+    {"pieces", "linear", "linear_pieces", "reversible", "reversible_loss"},
     {
         *("cache", "feedforward", "positions", "head_groups", "memory_efficient_attention", "flash_attention"),
         *("memory_efficient_cosine_sim_attention", "cosine_sim_flash_attention"),

@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import inspect
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import torch
@@ -15,15 +14,11 @@ from torch import Tensor, nn
 
 from .cache import KVCache
 from .errors import require, require_positive_int
-from .functional.products import MULTIPLE, linear_into, onednn_is_faster
 from .memory_efficient_attention import Attention
 from .visibility import window_sides
 
 IGNORED = -100
 """The label that counts for nothing in PyTorch's cross-entropy and in the Transformer's."""
-
-# Elements of a weight from which oneDNN's product is the faster one: it takes 10 µs longer to begin.
-_LARGE = 2**18
 
 
 class AutoregressiveWrapper(nn.Module):
@@ -177,7 +172,6 @@ class _Reader:
         self.net, self.max_seq_len, self.beyond = wrapper.net, wrapper.max_seq_len, wrapper.beyond_max_seq_len
         self.tokens, self.mask, self.kwargs = tokens, mask, kwargs
         self.modules = list(self.net.modules())
-        self.products = {m: partial(_onednn_product, m) for m in self.modules if _suits_onednn(m)}
         parameters = inspect.signature(self.net.forward).parameters
         require(mask is None or "mask" in parameters, "mask", "none, since the net's forward takes no mask", "padding")
         cached = use_cache and "cache" in parameters and all(m.causal for m in self.modules if isinstance(m, Attention))
@@ -196,7 +190,7 @@ class _Reader:
             given["mask"] = self.mask
         if self.cache is not None:
             given["cache"], tokens = self.cache, tokens[:, self.cache.length :]
-        with _evaluating(self.net, self.modules), _instead_of_forward(self.products):
+        with _evaluating(self.net, self.modules):
             return self.net(tokens, **given)[:, -1]
 
     def append(self, token: Tensor) -> None:
@@ -278,43 +272,6 @@ def _evaluating(net: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
         net.train(modes[0])
         for module, mode in zip(modules, modes, strict=True):
             module.training = mode
-
-
-def _suits_onednn(module: nn.Module) -> bool:
-    """A plain linear layer in fp32 that waits for its weight, on a CPU on which oneDNN has it sooner than MKL."""
-    if type(module) is not nn.Linear or "forward" in vars(module) or not onednn_is_faster():
-        return False
-    weight = module.weight
-    plain = type(weight) is nn.Parameter and weight.dtype == torch.float32 and weight.is_contiguous()
-    return plain and weight.device.type == "cpu" and weight.numel() >= _LARGE
-
-
-def _onednn_product(layer: Any, x: Tensor) -> Tensor:
-    """``layer(x)`` without a derivative, by oneDNN, which takes down to half of MKL's time for a single token too."""
-    if torch.is_grad_enabled():  # another thread trains the model meanwhile
-        return nn.Linear.forward(layer, x)
-    weight, bias = layer.weight, layer.bias
-    rows = x.reshape(-1, x.shape[-1])
-    if len(rows) < MULTIPLE:
-        out = torch.ops.mkldnn._linear_pointwise(rows, weight, bias, "none", [], "")
-    else:
-        out = linear_into(x.new_empty(len(rows), len(weight)), rows, weight, bias)
-    return out.view(*x.shape[:-1], len(weight))
-
-
-@contextmanager
-def _instead_of_forward(products: Mapping[nn.Module, Callable[..., Tensor]]) -> Iterator[None]:
-    """Modules compute by other functions, outside of autocast; hooks run as ever."""
-    if torch.is_autocast_enabled("cpu"):
-        yield
-        return
-    for module, product in products.items():
-        vars(module)["forward"] = product
-    try:
-        yield
-    finally:
-        for module in products:
-            vars(module).pop("forward", None)
 
 
 def _check_prompts(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from .errors import require, require_positive_int
+from .linear import Linear, is_plain_linear
 from .linear_pieces import Gradients, Scratch, compute_dtype, normed_piece
 from .pieces import Add, Branch, ChunkBranch, apply_piecewise, chunked_branch, has_hooks, pieces_of
 
@@ -25,7 +26,7 @@ class FeedForward(nn.Module):
         for argument, value in (("dim", dim), ("mult", mult), ("chunks", chunks)):
             require_positive_int(argument, value)
         self.chunks = chunks
-        self.net = nn.Sequential(nn.Linear(dim, dim * mult), nn.GELU(), nn.Linear(dim * mult, dim))
+        self.net = nn.Sequential(Linear(dim, dim * mult), nn.GELU(), Linear(dim * mult, dim))
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         require(not kwargs, "FeedForward", "no keyword arguments", ", ".join(kwargs))
@@ -37,7 +38,7 @@ class FeedForward(nn.Module):
     def _plain(self) -> bool:
         """Is everything as it was built, with nobody watching the layers?"""
         layers = list(self.net)
-        built = [type(layer) for layer in layers] == [nn.Linear, nn.GELU, nn.Linear]
+        built = len(layers) == 3 and type(layers[1]) is nn.GELU and all(map(is_plain_linear, layers[::2]))
         unwatched = not any(has_hooks(module) for module in self.net.modules())
         return built and unwatched and layers[0].bias is not None and layers[2].bias is not None
 

@@ -13,6 +13,7 @@ from .functional.attention import BACKENDS, dot_product_attention, recorded_atte
 from .functional.recording import Recording
 from .functional.request import BiasModule, accepts_heads
 from .head_groups import HeadGroup, HeadGroupBranch
+from .linear import Linear, is_plain_linear
 from .pieces import Branch, apply_piecewise, has_hooks
 from .positions import rotate
 from .visibility import window_sides
@@ -82,9 +83,9 @@ class Attention(nn.Module):
         self.memory_efficient = memory_efficient
         self.q_bucket_size, self.k_bucket_size = q_bucket_size, k_bucket_size
         self.head_groups = HeadGroup.split(heads, kv_heads, head_chunks)
-        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = nn.Linear(dim, 2 * kv_heads * dim_head, bias=False)
-        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
+        self.to_q = Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = Linear(dim, 2 * kv_heads * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
 
     def forward(
         self,
@@ -129,7 +130,7 @@ class Attention(nn.Module):
         """Pieces over groups of heads; a single piece when there is one group or the projections are not plain ones."""
         kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "memory_efficient"}
         plain = all(
-            type(p) is nn.Linear and p.bias is None and not has_hooks(p) for p in (self.to_q, self.to_kv, self.to_out)
+            is_plain_linear(p) and p.bias is None and not has_hooks(p) for p in (self.to_q, self.to_kv, self.to_out)
         )
         if len(self.head_groups) > 1 and "cache" not in kwargs:
             require(plain, "head_chunks", "1 where a projection is replaced or hooked", len(self.head_groups))

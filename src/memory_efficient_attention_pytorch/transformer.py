@@ -12,6 +12,7 @@ from .errors import require, require_positive_int
 from .feedforward import FeedForward, PreNorm
 from .flash_attention import FlashAttention
 from .functional.linear_cross_entropy import linear_cross_entropy
+from .linear import Linear, is_plain_linear
 from .memory_efficient_attention import Attention
 from .pieces import has_hooks
 from .positions import AlibiBias, RotaryEmbedding
@@ -114,7 +115,7 @@ class Transformer(nn.Module):
         route = {name: [(True, False)] * depth for name in ("mask", "attn_bias", "rotary", "cache")}
         self.layers = ReversibleSequence(pairs, route, exact=exact, reversible=reversible)
         norm = nn.LayerNorm(dim)
-        self.to_logits = nn.Sequential(norm) if tie_embeddings else nn.Sequential(norm, nn.Linear(dim, num_tokens))
+        self.to_logits = nn.Sequential(norm) if tie_embeddings else nn.Sequential(norm, Linear(dim, num_tokens))
         if tie_embeddings:
             # Logits of unit variance at the start, where an embedding's usual N(0, 1) would give √dim times that.
             nn.init.normal_(self.token_emb.weight, std=dim**-0.5)
@@ -162,9 +163,7 @@ class Transformer(nn.Module):
     def _plain_head(self) -> bool:
         """Is the last layer as it was built, with nobody watching, so that its weights say it all?"""
         _, *head = self.to_logits
-        return all(type(layer) is nn.Linear and not has_hooks(layer) for layer in head) and not has_hooks(
-            self.to_logits
-        )
+        return all(is_plain_linear(layer) and not has_hooks(layer) for layer in head) and not has_hooks(self.to_logits)
 
     def _hidden(self, tokens: Tensor, given: dict[str, Any]) -> Tensor:
         """The sum of both streams after the last block ``(b, n, dim)``."""

@@ -75,13 +75,10 @@ def build(
 
 
 def keep_freed_blocks() -> None:
-    """Set glibc's thresholds where they drift to by themselves in a process that frees blocks of many megabytes.
-
-    Left alone, glibc starts at 128 KiB and raises them as blocks are freed (mallopt(3), M_MMAP_THRESHOLD).
-    """
-    m_trim_threshold, m_mmap_threshold, largest = -1, -3, 32 * 1024**2
+    """Set glibc's thresholds as `mea train` does: freed blocks of 4 MiB go back to the system, smaller ones stay."""
+    m_trim_threshold, m_mmap_threshold, returned = -1, -3, 4 * 1024**2
     libc = ctypes.CDLL(None)
-    if not (libc.mallopt(m_mmap_threshold, largest) and libc.mallopt(m_trim_threshold, 2 * largest)):
+    if not (libc.mallopt(m_mmap_threshold, returned) and libc.mallopt(m_trim_threshold, 2 * returned)):
         raise RuntimeError("this C library does not let the allocator keep freed blocks")
 
 

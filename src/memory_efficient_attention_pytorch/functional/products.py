@@ -19,6 +19,8 @@ from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formu
 PART = 2**18
 # It compiles a kernel for each shape, of which some hundred KiB stay. Lengths vary freely, multiples of this less so.
 MULTIPLE = 64
+# Rows that are few, such as the next token's in a batch.
+FEW = 8
 # Terms of a sum. With fewer, making that memory costs what the product gains; more are split, again for few shapes.
 LEAST_TERMS, MOST_TERMS = 256, 2048
 MOST_COLUMNS = PART // MULTIPLE
@@ -61,6 +63,18 @@ def _parts(length: int, width: int, size: int = PART) -> Iterator[slice]:
     """Slices of ``length`` rows of ``width``, of ``size`` elements at most but ``MULTIPLE`` rows at least."""
     step = max(MULTIPLE, size // max(width, 1) // MULTIPLE * MULTIPLE)
     return (slice(start, min(start + step, length)) for start in range(0, length, step))
+
+
+def few_rows(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``values (n, k) @ weightᵀ + bias`` of one row or few, for which MKL reads a weight at half the memory's speed."""
+    return _onednn(values, _dense(weight), bias)
+
+
+def worthwhile(rows: int, values: Tensor, weight: Tensor) -> bool:
+    """Is ``values @ weightᵀ`` by oneDNN the faster one, where the values have so many rows?"""
+    if rows < MULTIPLE:
+        return rows <= FEW and weight.numel() >= PART and _has_onednn(values, weight)
+    return _worthwhile(weight.shape[1], len(weight)) and _has_onednn(values, weight)
 
 
 def _usual(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
