@@ -33,7 +33,6 @@ ROWS: dict[str, dict[str, Any]] = {
     "16 heads, in 8 groups": {"heads": 16, "dim_head": 32, "head_chunks": 8},
     "feed-forward ×16, in 64 chunks": {"ff_mult": 16, "ff_chunks": 64},
     "vocabulary 32000": {"num_tokens": 32000},
-    "vocabulary 32000, gradients not there before": {"num_tokens": 32000, "gradients": False},
     "bf16 autocast, exact": {"autocast": True, "exact": True},
     "rotary positions": {"positions": "rotary"},
     "window of 1024": {"window": 1024},
@@ -47,7 +46,7 @@ MILLION: dict[str, dict[str, Any]] = {
 WARM_UP = 1024
 
 
-def build(seq_len: int, autocast: bool = False, gradients: bool = True, **settings: Any) -> Callable[[], None]:
+def build(seq_len: int, autocast: bool = False, **settings: Any) -> Callable[[], None]:
     """The model with its gradients, and its step; the target of ``measure_peak``."""
     torch.manual_seed(0)
     model = Transformer(max_seq_len=seq_len, causal=True, **settings)
@@ -60,10 +59,7 @@ def build(seq_len: int, autocast: bool = False, gradients: bool = True, **settin
         loss.backward()
 
     step(min(WARM_UP, seq_len))
-    if gradients:
-        zero_grads(model)
-    else:
-        model.zero_grad()
+    zero_grads(model)
     return step
 
 
@@ -71,12 +67,6 @@ def measure(label: str, changes: dict[str, Any]) -> dict[str, Any]:
     arguments = BASE | changes
     found = measure_peak(f"{__file__}:build", arguments)
     peak = found.peak_bytes
-    if not arguments.get("gradients", True):
-        # They came into being with the step and remain: not what it needed beyond the model and its gradients.
-        keywords = {k: v for k, v in arguments.items() if k not in ("seq_len", "autocast", "gradients")}
-        with torch.device("meta"):
-            model = Transformer(max_seq_len=arguments["seq_len"], causal=True, **keywords)
-        peak -= sum(p.numel() * p.element_size() for p in model.parameters())
     unit = arguments["seq_len"] * arguments["dim"] * 4
     return {"row": label, "settings": arguments, "peak_bytes": peak, "units": peak / unit, "seconds": found.seconds}
 
@@ -97,7 +87,9 @@ def main() -> int:
         for run in found
     ]
     place = f"{machine['processor']}, {machine['cores']} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    text = table(["", "units", "MiB", "seconds, once"], cells)
+    # Seconds of one step each are no comparison: the models of the first table are for its memory alone.
+    columns = 4 if args.million else 3
+    text = table(["", "units", "MiB", "seconds, once"][:columns], [row[:columns] for row in cells])
     args.output.mkdir(parents=True, exist_ok=True)
     record = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "runs": found}
     write_atomically(args.output / f"{name}.json", json.dumps(record, indent=1) + "\n")

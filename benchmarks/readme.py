@@ -21,7 +21,7 @@ README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
 
 def newest_results(folder: Path) -> Path:
     """The results file with the latest date under ``folder``; ValueError if there is none."""
-    files = [path for path in folder.glob("*/results.json") if not path.parent.name.endswith("-quick")]
+    files = [path for path in folder.glob("20*/results.json") if not path.parent.name.endswith("-quick")]
     if not files:
         raise ValueError(f"no results under {folder}; run mea bench first")
     return max(files, key=lambda path: Results.load(path).date)

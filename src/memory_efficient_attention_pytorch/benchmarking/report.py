@@ -13,6 +13,8 @@ from .systems import REFERENCE
 BEGIN = "<!-- benchmark: generated from the results, do not edit -->"
 END = "<!-- benchmark: end -->"
 MIB = 1024**2
+_RETURNED = "The allocator returns what is freed at once, from 64 KiB on."
+_KEPT = "The allocator returns freed blocks of 4 MiB at once and may keep smaller ones, as in `mea train`."
 
 
 def comparison(results: Results) -> str:
@@ -25,7 +27,7 @@ def method(results: Results) -> str:
     """What was run where, when and with what, in a paragraph."""
     machine, settings = results.machine, results.settings
     shape, rounds = settings.base, settings.rounds
-    allocator = " The allocator may keep freed blocks." if settings.keep_freed else ""
+    allocator = _KEPT if settings.keep_freed else _RETURNED
     place = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
     memory = machine.get("gpu_memory_bytes", machine["memory_bytes"]) / 1024**3
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
@@ -33,7 +35,7 @@ def method(results: Results) -> str:
         f"One forward and backward, loss included, of a causal Transformer: {shape.batch_size} × "
         f"{shape.seq_len} tokens, dim {shape.dim}, {shape.depth} layers, {shape.heads} heads, feed-forward "
         f"×{shape.ff_mult}, vocabulary {shape.num_tokens}, fp32 unless a line says otherwise. Memory is the peak "
-        f"above the built model and its gradients; a unit is tokens · dim · 4 bytes.{allocator} Each system in fresh "
+        f"above the built model and its gradients; a unit is tokens · dim · 4 bytes. {allocator} Each system in fresh "
         f"processes, in turn, {rounds} round{'s' if rounds > 1 else ''}: medians. Relative figures are medians of the "
         f"ratios to *{results.labels.get(REFERENCE, REFERENCE)}* in the same round. {place}, {memory:.0f} GiB; "
         f"{versions}; {results.date[:10]}."

@@ -41,7 +41,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--repeats", type=int, metavar="N", help="timed steps in a process at most (5)")
     parser.add_argument("--step-limit", type=float, metavar="SECONDS", help="leave out runs with longer steps (150)")
     parser.add_argument(
-        "--keep-freed", action="store_true", help="let the CPU's allocator keep freed blocks, as glibc does by default"
+        "--keep-freed",
+        action="store_true",
+        help="let the allocator keep freed blocks below 4 MiB, as mea train does",
     )
     shape = parser.add_argument_group("the compared shape")
     shape.add_argument("--seq-len", type=int, metavar="N", help="tokens in a sequence (8192)")

@@ -300,9 +300,16 @@ def _longest(workload: Workload, accounting: Accounting, budget: int) -> int:
     # A prediction may be a little under what the step takes: one part in 128 of the budget stays free.
     room = budget - budget // 128
     most = _most_tokens(workload.subject)
-    longest = largest(lambda n: _peak(replace(workload, seq_len=n), accounting), room, most)
-    # Libraries compile more kernels for ragged lengths, and hold more memory for them.
-    return longest if longest == most or longest < _LONG else longest - longest % GRANULE
+
+    def need(granules: int, size: int = GRANULE) -> int:
+        return _peak(replace(workload, seq_len=granules * size), accounting)
+
+    longest = largest(lambda n: need(n, 1), room, most)
+    if longest == most or longest < _LONG:
+        return longest
+    # Libraries compile other kernels for ragged lengths, and hold other amounts of memory for them.
+    granules = longest // GRANULE
+    return GRANULE * (granules if need(granules) <= room else largest(need, room, granules - 1))
 
 
 def _peak(workload: Workload, accounting: Accounting) -> int:
