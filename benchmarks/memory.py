@@ -40,8 +40,8 @@ ROWS: dict[str, dict[str, Any]] = {
     "default settings": {"head_chunks": 1, "ff_chunks": 1},
 }
 MILLION: dict[str, dict[str, Any]] = {
-    f"{n:,} tokens": {"seq_len": n, "dim": 256, "heads": 4, "depth": 4, "window": 512, "head_chunks": 2}
-    for n in (2**18, 2**20)
+    f"{n:,} tokens": {"seq_len": n, "dim": 256, "heads": 4, "depth": 2, "window": 512, "head_chunks": 2}
+    for n in (2**17, 2**20)
 }
 WARM_UP = 1024
 
