@@ -49,15 +49,15 @@ def test_the_newest_results_are_written_and_a_changed_figure_is_noticed(checkout
     results = checkout.ROOT / "benchmarks" / "results"
     with pytest.raises(ValueError, match="no results"):
         checkout.main([])
-    save_results(results / "b", "2026-01-01T00:00:00+00:00", 11.5)
-    save_results(results / "a", "2026-02-01T00:00:00+00:00", 8.5)
-    save_results(results / "c-quick", "2026-03-01T00:00:00+00:00", 99.5)
+    save_results(results / "2026-01-01", "2026-01-01T00:00:00+00:00", 11.5)
+    save_results(results / "2026-02-01", "2026-02-01T00:00:00+00:00", 8.5)
+    save_results(results / "2026-03-01-quick", "2026-03-01T00:00:00+00:00", 99.5)
     assert checkout.main(["--check"]) == 1
     assert checkout.main([]) == 0
     assert checkout.main(["--check"]) == 0
     for document, link in {
-        checkout.README: "(benchmarks/results/a/",
-        checkout.DOCS: "(../benchmarks/results/a/",
+        checkout.README: "(benchmarks/results/2026-02-01/",
+        checkout.DOCS: "(../benchmarks/results/2026-02-01/",
     }.items():
         assert "8.5" in document.read_text()
         assert f"![memory and time]{link}memory-and-time.png)" in document.read_text()
