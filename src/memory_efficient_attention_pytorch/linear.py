@@ -8,7 +8,6 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
-from .differentiation import once_differentiable
 from .functional.products import MULTIPLE, add_product, few_rows, linear_into, worthwhile
 
 
@@ -16,7 +15,7 @@ class Linear(nn.Linear):
     """``x @ weightᵀ + bias``, an ``nn.Linear`` in all but speed.
 
     Where oneDNN is the faster library (see ``functional/products.py``) fp32 products go through it, forward and
-    backward; the result is then differentiable once. Everything else is left to PyTorch.
+    backward; second derivatives and everything else are left to PyTorch. No forward-mode differentiation there.
     """
 
     def forward(self, input: Tensor) -> Tensor:
@@ -40,11 +39,12 @@ class _Linear(torch.autograd.Function):
         return _product(x, weight, bias)
 
     @staticmethod
-    @once_differentiable
     def backward(ctx: Any, grad_out: Tensor) -> tuple[Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         of_x, of_weight, of_bias = ctx.needs_input_grad
         upstream = grad_out.reshape(-1, grad_out.shape[-1])
+        if torch.is_grad_enabled():  # create_graph: PyTorch's operators can be differentiated again
+            return grad_out @ weight, upstream.t() @ x.reshape(-1, x.shape[-1]), upstream.sum(0) if of_bias else None
         grad_x = _product(grad_out, weight.t()) if of_x else None
         grad_weight = None
         if of_weight:
