@@ -60,6 +60,33 @@ def test_what_does_not_fit_has_status_1_and_says_what_would(capsys):
     assert "offloading would save nothing" in shown
 
 
+def test_attention_is_kept_where_it_is_asked_for(capsys):
+    """On the device it takes memory; in host memory none of the device's; either way backward computes less."""
+
+    def told(*options):
+        assert main([*SMALL, "--device", "cuda", "--json", *options]) == 0
+        return json.loads(capsys.readouterr().out)
+
+    default, off, on, host = (
+        told(*options) for options in ([], ["--no-keep-attention"], ["--keep-attention"], ["--keep-attention", "cpu"])
+    )
+    assert [made["config"].get("keep_attention") for made in (default, off, on, host)] == [None, False, True, "cpu"]
+    assert default["peak_bytes"] == off["peak_bytes"] == host["peak_bytes"] < on["peak_bytes"]
+    assert default["flops"] == off["flops"] > on["flops"] == host["flops"]
+
+
+def test_settings_that_were_given_are_shown_and_kept_within_a_budget(capsys):
+    assert main([*SMALL, "--keep-attention", "cpu", "--head-chunks", "2"]) == 0
+    assert "\nsettings: keep_attention=cpu, head_chunks=2\n" in capsys.readouterr().out
+    given = ["--reversible", "--no-exact", "--keep-attention", "--ff-chunks", "8", "--head-chunks", "1"]
+    assert main([*SMALL, *given, "--loss-chunk-size", "128", "--budget", "10MiB"]) == 1
+    shown = capsys.readouterr().out
+    everything = "reversible=True, exact=False, keep_attention=True, ff_chunks=8, head_chunks=1, loss_chunk_size=128"
+    assert f"\nsettings: {everything}\n" in shown
+    assert "would fit" in shown
+    assert "offloading" not in shown, "attention's outputs are kept, and could be elsewhere"
+
+
 def test_json_and_picture(capsys, tmp_path):
     pytest.importorskip("matplotlib")
     picture = tmp_path / "memory.png"
@@ -92,6 +119,11 @@ def test_budget_from_the_machine(capsys):
         (["--seq-len", "0"], "mea plan: seq_len: expected a positive integer, got 0"),
         (["--dim", "-3"], "mea plan: dim: expected a positive integer, got -3"),
         (["--precision", "int8"], "mea plan: argument --precision: invalid choice: 'int8'"),
+        (["--keep-attention", "gpu"], "mea plan: argument --keep-attention/--no-keep-attention: invalid choice: 'gpu'"),
+        (
+            ["--no-keep-attention", "cpu"],
+            "mea plan: argument --keep-attention/--no-keep-attention: --no-keep",
+        ),
         (["--longest"], "mea plan: --longest needs a --budget"),
         (["--optimizer", "lion"], "mea plan: optimizer: expected one of adamw"),
         (["--plot", "."], "mea plan: --plot: expected the name of a file, got '.'"),

@@ -1,4 +1,4 @@
-"""argparse with errors of one line and the nearest option that exists."""
+"""argparse with errors of one line and the nearest option that exists, and switches that may take a value."""
 
 import argparse
 import difflib
@@ -22,6 +22,22 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise ValueError(message)
+
+
+class Switch(argparse.BooleanOptionalAction):
+    """``--name`` and ``--no-name``; ``--name CHOICE`` where there are choices."""
+
+    def __init__(self, choices: tuple[str, ...] | None = None, **options: Any) -> None:
+        super().__init__(**options)
+        self.choices, self.nargs = choices, "?" if choices else 0
+
+    def __call__(
+        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
+    ) -> None:
+        off = option is not None and option.startswith("--no-")
+        if values and off:
+            raise argparse.ArgumentError(self, f"{option} takes no value, got {values!r}")
+        setattr(namespace, self.dest, values or not off)
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -14,10 +14,12 @@ import json
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from .parser import Switch
+
 if TYPE_CHECKING:
     from ..planner import Plan
 
-_SETTINGS = ("reversible", "exact", "ff_chunks", "head_chunks", "loss_chunk_size")
+_SETTINGS = ("reversible", "exact", "keep_attention", "ff_chunks", "head_chunks", "loss_chunk_size")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -57,6 +59,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     settings = parser.add_argument_group("settings, which a budget chooses where they are not given")
     settings.add_argument("--reversible", action=argparse.BooleanOptionalAction, help="rebuild activations")
     settings.add_argument("--exact", action=argparse.BooleanOptionalAction, help="rebuild them bit for bit")
+    settings.add_argument(
+        "--keep-attention",
+        action=Switch,
+        choices=("cpu",),
+        help="keep attention's outputs for backward; cpu: in host memory",
+    )
     settings.add_argument("--ff-chunks", type=int, metavar="N", help="pieces of the feed-forward")
     settings.add_argument("--head-chunks", type=int, metavar="N", help="groups of heads")
     settings.add_argument("--loss-chunk-size", type=int, metavar="N", help="tokens whose logits exist at once")
@@ -143,15 +151,17 @@ def _print(config: dict[str, Any], args: argparse.Namespace, made: "Plan", longe
     print(f"{'computes':<22}{made.flops / 1e12:>10,.4g}   TFLOP a step")
     if len(made.options) > 1:
         _print_options(made)
-    if made.settings:
-        print("\nsettings: " + ", ".join(f"{name}={value}" for name, value in made.settings.items()))
+    used = {**config, **made.settings}
+    settings = {name: used[name] for name in _SETTINGS if name in used}
+    if settings:
+        print("\nsettings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
     if made.budget is not None:
         room = made.budget - made.peak_bytes
         verdict = f"fits, with {format_size(room)} to spare" if room >= 0 else f"is {format_size(-room)} too large"
         print(f"\nbudget {format_size(made.budget)}: {verdict}")
         if made.advice:
             print(made.advice)
-            if {**config, **made.settings}.get("reversible", True):
+            if settings.get("reversible", True) and not settings.get("keep_attention"):
                 print(
                     "(offloading would save nothing: these settings keep neither activations nor attention's outputs)"
                 )

@@ -14,6 +14,7 @@ import sys
 from typing import Any
 
 from ..training.config import TrainConfig, option_type, read_values
+from .parser import Switch
 from .train_display import make_watcher, summary
 
 
@@ -45,28 +46,12 @@ def _argument(field: dataclasses.Field) -> dict[str, Any]:
     default = "" if field.default in (None, ()) else f" (default: {shown})"
     options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"] + default}
     if kind is bool:
-        return options | {"action": _Switch, "choices": field.metadata["choices"] or None}
+        return options | {"action": Switch, "choices": field.metadata["choices"] or None}
     if kind is tuple:
         return options | {"nargs": "+", "action": "extend", "metavar": "PATH"}
     if field.metadata["choices"]:
         return options | {"choices": field.metadata["choices"]}
     return options | {"type": kind, "metavar": {int: "N", float: "X", str: "FILE"}[kind]}
-
-
-class _Switch(argparse.BooleanOptionalAction):
-    """``--name`` and ``--no-name``; ``--name CHOICE`` where there are choices."""
-
-    def __init__(self, choices: tuple[str, ...] | None = None, **options: Any) -> None:
-        super().__init__(**options)
-        self.choices, self.nargs = choices, "?" if choices else 0
-
-    def __call__(
-        self, parser: argparse.ArgumentParser, namespace: argparse.Namespace, values: Any, option: str | None = None
-    ) -> None:
-        off = option is not None and option.startswith("--no-")
-        if values and off:
-            raise argparse.ArgumentError(self, f"{option} takes no value, got {values!r}")
-        setattr(namespace, self.dest, values or not off)
 
 
 def run(args: argparse.Namespace) -> int:
