@@ -129,6 +129,7 @@ def test_precision_follows_the_machine_and_the_launcher(monkeypatch):
 def test_small_models_are_not_cut_and_large_ones_are():
     small = resolve(TrainConfig(), CPU)
     assert (small.head_chunks, small.ff_chunks, small.exact) == (1, 1, False)
+    assert (small.reversible, small.keep_attention) == (True, False)
     shape = {"dim": 512, "heads": 8, "dim_head": 64, "seq_len": 65536, "batch_size": 1}
     large = resolve(TrainConfig(**shape), CPU)
     assert large.ff_chunks == 32
@@ -136,8 +137,8 @@ def test_small_models_are_not_cut_and_large_ones_are():
     assert large.heads // large.head_chunks >= torch.get_num_threads()
     grouped = resolve(TrainConfig(**shape, kv_heads=2), CPU)
     assert grouped.kv_heads % grouped.head_chunks == 0
-    asked = resolve(TrainConfig(**shape, head_chunks=1, ff_chunks=3, precision="bf16"), CPU)
-    assert (asked.head_chunks, asked.ff_chunks, asked.exact) == (1, 3, True)
+    asked = resolve(TrainConfig(**shape, head_chunks=1, ff_chunks=3, precision="bf16", keep_attention="cpu"), CPU)
+    assert (asked.head_chunks, asked.ff_chunks, asked.exact, asked.keep_attention) == (1, 3, True, "cpu")
 
 
 def test_memory_is_counted():

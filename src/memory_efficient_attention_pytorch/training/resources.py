@@ -33,7 +33,7 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
 
     Exact reversal wherever the branches compute in less than fp32, since rounding would grow on the way back. Pieces
     small enough for their working memory to stay below 32 MiB, and attention pieces with at least as many heads as
-    there are threads to compute them.
+    there are threads to compute them. Attention is not kept for backward, since that takes memory in every block.
     """
     precision = pick_precision(config, device)
     reversible = config.reversible is not False
@@ -43,6 +43,7 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
             "precision": precision,
             "reversible": reversible,
             "exact": reversible and precision != "fp32" if config.exact is None else config.exact,
+            "keep_attention": config.keep_attention or False,
             "ff_chunks": config.ff_chunks or _ff_chunks(config, stream),
             "head_chunks": config.head_chunks or _head_chunks(config, device),
         }
