@@ -9,8 +9,9 @@ import torch
 from torch import Tensor, nn
 
 from .errors import require, require_positive_int
+from .functional.products import Scratch
 from .linear import Linear, is_plain_linear
-from .linear_pieces import Gradients, Scratch, compute_dtype, normed_piece
+from .linear_pieces import Gradients, compute_dtype, normed_piece
 from .pieces import Add, Branch, ChunkBranch, apply_piecewise, chunked_branch, has_hooks, pieces_of
 
 

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from .errors import require
-from .functional.products import linear_into
-from .linear_pieces import Gradients, Scratch, compute_dtype, normed_piece, slabs
+from .functional.products import Scratch, linear_into
+from .linear_pieces import Gradients, compute_dtype, normed_piece, slabs
 from .pieces import Add, Branch, vector_jacobian_product
 
 if TYPE_CHECKING:

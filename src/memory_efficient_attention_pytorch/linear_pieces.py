@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .functional.products import add_product, linear_into
+from .functional.products import add_product
 from .pieces import Add, Index, vector_jacobian_product
 
 # Normed values and the projections' cotangents are held for one slab of tokens at a time: this part of all of them,
@@ -32,31 +32,6 @@ def slabs(x: Tensor) -> Iterator[Index]:
     rows = max(1, size // max(n, 1))
     for start in range(0, max(b, 1), rows):
         yield slice(start, min(start + rows, b)), slice(None)
-
-
-class Scratch:
-    """Buffers by name, made once and used again by every piece of a pass.
-
-    A fresh buffer for each product costs more than a tenth of the product where the allocator gives memory back to the
-    system, since every page of it is mapped and cleared anew.
-    """
-
-    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
-        self.dtype, self.device = dtype, device
-        self._buffers: dict[str, Tensor] = {}
-
-    def take(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor, in the memory of the last one of this name."""
-        size = math.prod(shape)
-        if name not in self._buffers or self._buffers[name].numel() < size:
-            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
-        return self._buffers[name][:size].view(shape)
-
-    def linear(self, name: str, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``values (…, k) @ weightᵀ (k, j) + bias``."""
-        rows = values.reshape(-1, values.shape[-1])
-        out = self.take(name, len(rows), len(weight))
-        return linear_into(out, rows, weight, bias).view(*values.shape[:-1], len(weight))
 
 
 class Gradients:

@@ -150,12 +150,13 @@ class Visibility:
         return reaches_left and reaches_right
 
     def _structural_mask(self, tile: Tile, device: torch.device) -> Tensor:
-        positions = torch.arange(tile.i0 + self.offset, tile.i1 + self.offset, device=device)
-        distance = torch.arange(tile.j0, tile.j1, device=device)[None, :] - positions[:, None]
-        visible = None if self.right is None else distance <= self.right
+        # Compared without their differences, integers of eight bytes each.
+        positions = torch.arange(tile.i0 + self.offset, tile.i1 + self.offset, device=device)[:, None]
+        keys = torch.arange(tile.j0, tile.j1, device=device)
+        visible = None if self.right is None else keys <= positions + self.right
         if self.left is not None:
-            near = distance >= -self.left
-            visible = near if visible is None else visible & near
+            near = keys >= positions - self.left
+            visible = near if visible is None else visible.logical_and_(near)
         assert visible is not None
         return visible[None, None]
 

@@ -1,15 +1,19 @@
 """The cases that every backend is held to, their inputs, and how one is run and compared."""
 
 import copy
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from memory_efficient_attention_pytorch.functional import products, request
 from tests import reference
 
 BACKENDS = ("naive", "tiled", "fused", "auto")
+# "onednn": the tiled backend with oneDNN's tiles, which small questions and other machines would not get.
+PATHS = (*BACKENDS, "onednn")
 
 
 class LearnedBias(nn.Module):
@@ -173,7 +177,20 @@ def call(inputs: Inputs, backend: str, buckets: tuple[int, int], **overrides):
     kwargs = inputs.fixed | {"attn_bias": bias_of(inputs)} | overrides
     v = kwargs.pop("v", v)
     torch.manual_seed(1234)
-    return dot_product_attention(q, k, v, backend=backend, q_bucket_size=buckets[0], k_bucket_size=buckets[1], **kwargs)
+    with onednn_tiles() if backend == "onednn" else nullcontext():
+        backend = "tiled" if backend == "onednn" else backend
+        sizes = {"q_bucket_size": buckets[0], "k_bucket_size": buckets[1]}
+        return dot_product_attention(q, k, v, backend=backend, **sizes, **kwargs)
+
+
+@contextmanager
+def onednn_tiles():
+    """Within, questions of any size get oneDNN's tiles, on any CPU that has it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(request, "LEAST_ONEDNN_SCORES", 0)
+        patch.setattr(request, "LEAST_ONEDNN_WIDTH", 0)
+        patch.setattr(products, "onednn_is_faster", lambda: True)
+        yield
 
 
 def keep_mask(inputs: Inputs, backend: str, buckets: tuple[int, int]) -> Tensor | None:

@@ -9,6 +9,7 @@ from memory_efficient_attention_pytorch import dot_product_attention, select_bac
 from tests import reference
 from tests.conformance.cases import (
     BACKENDS,
+    PATHS,
     Case,
     bias_of,
     by_reference,
@@ -154,7 +155,7 @@ def test_case_names_are_unique():
 
 
 @pytest.mark.parametrize("case", ALL, ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_outputs_and_gradients(backend, case):
     inputs = make_inputs(case)
     keep = serve_or_skip(backend, lambda: keep_mask(inputs, backend, case.buckets))
@@ -191,7 +192,7 @@ def test_fused_serves_what_the_fused_kernel_computes(case):
 
 
 @pytest.mark.parametrize("wanted", ["q", "k", "v", "bias", "bias.weight"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_a_single_gradient(backend, wanted):
     """Any one input may be the only one that needs a gradient."""
     bias = {"bias": "1hnm", "bias.weight": "module"}.get(wanted)
@@ -206,7 +207,7 @@ def test_a_single_gradient(backend, wanted):
         reference.assert_as_accurate(name, ours[name], naive[name], truth[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_no_gradient_wanted_and_backward_of_zero_cotangent(backend):
     case = Case("no-gradient", n=13, causal=True)
     inputs = make_inputs(case)
@@ -236,7 +237,7 @@ LSE_CASES = ["n7-m19", "causal-more-queries", "mask-right-padding", "bias-module
 @pytest.mark.parametrize(
     "case", [c for c in ALL if c.name in (*LSE_CASES, "float64-plain", "bfloat16-causal", "everything")], ids=str
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_log_sum_exp(backend, case):
     """return_lse adds the log of the softmax's denominator, fp32 or better, -inf for a row that sees nothing."""
     inputs = make_inputs(case)
@@ -255,7 +256,7 @@ def test_log_sum_exp(backend, case):
     torch.testing.assert_close(lse.double(), truth, rtol=tolerance, atol=tolerance)
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_log_sum_exp_has_its_gradient_or_none(backend):
     """Whoever differentiates the log-sum-exp gets its exact gradient, or is told that there is none; never a zero."""
     case = Case("lse-gradient", n=9, m=13, dtype=f64, causal=True)
@@ -276,7 +277,7 @@ AUTOCAST = ["n252", "causal-n252", "mask-left-padding-causal", "bias-1hnm", "dro
 
 
 @pytest.mark.parametrize("case", [c for c in ALL if c.name in AUTOCAST], ids=str)
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_autocast(backend, case):
     """fp32 inputs are cast, as by F.scaled_dot_product_attention; no more is lost than by a plain bf16 path."""
     inputs = make_inputs(case)
@@ -292,7 +293,7 @@ def test_autocast(backend, case):
 
 
 @pytest.mark.parametrize("causal", [False, True])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_large_scores(backend, causal):
     """Scores near a thousand, far beyond exp's range: outputs as exact as such scores allow, gradients finite."""
     inputs = make_inputs(Case("large-scores", n=33, magnitude=20.0, causal=causal))
@@ -306,7 +307,7 @@ def test_large_scores(backend, causal):
 
 @pytest.mark.parametrize("dtype", [bf16, f16], ids=["bf16", "fp16"])
 @pytest.mark.parametrize("bias", [None, "111m", "module"])
-@pytest.mark.parametrize("backend", ["tiled", "auto"])
+@pytest.mark.parametrize("backend", ["tiled", "onednn", "auto"])
 def test_accumulators_are_wider_than_half_precision(backend, bias, dtype):
     """Sums over a thousand tiles lose no more than a single product does, for every gradient."""
     case = Case("many-tiles", n=256, b=1, h=1, bias=bias, dtype=dtype, buckets=(8, 8))
@@ -358,7 +359,7 @@ def test_autocast_of_a_whole_layer(backend):
     assert torch.linalg.vector_norm(grads[0] - grads[2]) <= 1.1 * torch.linalg.vector_norm(grads[1] - grads[2])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_minus_infinity_in_a_bias_hides_like_a_mask(backend):
     """A float mask works as a bias: -inf hides a key, a row of -inf gives output 0 and gradient 0, never NaN."""
     case = Case("infinite-bias", n=13, m=11)
@@ -393,7 +394,7 @@ def test_decoding_one_by_one_equals_the_full_pass(backend, kwargs):
 @pytest.mark.parametrize(
     "case", [c for c in ALL if c.name in ("n7-m19", "causal-n7", "window-causal", "dropout")], ids=str
 )
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_cotangents_of_any_layout(backend, case, layout):
     """As they arrive from a transposition, a slice, or a sum (one number expanded)."""
     inputs = make_inputs(case)
@@ -406,7 +407,7 @@ def test_cotangents_of_any_layout(backend, case, layout):
         reference.assert_as_accurate(f"{case} {name}", ours[name], naive[name], truth[name])
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 def test_inputs_are_left_alone(backend):
     case = Case("untouched", n=13, mask="right padding", causal=True, bias="1hnm")
     inputs = make_inputs(replace(case, bias_grad=False))

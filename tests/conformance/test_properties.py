@@ -1,5 +1,7 @@
 """What must hold for every input: searched with hypothesis, and asserted bit for bit where that is promised."""
 
+from contextlib import nullcontext
+
 import pytest
 import torch
 from hypothesis import given
@@ -7,7 +9,7 @@ from hypothesis import strategies as st
 
 from memory_efficient_attention_pytorch import dot_product_attention
 from tests import reference
-from tests.conformance.cases import BACKENDS, LearnedBias
+from tests.conformance.cases import PATHS, LearnedBias, onednn_tiles
 
 f64 = torch.float64
 lengths = st.integers(1, 40)
@@ -24,9 +26,9 @@ def tensors(seed, n, m, *, b=2, h=2, kv=2, d=4, dtype=f64):
 
 def attend(q, k, v, backend, bucket_sizes=(5, 7), **kwargs):
     torch.manual_seed(99)
-    return dot_product_attention(
-        q, k, v, backend=backend, q_bucket_size=bucket_sizes[0], k_bucket_size=bucket_sizes[1], **kwargs
-    )
+    kwargs |= {"q_bucket_size": bucket_sizes[0], "k_bucket_size": bucket_sizes[1]}
+    with onednn_tiles() if backend == "onednn" else nullcontext():
+        return dot_product_attention(q, k, v, backend="tiled" if backend == "onednn" else backend, **kwargs)
 
 
 def with_gradients(q, k, v, cotangent, backend, bucket_sizes=(5, 7), **kwargs):
@@ -57,7 +59,7 @@ def test_bucket_sizes_change_nothing(seed, n, m, first, second, causal, window, 
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 @given(seed=seeds, n=st.integers(2, 40), extra=st.integers(-6, 12), cut=st.floats(0, 1), dropout=st.booleans())
 def test_the_future_is_invisible(backend, dtype, seed, n, extra, cut, dropout):
     """Other future keys and values: outputs and query gradients of the past keep every bit; the future's stay zero."""
@@ -107,7 +109,7 @@ def test_a_hidden_key_is_invisible(backend, seed, n, window, documents, causal):
     assert a[1][blind].equal(b[1][blind]), "dq"
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 @given(seed=seeds, n=lengths, m=lengths, causal=st.booleans())
 def test_batch_entries_are_independent(backend, seed, n, m, causal):
     m = n if backend == "fused" else m
@@ -127,7 +129,7 @@ def test_batch_entries_are_independent(backend, seed, n, m, causal):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PATHS)
 @given(seed=seeds, n=lengths, m=lengths, causal=st.booleans(), hidden=st.floats(0, 1))
 def test_rows_that_see_nothing_are_zero(backend, dtype, seed, n, m, causal, hidden):
     q, k, v = tensors(seed, n, m, dtype=dtype)

@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-PRODUCTS = ("_linear_pointwise", "mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot")
+PRODUCTS = ("_linear_pointwise", "_convolution_pointwise_", "mm", "bmm", "addmm", "baddbmm", "addmv", "mv", "dot")
 FUSED = "scaled_dot_product"
 
 
@@ -28,9 +28,9 @@ class LiveBytes(TorchDispatchMode):
     def ignore(self, tensors: Iterable[torch.Tensor]) -> None:
         """Leave these tensors' storages out of the count: they existed before."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
-            if storage._cdata not in self._known:
-                self._known[storage._cdata] = weakref.finalize(storage, self._forget, storage._cdata, 0)
+            holder, key, _ = _memory(tensor)
+            if key not in self._known:
+                self._known[key] = weakref.finalize(holder, self._forget, key, 0)
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -38,15 +38,13 @@ class LiveBytes(TorchDispatchMode):
         out = func(*args, **kwargs)
         self.calls[func.overloadpacket.__name__] += 1
         for tensor in _tensors(out):
-            self._made(tensor.untyped_storage())
+            self._made(*_memory(tensor))
         return out
 
-    def _made(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
+    def _made(self, holder: object, key: int, size: int) -> None:
         if key in self._known:
             return
-        size = storage.nbytes()
-        self._known[key] = weakref.finalize(storage, self._forget, key, size)
+        self._known[key] = weakref.finalize(holder, self._forget, key, size)
         self.live += size
         self.peak = max(self.peak, self.live)
         self.largest = max(self.largest, size)
@@ -64,6 +62,14 @@ class LiveBytes(TorchDispatchMode):
     def fused(self) -> int:
         """Fused attention kernels called, forward or backward."""
         return sum(count for name, count in self.calls.items() if FUSED in name)
+
+
+def _memory(tensor: torch.Tensor) -> tuple[object, int, int]:
+    """What dies with a tensor's memory, its identity, and the bytes; oneDNN's packed tensors have no storage."""
+    if tensor.layout is torch._mkldnn:
+        return tensor, id(tensor), tensor.numel() * tensor.element_size()
+    storage = tensor.untyped_storage()
+    return storage, storage._cdata, storage.nbytes()
 
 
 def _tensors(value) -> Iterator[torch.Tensor]:

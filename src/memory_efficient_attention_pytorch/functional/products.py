@@ -6,12 +6,14 @@ along for its other products, uses it on any: on an AMD EPYC with AVX-512 it rea
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
 # oneDNN writes to memory of its own, so a part of the product exists once more: this many elements, which stay in a
@@ -28,7 +30,7 @@ MOST_COLUMNS = PART // MULTIPLE
 
 def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """``out (n, j) = values (n, k) @ weightᵀ (k, j) + bias (j,)``; all of one dtype. Returns out."""
-    if not (_has_onednn(values, weight) and _worthwhile(values.shape[1], len(weight))):
+    if not (has_onednn(values, weight) and _worthwhile(values.shape[1], len(weight))):
         return _usual(out, values, weight, bias)
     if len(weight) > MOST_COLUMNS:
         for columns in _parts(len(weight), MULTIPLE):
@@ -45,7 +47,7 @@ def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total (i, j) += leftᵀ (i, n) @ right (n, j)``; left and right of one dtype, the total of it or a wider one."""
-    if _has_onednn(left, right) and _worthwhile(len(left), total.shape[1]) and len(left) % MULTIPLE == 0:
+    if has_onednn(left, right) and _worthwhile(len(left), total.shape[1]) and len(left) % MULTIPLE == 0:
         for terms in _parts(len(left), PART // MOST_TERMS):
             part, by = left[terms], _dense(right[terms].t())
             for rows in _parts(len(total), total.shape[1]):
@@ -57,6 +59,75 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
         size = PART if total.device.type == "cpu" else 2**24
         for rows in _parts(len(total), total.shape[1], size):
             total[rows] += left[:, rows].t() @ right
+
+
+def product(values: Tensor, weight: Tensor) -> Tensor:
+    """``values (n, k) @ weightᵀ`` of a weight ``(j, k)`` without gaps, in either order."""
+    if len(weight) % MULTIPLE or weight.shape[1] % MULTIPLE or not has_onednn(values, weight):
+        return values @ weight.t()
+    return _onednn(values, weight)
+
+
+class Factor:
+    """One matrix of many products, in the order in which oneDNN multiplies by it fastest.
+
+    weight: ``(j, k)`` of any strides and floating-point dtype. rows: how many the other matrices have, most of them.
+    A convolution by a kernel of one pixel is oneDNN's only product that adds to memory which is there already.
+    """
+
+    def __init__(self, weight: Tensor, rows: int) -> None:
+        self.weight, self.packed = weight, None
+        if max(weight.shape) % MULTIPLE or not onednn_is_usable(weight.device):
+            return
+        kernel = weight.to(torch.float32)[:, :, None, None]
+        if isinstance(weight, FakeTensor):
+            self.packed = kernel.clone()
+        else:
+            shape = [1, weight.shape[1], rows, 1]
+            self.packed = torch.ops.mkldnn._reorder_convolution_weight(kernel, *_ONE_TO_ONE, shape)
+
+    def add_product(self, total: Tensor, values: Tensor) -> None:
+        """``total (n, j) += values (n, k) @ weightᵀ (k, j)``, both of them contiguous and fp32."""
+        if self.packed is None or len(values) % MULTIPLE:
+            total.addmm_(values, self.weight.to(values.dtype).t())
+            return
+        image, added = _as_image(values), _as_image(total)
+        _convolve(added, image, self.packed, None, *_ONE_TO_ONE, "add", 1.0, None, [], None)
+
+
+_convolve = torch.ops.mkldnn._convolution_pointwise_.binary
+_ONE_TO_ONE: Any = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+
+
+def _as_image(rows: Tensor) -> Tensor:
+    """``(n, c)`` as ``(1, c, n, 1)``, channels last."""
+    n, c = rows.shape
+    return rows.as_strided((1, c, n, 1), (n * c, 1, c, c))
+
+
+class Scratch:
+    """Buffers by name, made once and used again by every piece of a pass.
+
+    A fresh buffer for each product costs more than a tenth of the product where the allocator gives memory back to the
+    system, since every page of it is mapped and cleared anew.
+    """
+
+    def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
+        self.dtype, self.device = dtype, device
+        self._buffers: dict[str, Tensor] = {}
+
+    def take(self, name: str, *shape: int) -> Tensor:
+        """An uninitialised tensor, in the memory of the last one of this name."""
+        size = math.prod(shape)
+        if name not in self._buffers or self._buffers[name].numel() < size:
+            self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
+        return self._buffers[name][:size].view(shape)
+
+    def linear(self, name: str, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``values (…, k) @ weightᵀ (k, j) + bias``."""
+        rows = values.reshape(-1, values.shape[-1])
+        out = self.take(name, len(rows), len(weight))
+        return linear_into(out, rows, weight, bias).view(*values.shape[:-1], len(weight))
 
 
 def _parts(length: int, width: int, size: int = PART) -> Iterator[slice]:
@@ -73,8 +144,8 @@ def few_rows(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tens
 def worthwhile(rows: int, values: Tensor, weight: Tensor) -> bool:
     """Is ``values @ weightᵀ`` by oneDNN the faster one, where the values have so many rows?"""
     if rows < MULTIPLE:
-        return rows <= FEW and weight.numel() >= PART and _has_onednn(values, weight)
-    return _worthwhile(weight.shape[1], len(weight)) and _has_onednn(values, weight)
+        return rows <= FEW and weight.numel() >= PART and has_onednn(values, weight)
+    return _worthwhile(weight.shape[1], len(weight)) and has_onednn(values, weight)
 
 
 def _usual(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -96,12 +167,17 @@ def _worthwhile(terms: int, columns: int) -> bool:
     return terms >= LEAST_TERMS and columns >= MULTIPLE
 
 
-def _has_onednn(*tensors: Tensor) -> bool:
+def has_onednn(*tensors: Tensor) -> bool:
+    """Is oneDNN there for products of these, and the faster library?"""
+    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and onednn_is_usable()
+
+
+def onednn_is_usable(device: torch.device | None = None) -> bool:
+    """Is it for fp32 on this device, the CPU?"""
     if torch.compiler.is_compiling():
         return False  # the compiler chooses its own
-    if not all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors):
-        return False
-    return onednn_is_faster() and torch._C._get_mkldnn_enabled()
+    on_cpu = device is None or device.type == "cpu"
+    return on_cpu and onednn_is_faster() and torch._C._get_mkldnn_enabled()
 
 
 @cache
@@ -114,8 +190,16 @@ def onednn_is_faster() -> bool:
 
 
 if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
+    # What PyTorch does not know of these operators: how much they compute, and what the second returns.
 
     @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
     def _flops(values: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
-        """For PyTorch's counter of operations, which does not know this product."""
         return mm_flop(values, weight[::-1])
+
+    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise_)
+    def _flops_in_place(_total: Any, values: tuple[int, ...], kernel: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return mm_flop((values[2], values[1]), (kernel[1], kernel[0]))
+
+    @torch.library.register_fake("mkldnn::_convolution_pointwise_.binary")
+    def _fake_in_place(total: Tensor, *_: Any, **__: Any) -> Tensor:
+        return total

@@ -14,12 +14,16 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import require, require_positive_int, require_probability
 from ..visibility import Tile, Visibility, canonical_broadcast, narrow_broadcast, slice_broadcast
+from .products import onednn_is_usable
 
 BiasModule = Callable[..., Tensor]
 
 # Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 stay in a CPU's cache, a GPU wants more work.
 TILE_ELEMENTS = {"cpu": 2**20}
 TILE_ELEMENTS_ELSEWHERE = 2**25
+# Tiles by oneDNN, one head at a time: the scores and the width below which calling its operators costs more than they
+# gain, and the CPU's threads above which one tile is too little for all of them.
+LEAST_ONEDNN_SCORES, LEAST_ONEDNN_WIDTH, MOST_ONEDNN_THREADS = 2**18, 32, 4
 
 
 class Part(NamedTuple):
@@ -29,6 +33,14 @@ class Part(NamedTuple):
     batch: slice
     heads: slice
     kv_heads: slice
+
+    def of_query(self, x: Tensor) -> Tensor:
+        """The single query head that this part is, of ``x (b, h, …)``."""
+        return x[self.batch, self.heads][0, 0]
+
+    def of_key(self, x: Tensor) -> Tensor:
+        """The key/value head that serves the single query head, of ``x (b, kv, …)``."""
+        return x[self.batch, self.kv_heads][0, 0]
 
 
 @dataclass(frozen=True)
@@ -53,6 +65,8 @@ class AttentionRequest:
     q_bucket_size: int = 512
     k_bucket_size: int = 1024
     return_lse: bool = False
+    onednn: bool = False
+    """Tiles are those of ``onednn_tiles``, one head at a time."""
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -70,6 +84,7 @@ class AttentionRequest:
         """
         if elements is None:
             elements = TILE_ELEMENTS.get(self.device.type, TILE_ELEMENTS_ELSEWHERE)
+            elements = 1 if self.onednn else elements
         tile = min(self.q_bucket_size, self.n) * min(self.k_bucket_size, self.m)
         per_part = max(1, elements // max(1, tile))
         heads = _part_of_heads(self.h, self.h // self.kv, per_part)
@@ -167,8 +182,16 @@ def build_request(
         q_bucket_size=q_bucket_size,
         k_bucket_size=k_bucket_size,
         return_lse=return_lse,
+        onednn=_onednn_tiles_are_faster(min(q_bucket_size, n) * min(k_bucket_size, m), q),
     )
     return request
+
+
+def _onednn_tiles_are_faster(scores: int, q: Tensor) -> bool:
+    """Are tiles of so many scores possible and faster by oneDNN? Asked once, so that backward does as forward did."""
+    enough = scores >= LEAST_ONEDNN_SCORES and q.shape[-1] >= LEAST_ONEDNN_WIDTH
+    enough = enough and torch.get_num_threads() <= MOST_ONEDNN_THREADS
+    return enough and q.dtype != torch.float64 and onednn_is_usable(q.device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -10,6 +10,7 @@ A tile is computed by PyTorch's fused CPU kernel where that computes exactly wha
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,9 +18,14 @@ from torch import Tensor
 
 from ..differentiation import once_differentiable
 from ..visibility import Tile, Visibility
+from . import onednn_tiles
 from .fused import unit_stride
+from .onednn_tiles import Head, Hidden, Incoming, Outgoing
 from .recording import Found
 from .request import AttentionRequest, Part, full_precision
+
+# Fused tiles hold no scores, so a part is the whole batch.
+WHOLE = 2**62
 
 _fused_tile = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _fused_tile_backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -125,6 +131,11 @@ class _Gradients:
     def wants_bias(self) -> bool:
         return self.bias is not None or any(g is not None for g in self.bias_parameters)
 
+    def of_head(self, request: AttentionRequest, part: Part) -> Outgoing:
+        """Where one query head's gradients go."""
+        q, k, v = part.of_query(self.q), part.of_key(self.k), part.of_key(self.v)
+        return Outgoing(q, k, v, partial(self.add_bias, request) if self.wants_bias else None)
+
     def add_bias(self, request: AttentionRequest, tile: Tile, part: Part, grad_scores: Tensor) -> None:
         if self.bias is not None:
             target = request.with_tensors(None, None, self.bias).bias_tile(tile, part)
@@ -148,8 +159,14 @@ def _forward(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tupl
     # Token-major in memory, so that merging the heads afterwards is a view.
     out = v.new_zeros(request.b, request.n, request.h, request.e).transpose(1, 2)
     lse = q.new_full((request.b, request.h, request.n), float("-inf"), dtype=request.compute_dtype)
+    if request.onednn:
+        hidden = Hidden(transposed=False)
+        for part, visibility in _parts(request, None):
+            head = Head.of(request, part, visibility, hidden, (q, k, v))
+            onednn_tiles.attend(head, part.of_query(out), part.of_query(lse))
+        return out, lse
     fused = _fused_tile_serves(request)
-    for part, visibility in _parts(request, fused):
+    for part, visibility in _parts(request, WHOLE if fused else None):
         keys, values = k[part.batch, part.kv_heads], v[part.batch, part.kv_heads]
         for row in visibility.schedule(request.q_bucket_size, request.k_bucket_size):
             merged: tuple[Tensor, Tensor] | None = None
@@ -176,8 +193,16 @@ def _backward(
     grad_out: Tensor,
     grad_lse: Tensor | None,
 ) -> None:
+    if request.onednn:
+        hidden = Hidden(transposed=True)
+        for part, visibility in _parts(request, None):
+            head = Head.of(request, part, visibility, hidden, (q, k, v))
+            of_lse = None if grad_lse is None else part.of_query(grad_lse)
+            came = Incoming(part.of_query(out), part.of_query(lse), part.of_query(grad_out), of_lse)
+            onednn_tiles.differentiate(head, came, gradients.of_head(request, part))
+        return
     fused = _fused_tile_serves(request) and grad_lse is None and not gradients.wants_bias
-    for part, visibility in _parts(request, fused):
+    for part, visibility in _parts(request, WHOLE if fused else None):
         keys, values = k[part.batch, part.kv_heads], v[part.batch, part.kv_heads]
         grad_k, grad_v = gradients.k[part.batch, part.kv_heads], gradients.v[part.batch, part.kv_heads]
         for row in visibility.schedule(request.q_bucket_size, request.k_bucket_size):
@@ -201,10 +226,9 @@ def _backward(
             gradients.q[here] = state.grad_q
 
 
-def _parts(request: AttentionRequest, fused: bool) -> list[tuple[Part, Visibility]]:
-    """Fused tiles hold no scores, so a part is the whole batch; product tiles are cut to a size that stays in cache."""
-    parts = request.parts(elements=2**62) if fused else request.parts()
-    return [(part, request.visibility.narrow(part.batch, part.heads)) for part in parts]
+def _parts(request: AttentionRequest, elements: int | None) -> list[tuple[Part, Visibility]]:
+    """The request's parts, of so many scores a tile (product tiles: as many as stay in cache)."""
+    return [(part, request.visibility.narrow(part.batch, part.heads)) for part in request.parts(elements)]
 
 
 def _fused_tile_serves(request: AttentionRequest) -> bool:

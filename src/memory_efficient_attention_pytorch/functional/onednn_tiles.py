@@ -1,0 +1,221 @@
+"""Attention tiles whose products oneDNN adds in place, for CPUs on which MKL leaves AVX-512 unused.
+
+PyTorch's fused CPU kernel multiplies with MKL inside. A tile here is the same arithmetic by whole-tile operators: the
+products reach twice MKL's rate, and powers of two take a quarter of the time of ``exp``, so scores are kept in units of
+log 2. In backward a tile stands with keys as rows, ``(j, i)``: then three of its four other products are oneDNN's too,
+as they are. One head of one sequence at a time; the threads share each operator.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..visibility import Tile, Visibility
+from .products import Factor, Scratch, product
+from .request import AttentionRequest, Part
+
+LOG2_E = math.log2(math.e)
+# Below every score in use, and finite: a row that has seen nothing yet.
+BOTTOM = -1e38
+
+
+class Hidden:
+    """What tiles must not see. Window and causality hide the same in many tiles: it is kept for a few."""
+
+    FEW = 4
+
+    def __init__(self, transposed: bool) -> None:
+        self.transposed = transposed
+        self.kept: dict[tuple[int, ...], Tensor] = {}
+
+    def of(self, visibility: Visibility, tile: Tile, device: torch.device) -> Tensor | None:
+        """Bool ``(i, j)``, transposed ``(j, i)``; None where all is seen."""
+        if tile.full:
+            return None
+        repeated = not visibility.tensors
+        place = (tile.i0 - tile.j0, tile.i1 - tile.i0, tile.j1 - tile.j0)
+        if repeated and place in self.kept:
+            return self.kept[place]
+        visible = visibility.tile_mask(tile, device)
+        assert visible is not None
+        hidden = ~visible[0, 0].expand(place[1:])
+        if self.transposed:
+            hidden = hidden.t().contiguous()
+        if repeated:
+            if len(self.kept) == self.FEW:
+                del self.kept[next(iter(self.kept))]
+            self.kept[place] = hidden
+        return hidden
+
+
+class Head(NamedTuple):
+    """One query head of one sequence: ``q (n, d)``, ``k (m, d)``, ``v (m, e)``, and what may be seen."""
+
+    request: AttentionRequest
+    part: Part
+    visibility: Visibility
+    hidden: Hidden
+    q: Tensor
+    k: Tensor
+    v: Tensor
+
+    @staticmethod
+    def of(
+        request: AttentionRequest,
+        part: Part,
+        visibility: Visibility,
+        hidden: Hidden,
+        tensors: tuple[Tensor, Tensor, Tensor],
+    ) -> Head:
+        """tensors: ``q (b, h, n, d)``, ``k`` and ``v``; part: a single head."""
+        q, k, v = tensors
+        return Head(request, part, visibility, hidden, part.of_query(q), part.of_key(k), part.of_key(v))
+
+    def rows(self) -> list[list[Tile]]:
+        return self.visibility.schedule(self.request.q_bucket_size, self.request.k_bucket_size)
+
+    def start(self, tile: Tile, scores: Tensor, value: Tensor | float) -> None:
+        """Fill the scores that products will be added to with value, bias and what is hidden.
+
+        scores: ``(i, j)``, or as ``hidden`` is, transposed. value: of each query, or 0.
+        """
+        scores.copy_(value) if isinstance(value, Tensor) else scores.fill_(value)
+        bias = self.request.bias_tile(tile, self.part)
+        if bias is not None:
+            scores.add_(bias[0, 0].t() if self.hidden.transposed else bias[0, 0], alpha=LOG2_E)
+        hidden = self.hidden.of(self.visibility, tile, self.request.device)
+        if hidden is not None:
+            scores.masked_fill_(hidden, -math.inf)
+
+    def keep(self, tile: Tile) -> Tensor | None:
+        keep = self.request.keep_tile(tile, self.part)
+        return None if keep is None else keep[0, 0]
+
+
+def attend(head: Head, out: Tensor, lse: Tensor) -> None:
+    """Write the output ``(n, e)`` and the log-sum-exp ``(n,)`` of the rows that see anything."""
+    request = head.request
+    keys, values = _Cache(head.k, False), _Cache(head.v, True)
+    scratch = Scratch(torch.float32, request.device)
+    for row in head.rows():
+        if not row:
+            continue
+        queries = _scaled(head.q[row[0].queries], request.scale * LOG2_E)
+        i = len(queries)
+        for cache in (keys, values):
+            cache.forget_before(row[0].j0)
+        total, mass = queries.new_zeros(i, request.e), queries.new_zeros(i, 1)
+        top = torch.full_like(mass, BOTTOM)
+        for tile in row:
+            j = tile.j1 - tile.j0
+            scores = scratch.take("scores", i, j)
+            head.start(tile, scores, 0.0)
+            keys.take(tile, i).add_product(scores, queries)
+            before, top = top, torch.maximum(top, scores.amax(1, keepdim=True))
+            scores.sub_(top).exp2_()
+            shrink = (before - top).exp2_()
+            mass.mul_(shrink).add_(scores.sum(1, keepdim=True))
+            keep = head.keep(tile)
+            if keep is not None:
+                scores.mul_(keep)
+            values.take(tile, i).add_product(total.mul_(shrink), scores)
+        lse[row[0].queries] = top.add_(mass.log2()).mul_(1 / LOG2_E).squeeze(1)
+        survivors = mass.mul_(1 - request.dropout)
+        out[row[0].queries] = total.div_(survivors.masked_fill_(survivors == 0, 1.0))
+
+
+class Incoming(NamedTuple):
+    """What backward is given of a head: ``out (n, e)``, ``lse (n,)`` and their gradients."""
+
+    out: Tensor
+    lse: Tensor
+    grad_out: Tensor
+    grad_lse: Tensor | None
+
+
+class Outgoing(NamedTuple):
+    """Where its gradients go: q's is written ``(n, d)``, those of k ``(m, d)`` and v ``(m, e)`` are added in fp32.
+
+    add_bias: called as ``add_bias(tile, part, gradient (1, 1, i, j))`` where the bias wants one.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    add_bias: Callable[[Tile, Part, Tensor], None] | None
+
+
+def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
+    """The gradients of :func:`attend`."""
+    request = head.request
+    of_k, of_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (head.k, head.v))
+    scratch = Scratch(torch.float32, request.device)
+    survivor_scale = 1 / (1 - request.dropout)
+    for row in head.rows():
+        if not row:
+            continue
+        here = row[0].queries
+        j = row[0].j1 - row[0].j0
+        queries, upstream = _scaled(head.q[here], request.scale * LOG2_E), _scaled(came.grad_out[here], 1.0)
+        i = len(queries)
+        minus_delta = (upstream * came.out[here]).sum(1).neg_()
+        if came.grad_lse is not None:
+            minus_delta.add_(came.grad_lse[here])
+        # A row that sees nothing has weights of exp(score - inf) = 0.
+        minus_lse = came.lse[here].masked_fill(came.lse[here] == -math.inf, math.inf).mul_(-LOG2_E)
+        by_queries, by_upstream = Factor(queries, j), Factor(upstream, j)
+        to_keys, to_values = Factor(queries.t(), j), Factor(upstream.t(), j)
+        of_queries = queries.new_zeros(request.d, i)
+        for tile in row:
+            j = tile.j1 - tile.j0
+            k, v = head.k[tile.keys], head.v[tile.keys]
+            weights, grads = scratch.take("weights", j, i), scratch.take("gradients", j, i)
+            head.start(tile, weights, minus_lse)
+            by_queries.add_product(weights, scratch.take("keys", *k.shape).copy_(k))
+            weights.exp2_()
+            keep, values = head.keep(tile), scratch.take("values", *v.shape).copy_(v)
+            if keep is None:
+                by_upstream.add_product(grads.copy_(minus_delta), values)
+                grads.mul_(weights)
+            else:
+                keep = keep.t().contiguous()
+                by_upstream.add_product(grads.zero_(), values)
+                grads.mul_(keep).mul_(survivor_scale).add_(minus_delta).mul_(weights)
+                weights.mul_(keep).mul_(survivor_scale)
+            to_values.add_product(of_v[tile.keys], weights)
+            to_keys.add_product(of_k[tile.keys], grads)
+            of_queries += product(scratch.take("keys", request.d, j).copy_(k.t()), grads.t())
+            if goes.add_bias is not None:
+                goes.add_bias(tile, head.part, grads.t()[None, None])
+        goes.q[here] = of_queries.t().mul_(request.scale)
+    goes.k.add_(of_k, alpha=1 / LOG2_E)
+    goes.v.add_(of_v)
+
+
+class _Cache:
+    """Buckets of keys, or of values transposed, ready to be multiplied by, while rows to come may see them."""
+
+    def __init__(self, tensor: Tensor, transposed: bool) -> None:
+        self.tensor, self.transposed = tensor, transposed
+        self.kept: dict[int, tuple[int, Factor]] = {}
+
+    def take(self, tile: Tile, rows: int) -> Factor:
+        end, factor = self.kept.get(tile.j0, (0, None))
+        if factor is None or end != tile.j1:
+            part = self.tensor[tile.keys]
+            factor = Factor(part.t() if self.transposed else part, rows)
+            self.kept[tile.j0] = tile.j1, factor
+        return factor
+
+    def forget_before(self, key: int) -> None:
+        self.kept = {start: found for start, found in self.kept.items() if start >= key}
+
+
+def _scaled(rows: Tensor, factor: float) -> Tensor:
+    """fp32, contiguous."""
+    return rows.float().mul(factor).contiguous()
