@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses import FakeTensor
 
+from .differentiation import accumulator, left_to_add
 from .functional.products import MULTIPLE, add_product, few_rows, linear_into, worthwhile
 
 
@@ -48,8 +49,9 @@ class _Linear(torch.autograd.Function):
         grad_x = _product(grad_out, weight.t()) if of_x else None
         grad_weight = None
         if of_weight:
-            grad_weight = torch.zeros_like(weight)
-            add_product(grad_weight, upstream, x.reshape(-1, x.shape[-1]))
+            total = accumulator(weight)
+            add_product(total, upstream, x.reshape(-1, x.shape[-1]))
+            grad_weight = left_to_add(weight, total)
         return grad_x, grad_weight, upstream.sum(0) if of_bias else None
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from .differentiation import accumulator, left_to_add
 from .functional.products import add_product
 from .pieces import Add, Index, vector_jacobian_product
 
@@ -50,16 +51,15 @@ class Gradients:
 
     @property
     def totals(self) -> list[Tensor | None]:
-        """One gradient per leaf, in its dtype."""
+        """What backward returns for each leaf, once all is gathered: what its ``.grad`` has not yet, in its dtype."""
         pairs = zip(self._leaves, self._totals, strict=True)
-        return [None if total is None else total.to(leaf.dtype) for leaf, total in pairs]
+        return [None if total is None else left_to_add(leaf, total) for leaf, total in pairs]
 
     def total(self, leaf: Tensor) -> Tensor | None:
-        """The accumulator of a leaf (fp32 at least), None where no gradient is wanted."""
+        """The accumulator of a leaf (fp32 at least; its ``.grad`` if it can be), None where no gradient is wanted."""
         place = self._places[id(leaf)]
         if self._needed[place] and self._totals[place] is None:
-            dtype = torch.promote_types(leaf.dtype, torch.float32)
-            self._totals[place] = torch.zeros_like(leaf, dtype=dtype, memory_format=torch.contiguous_format)
+            self._totals[place] = accumulator(leaf)
         return self._totals[place]
 
     def add(self, leaf: Tensor, grad: Tensor | None, place: Any = ...) -> None:

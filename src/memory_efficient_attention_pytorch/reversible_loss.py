@@ -1,7 +1,7 @@
 """The end of a reversible language model: streams summed, normed, projected and compared, a chunk of tokens at a time.
 
 Neither the sum of the streams nor its norm nor the logits exist as a whole. What is kept for backward besides the two
-streams, which reversal needs anyhow, is the gradient of their sum.
+streams, which reversal needs anyhow, is the gradient of their sum; nothing where gradients wait for backward.
 """
 
 from __future__ import annotations
@@ -12,8 +12,18 @@ import torch
 from torch import Tensor, nn
 
 from .differentiation import once_differentiable
-from .functional.linear_cross_entropy import Rows, Settings, check, run, scaled, share_of_each
-from .pieces import Totals, vector_jacobian_product
+from .functional.linear_cross_entropy import (
+    Rows,
+    Settings,
+    check,
+    gradients_of_head,
+    gradients_wait,
+    reduced,
+    run,
+    scaled,
+    share_of_each,
+)
+from .pieces import Replay, Totals, vector_jacobian_product
 from .reversible import Tape
 
 
@@ -36,7 +46,11 @@ def reversible_cross_entropy(
     :func:`linear_cross_entropy` raises.
     """
     settings = check(y1.to(tape.dtype), weight, labels, bias, ignore_index, "mean", 0.0, chunk_size)
-    return _LossExit.apply(tape, settings, norm, y1, y2, labels.reshape(-1), weight, bias, *norm.parameters())
+    labels = labels.reshape(-1)
+    tensors = (y1, y2, labels, weight, bias, *norm.parameters())
+    if not gradients_wait(settings, y1, weight):
+        return _LossExit.apply(tape, settings, norm, *tensors)
+    return reduced(settings, _LossExitOfTokens.apply(tape, settings, norm, Replay(y1), *tensors), labels)
 
 
 class _NormedSum(Rows):
@@ -68,6 +82,8 @@ class _NormedSum(Rows):
 
 
 class _LossExit(torch.autograd.Function):
+    """The mean: gradients in forward, as in ``linear_cross_entropy``."""
+
     @staticmethod
     def forward(
         ctx: Any,
@@ -99,8 +115,51 @@ class _LossExit(torch.autograd.Function):
     def backward(ctx: Any, grad_loss: Tensor) -> tuple[Tensor | None, ...]:
         y1, y2, late, *gradients = ctx.saved_tensors
         of_sum, *others = scaled(gradients, grad_loss * late, ctx.dtypes)
-        of_second = of_sum
-        if of_sum is not None and ctx.tape.rebuild:
-            of_second = of_sum.clone()
-            ctx.tape.begin(y1, y2, of_sum, of_second)
-        return None, None, None, of_sum, of_second, None, *others
+        return None, None, None, *_begin(ctx.tape, y1, y2, of_sum), None, *others
+
+
+class _LossExitOfTokens(torch.autograd.Function):
+    """A loss per token: gradients wait for those that come in, so backward computes the logits again."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        tape: Tape,
+        settings: Settings,
+        norm: nn.Module,
+        replay: Replay,
+        y1: Tensor,
+        y2: Tensor,
+        labels: Tensor,
+        weight: Tensor,
+        bias: Tensor | None,
+        *norm_parameters: Tensor,
+    ) -> Tensor:
+        ctx.tape, ctx.settings, ctx.norm, ctx.replay = tape, settings, norm, replay
+        rows = _NormedSum(tape, norm, y1, y2, (False, *(False for _ in norm_parameters)))
+        with replay.first():
+            losses, _ = run(settings, rows, weight, bias, labels)
+        ctx.save_for_backward(y1, y2, labels, weight, bias, *replay.release())
+        return losses
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad_losses: Tensor) -> tuple[Tensor | None, ...]:
+        y1, y2, labels, weight, bias, *kept = ctx.saved_tensors
+        needs = ctx.needs_input_grad
+        of_streams, of_norm = needs[4] or needs[5], needs[9:]
+        rows = _NormedSum(ctx.tape, ctx.norm, y1, y2, (of_streams, *of_norm))
+        wanted = (of_streams or any(of_norm), needs[7], needs[8])
+        with ctx.replay.again(kept):
+            of_head = gradients_of_head(ctx.settings, rows, weight, bias, labels, grad_losses, wanted)
+        of_both = _begin(ctx.tape, y1, y2, rows.of_sum)
+        return None, None, None, None, *of_both, None, *of_head, *rows.of_norm.gradients
+
+
+def _begin(tape: Tape, y1: Tensor, y2: Tensor, of_sum: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Start the chain's backward with the gradient of its streams' sum; the gradients of both."""
+    if of_sum is None or not tape.rebuild:
+        return of_sum, of_sum
+    of_second = of_sum.clone()
+    tape.begin(y1, y2, of_sum, of_second)
+    return of_sum, of_second

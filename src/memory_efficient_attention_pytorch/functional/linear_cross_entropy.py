@@ -5,14 +5,14 @@ Letters: N tokens, d hidden width, V vocabulary, c tokens of a chunk.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 
-from ..differentiation import once_differentiable
+from ..differentiation import accumulator, fresh_total, left_to_add, may_add_in_place, once_differentiable
 from ..errors import require, require_positive_int
 from .products import add_product, linear_into
 from .request import full_precision
@@ -52,10 +52,13 @@ def linear_cross_entropy(
         The loss in fp32, for fp64 in fp64. Gradients have the dtypes of their tensors.
 
     ``"mean"`` and ``"sum"`` compute the gradients in the forward pass, while the logits are there: what comes in
-    backward is one number, and can only scale them. ``"none"`` computes the logits a second time in backward. Neither
-    computes a gradient that nobody asks for, so under ``no_grad`` there is only the loss.
+    backward is one number, and can only scale them. ``"none"`` computes the logits a second time in backward, four
+    products instead of three; so do the others where a weight with ``V > N`` has a ``.grad`` of earlier batches, which
+    backward can then add to in place (see :func:`gradients_wait`). Neither computes a gradient that nobody asks for, so
+    under ``no_grad`` there is only the loss.
 
-    Memory beyond the inputs: ``c V`` for the logits, ``N d`` and ``V d`` for the gradients. Softmax, loss and the
+    Memory beyond the inputs: ``c V`` for the logits, ``N d`` and ``V d`` for the gradients; the latter not where it is
+    added to ``weight.grad``. Softmax, loss and the
     accumulation of the weight's gradient are in fp32. Matrix products of fp16, of bf16 and under autocast run in that
     dtype, at the price of a second ``c V`` in it; those of fp16 run in fp32 on a CPU, where that is many times faster.
 
@@ -67,13 +70,12 @@ def linear_cross_entropy(
     """
     settings = check(hidden, weight, labels, bias, ignore_index, reduction, label_smoothing, chunk_size)
     tensors = (hidden.reshape(-1, hidden.shape[-1]), weight, bias, labels.reshape(-1))
-    if reduction == "none":
-        return _LinearCrossEntropyOfTokens.apply(settings, *tensors).view(labels.shape)
     # Inside a Function gradients are off whatever the caller chose, so whether any is wanted must be asked here.
-    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias)):
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in (hidden, weight, bias))
+    if reduction != "none" and wanted and not gradients_wait(settings, hidden, weight):
         return _LinearCrossEntropy.apply(settings, *tensors)
-    losses, _ = run(settings, Rows(tensors[0]), *tensors[1:])
-    return losses.sum() * share_of_each(settings, tensors[3], losses.dtype)[0]
+    losses = _LinearCrossEntropyOfTokens.apply(settings, *tensors)
+    return losses.view(labels.shape) if reduction == "none" else reduced(settings, losses, tensors[3])
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:
@@ -97,6 +99,7 @@ class ChunkLoss:
         product_dtype: dtype of the matrix products; everything else is in fp32, for fp64 in fp64.
         label_smoothing: as in :func:`linear_cross_entropy`.
         weight_gradient, bias_gradient: whether to accumulate ``grad_weight (V, d)`` and ``grad_bias (V,)``.
+        total: makes what these accumulate in, from weight and bias: zeros, or in a backward pass ``accumulator``.
     """
 
     def __init__(
@@ -109,9 +112,9 @@ class ChunkLoss:
         label_smoothing: float = 0.0,
         weight_gradient: bool = False,
         bias_gradient: bool = False,
+        total: Callable[[Tensor], Tensor] = fresh_total,
     ) -> None:
-        vocabulary, width = weight.shape
-        dtype = _full_dtype(weight.dtype)
+        vocabulary, dtype = len(weight), _full_dtype(weight.dtype)
         self.weight = weight.to(product_dtype)
         self.bias = bias
         self.label_smoothing = label_smoothing
@@ -119,8 +122,8 @@ class ChunkLoss:
         self.products = self.logits
         if product_dtype != dtype:
             self.products = weight.new_empty(chunk_size, vocabulary, dtype=product_dtype)
-        self.grad_weight = weight.new_zeros(vocabulary, width, dtype=dtype) if weight_gradient else None
-        self.grad_bias = weight.new_zeros(vocabulary, dtype=dtype) if bias_gradient else None
+        self.grad_weight = total(weight) if weight_gradient else None
+        self.grad_bias = total(bias) if bias_gradient and bias is not None else None
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """``(c, d)`` and ``(c,)`` labels in ``[0, V)`` → losses ``(c,)``; :meth:`add_gradients` may follow."""
@@ -207,11 +210,12 @@ def run(
     labels: Tensor,
     row_weight: Tensor | None = None,
     wanted: tuple[bool, ...] = (False, False, False),
+    total: Callable[[Tensor], Tensor] = fresh_total,
 ) -> tuple[Tensor, Gradients]:
     """Losses ``(N,)``, 0 where ignored, and the gradients of ``sum(row_weight * losses)`` for weight and bias.
 
     row_weight: ``(N,)`` or one for all. wanted: the gradients of the rows (which go to ``rows``), of the weight and of
-    the bias; the latter two come in the accumulator's dtype.
+    the bias; the latter two are added to what ``total`` makes, in its dtype.
     """
     counted = labels != settings.ignore_index
     labels = labels.masked_fill(~counted, 0)
@@ -228,6 +232,7 @@ def run(
             label_smoothing=settings.label_smoothing,
             weight_gradient=wanted[1],
             bias_gradient=wanted[2],
+            total=total,
         )
         for chunk in _chunks(labels, size):
             hidden = rows.take(chunk)
@@ -263,7 +268,7 @@ class _LinearCrossEntropy(torch.autograd.Function):
 
 
 class _LinearCrossEntropyOfTokens(torch.autograd.Function):
-    """A loss per token: each has its own incoming gradient, so backward computes the logits again."""
+    """A loss per token: gradients wait for those that come in, so backward computes the logits again."""
 
     @staticmethod
     def forward(
@@ -279,9 +284,39 @@ class _LinearCrossEntropyOfTokens(torch.autograd.Function):
         hidden, weight, bias, labels = ctx.saved_tensors
         wanted = ctx.needs_input_grad[1:4]
         rows = Rows(hidden, torch.empty_like(hidden) if wanted[0] else None)
-        _, gradients = run(ctx.settings, rows, weight, bias, labels, grad_losses.contiguous(), wanted)
-        pairs = zip(gradients, (weight, bias), strict=True)
-        return None, rows.gradient, *(g if g is None else g.to(x.dtype) for g, x in pairs), None
+        of_head = gradients_of_head(ctx.settings, rows, weight, bias, labels, grad_losses, wanted)
+        return None, rows.gradient, *of_head, None
+
+
+def gradients_of_head(
+    settings: Settings,
+    rows: Rows,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    grad_losses: Tensor,
+    wanted: tuple[bool, ...],
+) -> list[Tensor | None]:
+    """What backward returns for weight and bias, given the losses' gradients ``(N,)``; the rest as in :func:`run`."""
+    _, totals = run(settings, rows, weight, bias, labels, grad_losses.contiguous(), wanted, accumulator)
+    pairs = zip((weight, bias), totals, strict=True)
+    return [None if leaf is None or total is None else left_to_add(leaf, total) for leaf, total in pairs]
+
+
+def gradients_wait(settings: Settings, hidden: Tensor, weight: Tensor) -> bool:
+    """Do gradients wait for backward, though the loss is one number? hidden: ``(…, d)``, weight: ``(V, d)``.
+
+    They do where the weight's is larger than the hidden vectors', and the weight has a ``.grad`` that backward can add
+    to: made in the forward pass it would exist beside that. Not with products in fp16, which take a loss scaler's
+    factor only after they are rounded (see :func:`share_of_each`).
+    """
+    large = weight.numel() > hidden.numel() and settings.product_dtype != torch.float16
+    return large and may_add_in_place(weight)
+
+
+def reduced(settings: Settings, losses: Tensor, labels: Tensor) -> Tensor:
+    """The sum or the mean of losses ``(N,)``, which are 0 where the label is ignored."""
+    return losses.sum() * share_of_each(settings, labels, losses.dtype)[0]
 
 
 def scaled(
