@@ -8,7 +8,7 @@ Where they are, for g groups of heads, c chunks of the feed-forward and a hidden
   hidden values before and after the activation, and their input's norm.
 
 The larger of the two is the peak but for what is small beside long sequences: slabs (512 tokens at the least, here a
-quarter of all), a block's parameter gradients, the log-sum-exp, a chunk of logits.
+quarter of all), the log-sum-exp, a chunk of logits. Gradients of weights are there and added to in place.
 """
 
 import pytest
@@ -42,7 +42,7 @@ def step(n=TOKENS, **kwargs):
 
 
 @pytest.mark.parametrize(
-    ("head_chunks", "ff_chunks", "figure"), [(1, 1, 18.31), (2, 4, 8.85), (4, 8, 6.88), (8, 16, 5.90)]
+    ("head_chunks", "ff_chunks", "figure"), [(1, 1, 18.31), (2, 4, 8.72), (4, 8, 6.75), (8, 16, 5.77)]
 )
 def test_peak_of_a_step(head_chunks, ff_chunks, figure):
     kept, peak = step(head_chunks=head_chunks, ff_chunks=ff_chunks)
@@ -61,21 +61,46 @@ def test_peak_of_a_step(head_chunks, ff_chunks, figure):
         {"kv_heads": 1},
         {"window": 64},
         {"positions": "none"},
+        {"num_tokens": 1024, "loss_chunk_size": 32},
     ],
     ids=str,
 )
 def test_the_same_at_any_depth_head_count_and_width_and_with_every_feature(kwargs):
     _, peak = step(**{**MANY_PIECES, **kwargs})
-    assert peak <= 5.90 + SLACK, f"{peak:.2f}"
+    assert peak <= 5.77 + SLACK, f"{peak:.2f}"
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {"ff_mult": 16, "ff_chunks": 64},
+        {"num_tokens": 6144, "loss_chunk_size": 8},
+        {"num_tokens": 6144, "loss_chunk_size": 8, "tie_embeddings": True},
+    ],
+    ids=str,
+)
+def test_the_same_with_weights_as_large_as_the_sequence(kwargs):
+    """1 unit of one feed-forward's weights, 3 of the vocabulary's: their gradients are there, and not made anew."""
+    _, base = step(**MANY_PIECES)
+    kept, peak = step(**{**MANY_PIECES, **kwargs})
+    assert peak <= 1.03 * base, f"{peak:.2f} units, {base:.2f} with small weights"
+    assert kept <= 3.16 + SLACK
+
+
+def test_a_vocabulary_larger_than_the_tokens_keeps_the_two_streams():
+    """The gradient of their sum waits for backward too."""
+    kept, _ = step(num_tokens=TOKENS + 64, loss_chunk_size=16)
+    assert kept <= 2.03 + SLACK
+    kept, _ = step(num_tokens=TOKENS, loss_chunk_size=16)
+    assert 4 <= kept <= 4.05 + SLACK, "beside the streams its gradient and that of the weight, as large"
 
 
 COSTS = {
-    "angles of half a head's width per token": ({"positions": "rotary"}, 5.99),
+    "angles of half a head's width per token": ({"positions": "rotary"}, 5.86),
     "the input once more, on the grid": ({"exact": True}, 6.72),
-    "tiles of dropout": ({"dropout": 0.1}, 6.01),
-    "tiles of the bias": ({"positions": "alibi"}, 6.18),
-    "the gradient of a larger vocabulary": ({"num_tokens": 1024, "loss_chunk_size": 32}, 6.02),
-    "the shared weight's first gradient": ({"tie_embeddings": True}, 6.02),
+    "tiles of dropout": ({"dropout": 0.1}, 5.88),
+    "tiles of the bias": ({"positions": "alibi"}, 6.05),
+    "the shared weight's first gradient": ({"tie_embeddings": True}, 5.90),
 }
 
 
