@@ -38,8 +38,8 @@ class Plan:
 
     ``timeline`` has what is live at every operation. With a budget, ``settings`` are the Transformer's keywords that
     were chosen, and ``options`` all that was considered up to that choice, fastest first. Where nothing fits,
-    ``remedies`` are what would, each by itself: the largest ``batch_size``, ``seq_len`` or ``depth``, and the
-    ``budget``.
+    ``remedies`` are what would, each by itself: the largest ``batch_size``, ``seq_len`` or ``depth``, to within 1 part
+    in 32, and the ``budget``.
     """
 
     timeline: Timeline
@@ -185,8 +185,7 @@ def plan(
     made = _planned(workload, accounting, limit)
     if limit is None or made.fits():
         return made
-    remedies = _remedies(workload, accounting, limit, made.state_bytes) | {"budget": made.peak_bytes}
-    return replace(made, remedies=remedies)
+    return replace(made, remedies=_remedies(workload, accounting, made, made.peak_bytes))
 
 
 def max_seq_len(
@@ -247,7 +246,7 @@ def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Pla
         if made.fits():
             return replace(made, options=tuple(options))
     assert leanest is not None
-    remedies = _remedies(workload, accounting, budget, leanest.state_bytes) | {"budget": leanest.peak_bytes}
+    remedies = _remedies(workload, accounting, leanest, options[-1].peak_bytes)
     return replace(leanest, options=tuple(options), remedies=remedies)
 
 
@@ -258,25 +257,32 @@ def _rungs(workload: Workload, device: torch.device) -> Iterator[tuple[Rung, Wor
         yield rung, replace(workload, subject={**workload.subject, **rung.settings})
 
 
-def _remedies(workload: Workload, accounting: Accounting, budget: int, state_bytes: int) -> dict[str, int]:
-    """The largest batch, length or, where neither helps, depth with which the step fits, run as leanly as can be."""
+def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes: int) -> dict[str, int]:
+    """The largest batch, length or, where neither helps, depth with which the step fits, and the budget it fits in.
+
+    To within 1 part in 32, run as leanly as can be. ``made`` does not fit; ``peak_bytes``: of the leanest way.
+    """
+    assert made.budget is not None
+    budget = made.budget
 
     def most(name: str, now: int) -> dict[str, int]:
-        found = largest(
-            lambda size: _peak(_leanest(_with(workload, name, size), accounting.device), accounting), budget, now - 1
-        )
+        def need(size: int) -> int:
+            return _peak(_leanest(_with(workload, name, size), accounting.device), accounting)
+
+        # Near enough for advice, which should not take longer than the plan.
+        found = largest(need, budget, now - 1, beyond=peak_bytes, fraction=32, granule=4)
         return {name: found} if found else {}
 
     found: dict[str, int] = {}
     batch, length = workload.batch_size or 1, workload.seq_len or 1
-    sized = state_bytes < budget and (workload.of_transformer or callable(workload.example_inputs))
+    sized = made.state_bytes < budget and (workload.of_transformer or callable(workload.example_inputs))
     if sized and batch > 1:
         found |= most("batch_size", batch)
     if sized and length > 1:
         found |= most("seq_len", length)
     if not found and isinstance(workload.subject, Mapping) and workload.subject["depth"] > 1:
         found |= most("depth", workload.subject["depth"])
-    return found
+    return found | {"budget": made.peak_bytes}
 
 
 def _with(workload: Workload, name: str, size: int) -> Workload:

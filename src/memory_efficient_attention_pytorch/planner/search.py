@@ -7,16 +7,29 @@ from collections.abc import Callable
 FRACTION, GRANULE = 256, 64
 
 
-def largest(need: Callable[[int], int], budget: int, limit: int | None = None, start: int = 1024) -> int:
+def largest(
+    need: Callable[[int], int],
+    budget: int,
+    limit: int | None = None,
+    start: int = 1024,
+    beyond: int | None = None,
+    fraction: int = FRACTION,
+    granule: int = GRANULE,
+) -> int:
     """The largest ``n`` up to ``limit`` with ``need(n) <= budget``, 0 if there is none; ``need`` grows with n.
 
-    To within 1 part in 256, on the side that fits. Memory is near enough to a straight line in n for the line through
-    two known points to find the place in a few evaluations; where it does not, halving does.
+    To within 1 part in ``fraction``, on the side that fits; where a multiple of ``granule`` is within that, it is one.
+    Memory is near enough to a straight line in n for the line through two known points to find the place in a few
+    evaluations; where it does not, halving does. ``beyond``: what ``limit + 1`` needs, where that is known to be too
+    much; then the other end, 1, comes first.
     """
-    known: dict[int, int] = {}
     low, high = 0, None if limit is None else limit + 1
     n = start if limit is None else min(start, limit)
-    halve = False
+    known: dict[int, int] = {}
+    if beyond is not None:
+        assert high is not None
+        known[high], n = beyond, 1
+    halve = beyond is not None  # the second point is no guess that could have missed
     while True:
         known[n] = need(n)
         before = (high or 0) - low
@@ -24,7 +37,7 @@ def largest(need: Callable[[int], int], budget: int, limit: int | None = None, s
             low = n
         else:
             high = n
-        width = max(1, low // FRACTION)
+        width = max(1, low // fraction)
         if high is None:
             n = max(4 * n, _meeting(known, budget, 4 * n)) if len(known) < 2 else max(2 * n, _meeting(known, budget, n))
             continue
@@ -34,8 +47,8 @@ def largest(need: Callable[[int], int], budget: int, limit: int | None = None, s
         n = (low + high) // 2 if halve else _meeting(known, budget, (low + high) // 2)
         # Next to a known end, step by the accuracy wanted: that closes the interval if the end is the answer.
         n = max(low + width, min(n, high - (width if high in known else 1)))
-        if n < high - 1 and n > FRACTION * GRANULE and n - n % GRANULE > low:
-            n -= n % GRANULE
+        if n < high - 1 and n > fraction * granule and n - n % granule > low:
+            n -= n % granule
 
 
 def _meeting(known: dict[int, int], budget: int, otherwise: int) -> int:

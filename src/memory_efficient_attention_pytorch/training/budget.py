@@ -161,7 +161,9 @@ def _refusal(made: Plan, budget: int, standing: int) -> str:
     options = {"batch_size": "--batch-size", "seq_len": "--seq-len", "depth": "--depth"}
     remedies = dict(made.remedies)
     if "seq_len" in remedies:
-        remedies["seq_len"] -= remedies["seq_len"] // 16  # another process may itself take a little more than this one
+        # Another process may itself take a little more than this one, and ragged lengths take more kernels.
+        length = remedies["seq_len"] - remedies["seq_len"] // 16
+        remedies["seq_len"] = length - length % 8 or length
     changes = [f"{options[name]} {size}" for name, size in remedies.items() if name in options]
     enough = standing + made.remedies["budget"] + _NOISE
     changes.append(f"--memory-budget {-(-enough // _MIB)}MiB")
