@@ -20,6 +20,7 @@ _CONTEXT.set_forkserver_preload(
         "accelerate",
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
+        "torch._dynamo",
         "memory_efficient_attention_pytorch.cli.train",
         "memory_efficient_attention_pytorch.training.launch",
     ]
