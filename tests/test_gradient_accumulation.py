@@ -13,7 +13,13 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from memory_efficient_attention_pytorch import Attention, FeedForward, Transformer, linear_cross_entropy
+from memory_efficient_attention_pytorch import (
+    Attention,
+    FeedForward,
+    Transformer,
+    differentiation,
+    linear_cross_entropy,
+)
 from memory_efficient_attention_pytorch.functional import products
 from memory_efficient_attention_pytorch.linear import Linear
 from tests.agreement import assert_same, one_thread
@@ -375,6 +381,14 @@ class Tied(nn.Module):
         return loss + linear_cross_entropy(hidden, self.embedding.weight, tokens.roll(1, 1), chunk_size=5)
 
 
+@pytest.fixture(params=["cpu", "device"])
+def kind_of_nothing(request, monkeypatch):
+    """What is handed to the engine once all is added: on a device it is zeros, here on the CPU."""
+    if request.param == "device":
+        monkeypatch.setattr(differentiation, "_nothing", lambda leaf: leaf.new_zeros(()).expand_as(leaf))
+
+
+@pytest.mark.usefixtures("kind_of_nothing")
 @pytest.mark.parametrize("hooked", [False, True])
 @pytest.mark.parametrize("make", [Tied, lambda: Language(tie_embeddings=True)], ids=["by hand", "Transformer"])
 def test_shared_weights_and_gradients_that_are_views_of_one_buffer(make, hooked):

@@ -68,6 +68,10 @@ def left_to_add(leaf: Tensor, total: Tensor) -> Tensor | None:
     """What a Function returns as the gradient of ``leaf``, ``total`` being what :func:`accumulator` gave, filled."""
     if torch.compiler.is_compiling() or not leaf.is_leaf or total is not leaf.grad:
         return total.to(leaf.dtype)
+    return _nothing(leaf)
+
+
+def _nothing(leaf: Tensor) -> Tensor | None:
     # A device's streams wait for each other at what the engine hands on, so it gets something: zeros without memory.
     return None if leaf.device.type == "cpu" else leaf.new_zeros(()).expand_as(leaf)
 
