@@ -189,6 +189,8 @@ class Ledger(TorchDispatchMode):
         if torch._C._current_autograd_node() is None or torch.is_grad_enabled():
             return func, args
         first, second, *_ = args
+        if not isinstance(second, Tensor):
+            return func, args  # a number, which the engine never adds
         holders = [_holders(first), _holders(second)]
         if self._learning:
             self._unshared.update(holders)
