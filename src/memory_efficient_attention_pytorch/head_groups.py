@@ -162,11 +162,11 @@ class HeadGroupBranch(Branch):
     ) -> None:
         """Back through the projections and the norm, slab by slab; consumes ``of_heads``."""
         for source in sources:
-            mine = [_tokens(of_heads.pop(0)) for _ in source.rows]
+            mine = [of_heads.pop(0).transpose(1, 2) for _ in source.rows]
             weight = source.weight(scratch.dtype)
             for index in slabs(source.tokens):
                 upstream = scratch.take("joined", *source.tokens[index].shape[:2], len(weight))
-                torch.cat([t[index] for t in mine], dim=-1, out=upstream)
+                torch.cat([t[index].flatten(2) for t in mine], dim=-1, out=upstream)
                 piece, normed = normed_piece(source.tokens, index, source.norm)
                 values = normed.detach().to(upstream.dtype)
                 start = 0

@@ -139,7 +139,7 @@ class Incoming(NamedTuple):
 
 
 class Outgoing(NamedTuple):
-    """Where its gradients go: q's is written ``(n, d)``, those of k ``(m, d)`` and v ``(m, e)`` are added in fp32.
+    """Where its gradients go: q's is written ``(n, d)``, those of k ``(m, d)`` and v ``(m, e)``, contiguous, are added.
 
     add_bias: called as ``add_bias(tile, part, gradient (1, 1, i, j))`` where the bias wants one.
     """
@@ -153,7 +153,6 @@ class Outgoing(NamedTuple):
 def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
     """The gradients of :func:`attend`."""
     request = head.request
-    of_k, of_v = (torch.zeros(x.shape, dtype=torch.float32, device=x.device) for x in (head.k, head.v))
     scratch = Scratch(torch.float32, request.device)
     survivor_scale = 1 / (1 - request.dropout)
     for row in head.rows():
@@ -169,7 +168,7 @@ def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
         # A row that sees nothing has weights of exp(score - inf) = 0.
         minus_lse = came.lse[here].masked_fill(came.lse[here] == -math.inf, math.inf).mul_(-LOG2_E)
         by_queries, by_upstream = Factor(queries, j), Factor(upstream, j)
-        to_keys, to_values = Factor(queries.t(), j), Factor(upstream.t(), j)
+        to_keys, to_values = Factor((queries / LOG2_E).t(), j), Factor(upstream.t(), j)
         of_queries = queries.new_zeros(request.d, i)
         for tile in row:
             j = tile.j1 - tile.j0
@@ -187,14 +186,12 @@ def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
                 by_upstream.add_product(grads.zero_(), values)
                 grads.mul_(keep).mul_(survivor_scale).add_(minus_delta).mul_(weights)
                 weights.mul_(keep).mul_(survivor_scale)
-            to_values.add_product(of_v[tile.keys], weights)
-            to_keys.add_product(of_k[tile.keys], grads)
+            to_values.add_product(goes.v[tile.keys], weights)
+            to_keys.add_product(goes.k[tile.keys], grads)
             of_queries += product(scratch.take("keys", request.d, j).copy_(k.t()), grads.t())
             if goes.add_bias is not None:
                 goes.add_bias(tile, head.part, grads.t()[None, None])
         goes.q[here] = of_queries.t().mul_(request.scale)
-    goes.k.add_(of_k, alpha=1 / LOG2_E)
-    goes.v.add_(of_v)
 
 
 class _Cache:

@@ -123,9 +123,10 @@ class _Gradients:
         ]
         # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
         of_q = torch.zeros_like(q)
-        return _Gradients(
-            of_q, torch.zeros_like(k, dtype=dtype), torch.zeros_like(v, dtype=dtype), of_bias, parameters, of_parameters
-        )
+        # oneDNN adds to what has no gaps: each head's gradient in one piece, not each token's.
+        order = torch.contiguous_format if request.onednn else torch.preserve_format
+        of_k, of_v = (torch.zeros_like(x, dtype=dtype, memory_format=order) for x in (k, v))
+        return _Gradients(of_q, of_k, of_v, of_bias, parameters, of_parameters)
 
     @property
     def wants_bias(self) -> bool:
