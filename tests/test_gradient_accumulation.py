@@ -1,7 +1,4 @@
-"""A weight's gradient is added to the ``.grad`` that is there, whoever makes it, but only where nobody could tell."""
-
-import copy
-from contextlib import contextmanager
+"""A weight's gradient is added to the ``.grad`` that is there, whoever makes it, and is right in the end."""
 
 import pytest
 import torch
@@ -13,103 +10,24 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from memory_efficient_attention_pytorch import (
-    Attention,
-    FeedForward,
-    Transformer,
-    differentiation,
-    linear_cross_entropy,
-)
+from memory_efficient_attention_pytorch import Attention, FeedForward, differentiation, linear_cross_entropy
 from memory_efficient_attention_pytorch.functional import products
 from memory_efficient_attention_pytorch.linear import Linear
+from tests.accumulating import (
+    MAKERS,
+    TOLERANCE,
+    FreshTotals,
+    Head,
+    Language,
+    by_hand,
+    filled,
+    inputs,
+    loss_of,
+    matrices,
+)
 from tests.agreement import assert_same, one_thread
 
 pytestmark = pytest.mark.usefixtures(one_thread.__name__)
-
-TOLERANCE = 2e-5
-LANGUAGE = {"num_tokens": 257, "max_seq_len": 64, "dim": 24, "depth": 2, "heads": 4, "dim_head": 8, "causal": True}
-
-
-class FreshTotals(TorchDispatchMode):
-    """The shapes of zeros made to gather a gradient in."""
-
-    def __init__(self):
-        super().__init__()
-        self.shapes = []
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        out = func(*args, **(kwargs or {}))
-        if func is torch.ops.aten.zeros_like.default:
-            self.shapes.append(out.shape)
-        return out
-
-
-class Head(nn.Module):
-    """The loss with its weight, of a vocabulary that outnumbers the tokens."""
-
-    def __init__(self, reduction="mean"):
-        super().__init__()
-        self.reduction = reduction
-        self.weight, self.bias = nn.Parameter(torch.randn(257, 24) / 5), nn.Parameter(torch.randn(257))
-
-    def forward(self, x):
-        labels = torch.arange(x[..., 0].numel()).view(x.shape[:-1]) % 257
-        labels[0, :3] = -100
-        options = {"bias": self.bias, "reduction": self.reduction, "chunk_size": 7}
-        return linear_cross_entropy(x, self.weight, labels, **options)
-
-
-class Language(nn.Module):
-    """A Transformer with its loss, for inputs that choose the tokens."""
-
-    def __init__(self, **kwargs):
-        super().__init__()
-        self.net = Transformer(**LANGUAGE, head_chunks=2, ff_chunks=4, **kwargs)
-
-    def forward(self, x):
-        tokens = x.detach().sum(-1).abs().mul(1000).long() % 257
-        return self.net(tokens, labels=tokens.roll(-1, 1))
-
-
-MAKERS = {
-    "feed-forward": lambda: FeedForward(24, 4, chunks=4),
-    "attention": lambda: Attention(dim=24, heads=4, kv_heads=2, dim_head=8, head_chunks=2, causal=True),
-    "loss": Head,
-    "losses": lambda: Head("none"),
-    "language model": Language,
-    "reversible no more": lambda: Language(reversible=False),
-    "exact": lambda: Language(exact=True),
-}
-
-
-def inputs(count=2, **kwargs):
-    return [torch.randn(2, 20, 24, **kwargs) for _ in range(count)]
-
-
-def loss_of(net, x):
-    out = net(x)
-    return out if out.dim() == 0 else (out * torch.linspace(-1, 1, out.numel()).view(out.shape)).sum()
-
-
-def by_hand(net, batches, start=0.0, loss=loss_of):
-    """Every parameter's gradient summed over the batches, each found on its own."""
-    leaves = [p for p in net.parameters() if p.requires_grad]
-    total = [torch.full_like(p, start) for p in leaves]
-    for x in batches:
-        found = torch.autograd.grad(loss(net, x), leaves, allow_unused=True)
-        total = [t if g is None else t + g for t, g in zip(total, found, strict=True)]
-    return total
-
-
-def filled(net, value):
-    for p in net.parameters():
-        p.grad = torch.full_like(p, value)
-    return [p.grad for p in net.parameters()]
-
-
-def matrices(net):
-    """Shapes of the weights whose gradients our own backward passes gather."""
-    return {p.shape for n, p in net.named_parameters() if p.dim() == 2 and "emb" not in n}
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -150,189 +68,6 @@ def test_linear_layers_through_onednn(monkeypatch):
     assert not fresh.shapes
     assert net.weight.grad is weight
     assert_same([weight, bias], truth, TOLERANCE)
-
-
-# Where somebody could tell, the gradient is made apart, as it always was.
-
-
-@contextmanager
-def hook(net, seen):
-    with net.weight.register_hook(lambda g: seen.append(g.clone())):
-        yield
-
-
-@contextmanager
-def hook_on_many(net, seen):
-    with torch.autograd.graph.register_multi_grad_hook([net.weight], lambda g: seen.append(g[0].clone())):
-        yield
-
-
-@contextmanager
-def hook_on_node(net, seen):
-    node = torch.autograd.graph.get_gradient_edge(net.weight).node
-    with node.register_prehook(lambda g: seen.append(g[0].clone())):
-        yield
-
-
-@contextmanager
-def hook_after_node(net, seen):
-    node = torch.autograd.graph.get_gradient_edge(net.weight).node
-    with node.register_hook(lambda _, g: seen.append(g[0].clone())):
-        yield
-
-
-@pytest.mark.parametrize("watching", [hook, hook_on_many, hook_on_node, hook_after_node])
-def test_hooks_see_the_gradient_of_this_pass_alone(watching):
-    net, (x,), seen = Head(), inputs(1), []
-    alone = by_hand(net, [x])
-    filled(net, 0.5)
-    loss = loss_of(net, x)
-    with watching(net, seen):
-        loss.backward()
-    assert_same(seen, alone[:1], TOLERANCE)
-    assert_same([net.weight.grad, net.bias.grad], [g + 0.5 for g in alone], TOLERANCE)
-    filled(net, 0.5)
-    with FreshTotals() as fresh:
-        loss_of(net, x).backward()
-    assert not fresh.shapes, "hooks that have been removed count no more"
-
-
-def test_a_hook_may_change_the_gradient():
-    net, (x,) = FeedForward(24, 4, chunks=4), inputs(1)
-    alone = by_hand(net, [x])
-    filled(net, 0.5)
-    for p in net.parameters():
-        p.register_hook(lambda g: 3 * g)
-    loss_of(net, x).backward()
-    assert_same([p.grad for p in net.parameters()], [3 * g + 0.5 for g in alone], TOLERANCE)
-
-
-def test_post_accumulate_hooks_see_the_sum_once():
-    net, (x,), seen = FeedForward(24, 4, chunks=4), inputs(1), []
-    truth = by_hand(net, [x], 0.5)
-    before = filled(net, 0.5)
-    for p in net.parameters():
-        p.register_post_accumulate_grad_hook(lambda p: seen.append((p, p.grad.clone())))
-    with FreshTotals() as fresh:
-        loss_of(net, x).backward()
-    assert not fresh.shapes
-    assert len(seen) == 4
-    found = {id(p): g for p, g in seen}
-    assert_same([found[id(p)] for p in net.parameters()], truth, TOLERANCE)
-    assert_same(before, truth, TOLERANCE)
-
-
-def test_an_optimizer_that_steps_in_hooks():
-    net, batches = FeedForward(24, 4, chunks=4), inputs(3)
-    other = copy.deepcopy(net)
-
-    def step(p):
-        with torch.no_grad():
-            p -= 0.01 * p.grad
-        p.grad.zero_()
-
-    filled(net, 0.0)
-    for p in net.parameters():
-        p.register_post_accumulate_grad_hook(step)
-    for x in batches:
-        loss_of(net, x).backward()
-        gradients = by_hand(other, [x])
-        with torch.no_grad():
-            for p, g in zip(other.parameters(), gradients, strict=True):
-                p -= 0.01 * g
-    assert_same(list(net.parameters()), list(other.parameters()), TOLERANCE)
-
-
-@pytest.mark.parametrize("kind", ["feed-forward", "attention", "loss", "losses"])
-def test_autograd_grad_leaves_it_alone(kind):
-    net, (x,) = MAKERS[kind](), inputs(1)
-    truth = by_hand(net, [x])
-    before = filled(net, 0.5)
-    found = torch.autograd.grad(loss_of(net, x), list(net.parameters()))
-    assert_same(found, truth, TOLERANCE)
-    assert all(p.grad is g for p, g in zip(net.parameters(), before, strict=True))
-    assert all(torch.equal(g, torch.full_like(g, 0.5)) for g in before)
-
-
-@pytest.mark.parametrize("kind", ["feed-forward", "attention", "loss", "losses"])
-def test_only_the_leaves_that_backward_is_asked_for(kind):
-    net, (x,) = MAKERS[kind](), inputs(1, requires_grad=True)
-    wanted, *others = net.parameters()
-    truth = by_hand(net, [x], 0.5)[0]
-    for leaves in ([x], [wanted], [x, wanted]):
-        filled(net, 0.5)
-        loss_of(net, x).backward(inputs=leaves)
-        expected = truth if wanted in set(leaves) else torch.full_like(wanted, 0.5)
-        assert_same([wanted.grad], [expected], TOLERANCE)
-        assert all(torch.equal(p.grad, torch.full_like(p, 0.5)) for p in others)
-
-
-@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
-@pytest.mark.parametrize("retain_graph", [None, False])
-@pytest.mark.parametrize("kind", ["feed-forward", "losses"])
-def test_a_pass_that_makes_a_graph_makes_a_new_gradient(kind, retain_graph):
-    net, (x,) = MAKERS[kind](), inputs(1)
-    truth = by_hand(net, [x], 0.5)
-    before = filled(net, 0.5)
-    loss_of(net, x).backward(create_graph=True, retain_graph=retain_graph)
-    assert all(torch.equal(g, torch.full_like(g, 0.5)) for g in before)
-    assert_same([p.grad.detach() for p in net.parameters()], truth, TOLERANCE)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        sum(p.grad.sum() for p in net.parameters()).backward()
-    net.zero_grad()  # a gradient with a graph refers to its leaf, which refers to it
-
-
-UNGAINLY = {
-    "strided": lambda full: full.repeat(1, 2)[:, ::2],
-    "transposed": lambda full: full.t().contiguous().t(),
-    "of another type": lambda full: full.as_subclass(type("Other", (torch.Tensor,), {})),
-    "sparse": lambda full: full.to_sparse(),
-    "with a graph": lambda full: full.clone().requires_grad_(),
-}
-
-
-@pytest.mark.filterwarnings("ignore:grad and param do not obey the gradient layout contract")
-@pytest.mark.parametrize("what", UNGAINLY)
-@pytest.mark.parametrize("kind", ["losses", "loss"])
-def test_gradients_of_another_kind_are_left_to_autograd(kind, what):
-    net, (x,) = MAKERS[kind](), inputs(1)
-    truth = by_hand(net, [x], 0.5)[0]
-    net.weight.grad = UNGAINLY[what](torch.full_like(net.weight, 0.5))
-    with FreshTotals() as fresh:
-        loss_of(net, x).backward()
-    assert net.weight.shape in fresh.shapes
-    assert_same([net.weight.grad.detach().as_subclass(torch.Tensor)], [truth], TOLERANCE)
-
-
-@pytest.mark.parametrize("reduction", ["none", "mean"])
-def test_a_weight_that_is_no_leaf(reduction):
-    """Nobody asks for its gradient, which PyTorch would warn of."""
-    net, (x,) = Head(reduction), inputs(1)
-    before, labels = filled(net, 0.5), torch.arange(40).view(2, 20)
-    options = {"reduction": reduction, "chunk_size": 7}
-    truth = torch.autograd.grad(linear_cross_entropy(x, net.weight, labels, **options).sum(), net.weight)[0]
-    linear_cross_entropy(x, 2 * (net.weight / 2), labels, **options).sum().backward()
-    assert_same(before[:1], [0.5 + truth], TOLERANCE)
-
-
-def test_low_precision_is_summed_apart_in_fp32():
-    net, (x,) = FeedForward(24, 4, chunks=4).bfloat16(), inputs(1, dtype=torch.bfloat16)
-    alone = by_hand(net, [x])
-    before = filled(net, 0.5)
-    with FreshTotals() as fresh:
-        loss_of(net, x).backward()
-    assert matrices(net) <= set(fresh.shapes)
-    assert all(torch.equal(g, 0.5 + a) for g, a in zip(before, alone, strict=True))
-
-
-def test_frozen_leaves_keep_the_gradient_they_have():
-    net, (x,) = FeedForward(24, 4, chunks=4), inputs(1)
-    truth = by_hand(net, [x], 0.5)
-    before = filled(net, 0.5)
-    net.net[0].weight.requires_grad_(False)
-    loss_of(net, x).backward()
-    assert torch.equal(before[0], torch.full_like(before[0], 0.5))
-    assert_same(before[1:], truth[1:], TOLERANCE)
 
 
 # One leaf, several passes.
@@ -525,6 +260,22 @@ def test_waiting_gradients_are_as_good_as_those_made_in_forward(reduction, smoot
     for ours, first, true in zip(late[1:], early[1:], truth[1:], strict=True):
         allowed = (first - true).abs().max() + 1e-6 * true.abs().max()
         assert (ours - true).abs().max() <= 1.5 * allowed
+
+
+@pytest.mark.parametrize("exact", [True, False])
+def test_waiting_gradients_of_a_model_under_autocast(exact):
+    """The mean's count is split into its mantissa and a power of two, so that bf16 rounds both ways alike."""
+    net, (x,) = Language(exact=exact), inputs(1)
+    found = []
+    for there in (False, True):
+        if there:
+            filled(net, 0.0)
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = loss_of(net, x)
+        loss.backward()
+        found.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+    assert torch.equal(found[0][0], found[1][0])
+    assert_same(found[1], found[0], 1e-6)
 
 
 # Others who have a say in gradients.
