@@ -12,6 +12,7 @@ from torch.utils.checkpoint import checkpoint
 
 from memory_efficient_attention_pytorch import Attention, FeedForward, differentiation, linear_cross_entropy
 from memory_efficient_attention_pytorch.functional import products
+from memory_efficient_attention_pytorch.functional.linear_cross_entropy import Settings, gradients_wait
 from memory_efficient_attention_pytorch.linear import Linear
 from tests.accumulating import (
     MAKERS,
@@ -228,6 +229,14 @@ class Products(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         self.calls += func.overloadpacket.__name__ in ("mm", "addmm_", "addmm")
         return func(*args, **(kwargs or {}))
+
+
+def test_products_in_fp16_do_not_wait():
+    """They would be rounded after a loss scaler's factor, which may be too large for them."""
+    head, hidden = Head(), torch.randn(64, 24)
+    filled(head, 0.5)
+    for dtype, waits in ((torch.float32, True), (torch.bfloat16, True), (torch.float16, False)):
+        assert gradients_wait(Settings(-100, 0.0, 7, dtype, divide_by_count=True), hidden, head.weight) == waits
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
