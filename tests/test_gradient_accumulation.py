@@ -10,10 +10,17 @@ from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
-from memory_efficient_attention_pytorch import Attention, FeedForward, differentiation, linear_cross_entropy
+from memory_efficient_attention_pytorch import (
+    Attention,
+    FeedForward,
+    ReversibleSequence,
+    differentiation,
+    linear_cross_entropy,
+)
 from memory_efficient_attention_pytorch.functional import products
 from memory_efficient_attention_pytorch.functional.linear_cross_entropy import Settings, gradients_wait
 from memory_efficient_attention_pytorch.linear import Linear
+from memory_efficient_attention_pytorch.reversible_loss import reversible_cross_entropy
 from tests.accumulating import (
     MAKERS,
     TOLERANCE,
@@ -122,6 +129,14 @@ def kind_of_nothing(request, monkeypatch):
     """What is handed to the engine once all is added: on a device it is zeros, here on the CPU."""
     if request.param == "device":
         monkeypatch.setattr(differentiation, "_nothing", lambda leaf: leaf.new_zeros(()).expand_as(leaf))
+
+
+def test_a_device_is_handed_zeros_without_memory():
+    leaf = nn.Parameter(torch.empty(30, 20, device="meta"))
+    leaf.grad = torch.empty_like(leaf)
+    nothing = differentiation.left_to_add(leaf, leaf.grad)
+    assert nothing.shape == leaf.shape
+    assert nothing.untyped_storage().nbytes() == leaf.element_size()
 
 
 @pytest.mark.usefixtures("kind_of_nothing")
@@ -283,6 +298,28 @@ def test_waiting_gradients_of_a_model_under_autocast(exact):
             loss = loss_of(net, x)
         loss.backward()
         found.append([loss.detach(), *(p.grad.clone() for p in net.parameters())])
+    assert torch.equal(found[0][0], found[1][0])
+    assert_same(found[1], found[0], 1e-6)
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+def test_what_comes_before_the_logits_is_repeated_as_it_was(autocast):
+    """The same dropout and the same precision, wherever backward runs."""
+    norm = nn.Sequential(nn.LayerNorm(24), nn.Linear(24, 24), nn.Dropout(0.5))
+    net, head, (x,) = ReversibleSequence([(nn.Linear(24, 24), nn.Linear(24, 24))]), Head(), inputs(1)
+    labels, modules = torch.randint(257, (2, 20)), nn.ModuleList([net, norm, head])
+    found = []
+    for there in (False, True):
+        if there:
+            filled(modules, 0.0)
+        torch.manual_seed(3)
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            end = net.streams(x)
+            loss = reversible_cross_entropy(*end, norm, head.weight, labels, bias=head.bias, chunk_size=7)
+        state = torch.get_rng_state()
+        loss.backward()
+        assert torch.equal(torch.get_rng_state(), state)
+        found.append([loss.detach(), *(p.grad.clone() for p in modules.parameters())])
     assert torch.equal(found[0][0], found[1][0])
     assert_same(found[1], found[0], 1e-6)
 
