@@ -62,8 +62,10 @@ class CpuAccounting(Accounting):
             layout = tuple((tensor.shape, tensor.is_contiguous()) for tensor in tensors)
             self.kept[packet, layout] = _KEPT[packet]
         onednn_product = packet._qualified_op_name == "mkldnn::_linear_pointwise"
-        if onednn_product:
-            self.kept[packet, tuple(tensor.shape for tensor in tensors)] = 590 * KIB
+        if packet._qualified_op_name in _KEPT_IN_SINGLE:
+            self.kept[packet, tuple(tensor.shape for tensor in tensors)] = _KEPT_IN_SINGLE[packet._qualified_op_name]
+        if packet._qualified_op_name == "mkldnn::_convolution_pointwise_":
+            self.kept[packet] = _TILE_BUFFERS * self.threads
         taken = _RESIDENT + sum(self.kept.values())
         if packet in _BUFFERS:
             taken += self.threads * _BUFFERS[packet][half]
@@ -88,6 +90,10 @@ _KEPT = {
     aten._scaled_dot_product_flash_attention_for_cpu: 1750 * KIB,
     aten._scaled_dot_product_flash_attention_for_cpu_backward: 2150 * KIB,
 }
+# The same of each shape in single precision, by the names of operators that not every build has.
+_KEPT_IN_SINGLE = {"mkldnn::_linear_pointwise": 590 * KIB, "mkldnn::_convolution_pointwise_": 170 * KIB}
+# What oneDNN's products of attention tiles keep per thread.
+_TILE_BUFFERS = 1500 * KIB
 # Per thread, in single and in half precision.
 _BUFFERS = {
     aten._scaled_dot_product_flash_attention_for_cpu: (500 * KIB, 700 * KIB),
