@@ -190,6 +190,30 @@ def test_scores_of_any_size_do_not_overflow(size):
         reference.assert_close("out", out, truth, 1e-3)
 
 
+@pytest.mark.parametrize("growth", [0.0, 0.5, 8.0, 1e4])
+def test_later_tiles_with_larger_scores(growth):
+    """The first tile's largest scores serve the later tiles, unless those exceed them by far."""
+    q, k, v = (x.detach() for x in qkv(128, 1024))
+    k *= 1 + growth * (torch.arange(1024) // 128)[:, None]
+    with onednn_tiles(), LiveBytes() as count:
+        out, lse = dot_product_attention(q, k, v, return_lse=True, backend="tiled", k_bucket_size=128)
+    truth = dot_product_attention(q.double(), k.double(), v.double(), return_lse=True, backend="naive")
+    reference.assert_close("out", out, truth[0], 1e-5 if growth < 1e3 else 2e-3)
+    torch.testing.assert_close(lse.double(), truth[1], rtol=1e-5, atol=1e-5)
+    assert (count.products == 2 * 8) == (growth == 0.0)
+
+
+def test_a_row_that_sees_nothing_at_first():
+    q, k, v = (x.detach() for x in qkv(128, 512))
+    mask = torch.ones(1, 1, 128, 512, dtype=torch.bool)
+    mask[..., 3, :400] = mask[..., 5, :] = False
+    with onednn_tiles():
+        out = dot_product_attention(q, k, v, mask=mask, backend="tiled", k_bucket_size=128)
+    truth = dot_product_attention(q.double(), k.double(), v.double(), mask=mask, backend="naive")
+    reference.assert_close("out", out, truth, 1e-5)
+    assert out[0, 0, 5].eq(0).all()
+
+
 # What they hold
 
 

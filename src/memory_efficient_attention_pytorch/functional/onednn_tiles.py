@@ -14,14 +14,15 @@ from typing import NamedTuple
 
 import torch
 from torch import Tensor
+from torch._subclasses import FakeTensor
 
 from ..visibility import Tile, Visibility
 from .products import Factor, Scratch, product
 from .request import AttentionRequest, Part
 
 LOG2_E = math.log2(math.e)
-# Below every score in use, and finite: a row that has seen nothing yet.
-BOTTOM = -1e38
+# Up to this sum of a tile's weights a top that its scores exceed may stay.
+MOST_MASS = 2.0**16
 
 
 class Hidden:
@@ -82,7 +83,7 @@ class Head(NamedTuple):
     def start(self, tile: Tile, scores: Tensor, value: Tensor | float) -> None:
         """Fill the scores that products will be added to with value, bias and what is hidden.
 
-        scores: ``(i, j)``, or as ``hidden`` is, transposed. value: of each query, or 0.
+        scores: ``(i, j)``, or as ``hidden`` is, transposed. value: of each query, shaped to broadcast, or 0.
         """
         scores.copy_(value) if isinstance(value, Tensor) else scores.fill_(value)
         bias = self.request.bias_tile(tile, self.part)
@@ -105,28 +106,59 @@ def attend(head: Head, out: Tensor, lse: Tensor) -> None:
     for row in head.rows():
         if not row:
             continue
-        queries = _scaled(head.q[row[0].queries], request.scale * LOG2_E)
-        i = len(queries)
         for cache in (keys, values):
             cache.forget_before(row[0].j0)
-        total, mass = queries.new_zeros(i, request.e), queries.new_zeros(i, 1)
-        top = torch.full_like(mass, BOTTOM)
+        queries = _scaled(head.q[row[0].queries], request.scale * LOG2_E)
+        total, softmax = queries.new_zeros(len(queries), request.e), _Softmax(queries)
         for tile in row:
-            j = tile.j1 - tile.j0
-            scores = scratch.take("scores", i, j)
-            head.start(tile, scores, 0.0)
-            keys.take(tile, i).add_product(scores, queries)
-            before, top = top, torch.maximum(top, scores.amax(1, keepdim=True))
-            scores.sub_(top).exp2_()
-            shrink = (before - top).exp2_()
-            mass.mul_(shrink).add_(scores.sum(1, keepdim=True))
+            weights = scratch.take("scores", len(queries), tile.j1 - tile.j0)
+            softmax.add(head, tile, weights, keys.take(tile, len(queries)), total)
             keep = head.keep(tile)
             if keep is not None:
-                scores.mul_(keep)
-            values.take(tile, i).add_product(total.mul_(shrink), scores)
-        lse[row[0].queries] = top.add_(mass.log2()).mul_(1 / LOG2_E).squeeze(1)
-        survivors = mass.mul_(1 - request.dropout)
+                weights.mul_(keep)
+            values.take(tile, len(queries)).add_product(total, weights)
+        lse[row[0].queries] = (softmax.top + softmax.mass.log2()).mul_(1 / LOG2_E).squeeze(1)
+        survivors = softmax.mass.mul_(1 - request.dropout)
         out[row[0].queries] = total.div_(survivors.masked_fill_(survivors == 0, 1.0))
+
+
+class _Softmax:
+    """One bucket of queries' weights ``2 ** (score - top)``, a tile at a time, and their sums ``mass``, ``(i, 1)``.
+
+    A row's top is its largest score so far, or so far as one tile: later tiles keep it while their weights stay small.
+    Then theirs need not be found, and products are added to ``-top``: two passes over a tile fewer. Each row's numbers
+    are its own, bit for bit, whatever the other rows hold.
+    """
+
+    def __init__(self, queries: Tensor) -> None:
+        self.queries = queries
+        self.mass, self.top = queries.new_zeros(2, len(queries), 1)
+        self.unseen = torch.ones_like(self.top, dtype=torch.bool)
+        self.first = True
+
+    def add(self, head: Head, tile: Tile, scores: Tensor, keys: Factor, total: Tensor) -> None:
+        """Make this tile's weights of ``scores (i, j)``; what earlier tiles added to ``total (i, e)`` is scaled."""
+        higher = self.unseen
+        if not self.first and not isinstance(scores, FakeTensor):
+            self._relative(head, tile, scores, keys)
+            mass = scores.exp2_().sum(1, keepdim=True)
+            higher = ~(mass <= MOST_MASS) | self.unseen
+            if not higher.any():
+                self.mass.add_(mass)
+                return
+        self.first = False
+        self._relative(head, tile, scores, keys)
+        largest = scores.amax(1, keepdim=True)
+        self.unseen = self.unseen & (largest == -math.inf)
+        rise = torch.where(higher & ~self.unseen, largest, 0.0)
+        self.top = self.top + rise
+        shrink = rise.neg().exp2_().masked_fill_(self.mass == 0, 0.0)
+        self.mass.mul_(shrink).add_(scores.sub_(rise).exp2_().sum(1, keepdim=True))
+        total.mul_(shrink)
+
+    def _relative(self, head: Head, tile: Tile, scores: Tensor, keys: Factor) -> None:
+        head.start(tile, scores, -self.top)
+        keys.add_product(scores, self.queries)
 
 
 class Incoming(NamedTuple):
