@@ -56,7 +56,8 @@ def accumulator(leaf: Tensor) -> Tensor:
     gradient there, as it leaves some leaves with and some without theirs in any case.
 
     Limits: passes that run at the same time and share a leaf race, as they do by PyTorch's own account. Hooks on the
-    Function's own node see what is left to add.
+    Function's own node see what is left to add. A loss that is computed from ``.grad`` itself finds it changed early.
+    On a GPU a leaf that several Functions share gets zeros of its size once, which autograd makes of their sum.
     """
     if may_add_in_place(leaf) and not torch.is_grad_enabled() and not _creates_graph.get() and _will_accumulate(leaf):
         assert leaf.grad is not None
@@ -117,9 +118,11 @@ def _watched(node: Node) -> bool:
 
 def _on_default_stream(device: torch.device) -> bool:
     # Functions that share a leaf but not a stream would add to it at the same time.
-    if device.type != "cuda" or not torch.cuda.is_initialized():
+    if device.type in ("cpu", "meta"):
         return True
-    return torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
+    if device.type != "cuda":
+        return False
+    return not torch.cuda.is_initialized() or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 
 def _total_dtype(leaf: Tensor) -> torch.dtype:

@@ -27,24 +27,28 @@ def qkv(n, m=None, *, h=1, kv=None, d=32, e=None, dtype=torch.float32):
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("sizes", [(64, 128, 32), (192, 64, 40), (64, 40, 128), (64, 8, 64), (65, 128, 32), (3, 5, 7)])
-def test_a_factor_adds_its_product_in_place(sizes, transposed):
+@pytest.mark.parametrize(
+    "sizes", [(64, 128, 32), (192, 64, 40), (64, 40, 128), (64, 8, 64), (65, 128, 32), (64, 64, 7)]
+)
+@pytest.mark.parametrize("side", [0, 1])
+def test_a_factor_adds_its_product_in_place(sizes, side, transposed):
     """Multiples of 64 by oneDNN, others by PyTorch's own product."""
     n, k, j = sizes
+    length = (j, k)[side]
     weight = torch.randn(k, j).t() if transposed else torch.randn(j, k)
     values, total = torch.randn(n, k), torch.randn(n, j)
     truth = total.double() + values.double() @ weight.double().t()
     place = total.data_ptr()
     with LiveBytes() as count:
-        Factor(weight, n).add_product(total, values)
+        Factor(weight, length=length, rows=n).add_product(total, values)
     assert total.data_ptr() == place
     reference.assert_close("total", total, truth, 1e-5)
-    assert count.calls["_convolution_pointwise_"] == (n % 64 == 0 and max(k, j) % 64 == 0)
+    assert count.calls["_convolution_pointwise_"] == (n % 64 == 0 and length % 64 == 0)
 
 
 def test_a_factor_adds_within_a_larger_tensor_only_where_it_should():
     whole = torch.ones(256, 64)
-    Factor(torch.ones(64, 128), 64).add_product(whole[64:128], torch.ones(64, 128))
+    Factor(torch.ones(64, 128), length=64, rows=64).add_product(whole[64:128], torch.ones(64, 128))
     assert whole[64:128].eq(129).all()
     assert whole[:64].eq(1).all()
     assert whole[128:].eq(1).all()
@@ -54,7 +58,7 @@ def test_a_factor_takes_half_precision_without_rounding_again():
     weight, values = torch.randn(64, 64).bfloat16(), torch.randn(64, 64)
     for rows in (64, 63):
         total = torch.zeros(rows, 64)
-        Factor(weight, rows).add_product(total, values[:rows])
+        Factor(weight, length=64, rows=rows).add_product(total, values[:rows])
         reference.assert_close("total", total, values[:rows].double() @ weight.double().t(), 1e-5)
 
 
@@ -69,14 +73,14 @@ def test_product_by_a_matrix_in_either_order(sizes):
 
 def test_operations_are_counted():
     with FlopCounterMode(display=False) as count:
-        Factor(torch.randn(128, 64), 64).add_product(torch.zeros(64, 128), torch.randn(64, 64))
+        Factor(torch.randn(128, 64), length=128, rows=64).add_product(torch.zeros(64, 128), torch.randn(64, 64))
     assert count.get_total_flops() == 2 * 64 * 64 * 128
 
 
 def test_fake_tensors_go_the_same_way():
     with FakeTensorMode(), FlopCounterMode(display=False) as count:
         total = torch.zeros(64, 128)
-        Factor(torch.randn(128, 64), 64).add_product(total, torch.randn(64, 64))
+        Factor(torch.randn(128, 64), length=128, rows=64).add_product(total, torch.randn(64, 64))
     assert total.shape == (64, 128)
     assert count.get_total_flops() == 2 * 64 * 64 * 128
 
@@ -121,6 +125,49 @@ def test_backward_goes_the_way_of_forward_whatever_changed_between(monkeypatch):
 
 
 # What they compute: small questions are the conformance suite's; here tiles that oneDNN's kernels take
+
+
+def test_a_dropout_mask_does_not_depend_on_the_cut(monkeypatch):
+    """A recomputation under other settings (threads, say) drops the same weights: in a reversible block, or kept."""
+    q, k, v = qkv(512, h=4)
+
+    def out(threads):
+        torch.manual_seed(5)
+        monkeypatch.setattr(torch, "get_num_threads", lambda: threads)
+        return dot_product_attention(q, k, v, dropout=0.4, backend="tiled")
+
+    with LiveBytes() as count:
+        few = out(1)
+    assert count.calls["_convolution_pointwise_"]
+    with LiveBytes() as count:
+        many = out(request.MOST_ONEDNN_THREADS + 1)
+    assert not count.calls["_convolution_pointwise_"]
+    reference.assert_close("out", many, few.double(), 1e-5)
+
+
+def test_other_kinds_of_tensors_go_their_own_way(monkeypatch):
+    """functorch's transforms, and subclasses, have rules for PyTorch's operators, not for these."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+
+    class Other(torch.Tensor):
+        pass
+
+    q, k, v = (x.detach() for x in qkv(2048))
+    assert select_backend(q.as_subclass(Other), k, v, causal=True).name == "fused"
+    grad = torch.func.grad(lambda x: dot_product_attention(x, k, v, causal=True).sum())(q)
+    leaf = q.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(dot_product_attention(leaf, k, v, causal=True).sum(), leaf)
+    reference.assert_close("dq", grad, truth.double(), 1e-4)
+
+
+def test_scores_that_rise_with_a_bias_are_computed_once():
+    q, k, v = (x.detach() for x in qkv(128, 1024))
+    bias = torch.arange(1024.0)[None, None, None] * 0.3
+    with onednn_tiles(), LiveBytes() as count:
+        out = dot_product_attention(q, k, v, attn_bias=bias, backend="tiled", k_bucket_size=128)
+    truth = dot_product_attention(q.double(), k.double(), v.double(), attn_bias=bias.double(), backend="naive")
+    reference.assert_close("out", out, truth, 1e-5)
+    assert count.products == 2 * 8
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from memory_efficient_attention_pytorch import Transformer
+from memory_efficient_attention_pytorch import Transformer, dot_product_attention
+from memory_efficient_attention_pytorch.functional import products, request
 from memory_efficient_attention_pytorch.planner.accounting import Accounting, accounting_for
 from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
 
@@ -189,6 +190,22 @@ def test_floating_point_operations_of_loops_cut_short_are_those_of_the_whole():
         for way in ({"loss_chunk_size": 1024}, chunked)
     ]
     assert flops[0] == flops[1]
+
+
+@pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+def test_the_threads_that_are_planned_for_choose_the_tiles(monkeypatch):
+    """Not those of the process that plans."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+
+    class Attention(nn.Module):
+        def forward(self, x):
+            return dot_product_attention(x, x, x, causal=True)
+
+    heads = torch.zeros(1, 1, 2048, 32, requires_grad=True)
+    for threads in (1, request.MOST_ONEDNN_THREADS + 1):
+        timeline = dry_run(Step(Attention(), torch.sum, (heads,), optimizer=None), Accounting(CPU, threads))
+        names = {operation.name for operation in timeline.operations}
+        assert any("convolution" in name for name in names) == (threads == 1)
 
 
 def test_data_dependent_code_is_refused_by_name():

@@ -74,7 +74,7 @@ def _added(request: AttentionRequest) -> Tensor | None:
         return request.bias
     # A single query's bias is one row: it may come from a module, and meet a mask.
     everything = Tile(0, 1, 0, request.m, request.visibility.trivial)
-    row = request.bias_tile(everything, Part(0, slice(None), slice(None), slice(None)))
+    row = request.bias_tile(everything, Part(slice(None), slice(None), slice(None)))
     assert row is not None
     bias = row.to(request.compute_dtype)
     visible = request.visibility.tile_mask(everything, request.device)

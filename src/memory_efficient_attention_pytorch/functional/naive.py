@@ -21,7 +21,7 @@ def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tup
         keys, values = (t.to(dtype).repeat_interleave(group, dim=1) for t in (k, v))
         scores = q.to(dtype) @ keys.mT * request.scale
         everything = Tile(0, request.n, 0, request.m, request.visibility.trivial)
-        bias = request.bias_tile(everything, Part(0, slice(None), slice(None), slice(None)))
+        bias = request.bias_tile(everything, Part(slice(None), slice(None), slice(None)))
         if bias is not None:
             scores = scores + bias.to(dtype)
         visible = request.visibility.tile_mask(everything, q.device)

@@ -21,28 +21,32 @@ from .products import Factor, Scratch, product
 from .request import AttentionRequest, Part
 
 LOG2_E = math.log2(math.e)
-# Up to this sum of a tile's weights a top that its scores exceed may stay.
+# A row keeps its top while a tile's weights relative to it sum to at most this.
 MOST_MASS = 2.0**16
 
 
-class Hidden:
-    """What tiles must not see. Window and causality hide the same in many tiles: it is kept for a few."""
+class Shared:
+    """What the heads of one call have in common: buffers, and what tiles must not see.
+
+    Window and causality hide the same in many tiles: it is kept for a few. transposed: tiles are ``(j, i)``.
+    """
 
     FEW = 4
 
-    def __init__(self, transposed: bool) -> None:
-        self.transposed = transposed
+    def __init__(self, device: torch.device, transposed: bool) -> None:
+        self.device, self.transposed = device, transposed
+        self.scratch = Scratch(torch.float32, device)
         self.kept: dict[tuple[int, ...], Tensor] = {}
 
-    def of(self, visibility: Visibility, tile: Tile, device: torch.device) -> Tensor | None:
-        """Bool ``(i, j)``, transposed ``(j, i)``; None where all is seen."""
+    def hidden(self, visibility: Visibility, tile: Tile) -> Tensor | None:
+        """Bool, in the tile's shape; None where all is seen."""
         if tile.full:
             return None
         repeated = not visibility.tensors
         place = (tile.i0 - tile.j0, tile.i1 - tile.i0, tile.j1 - tile.j0)
         if repeated and place in self.kept:
             return self.kept[place]
-        visible = visibility.tile_mask(tile, device)
+        visible = visibility.tile_mask(tile, self.device)
         assert visible is not None
         hidden = ~visible[0, 0].expand(place[1:])
         if self.transposed:
@@ -60,7 +64,7 @@ class Head(NamedTuple):
     request: AttentionRequest
     part: Part
     visibility: Visibility
-    hidden: Hidden
+    shared: Shared
     q: Tensor
     k: Tensor
     v: Tensor
@@ -70,26 +74,26 @@ class Head(NamedTuple):
         request: AttentionRequest,
         part: Part,
         visibility: Visibility,
-        hidden: Hidden,
+        shared: Shared,
         tensors: tuple[Tensor, Tensor, Tensor],
     ) -> Head:
         """tensors: ``q (b, h, n, d)``, ``k`` and ``v``; part: a single head."""
         q, k, v = tensors
-        return Head(request, part, visibility, hidden, part.of_query(q), part.of_key(k), part.of_key(v))
+        return Head(request, part, visibility, shared, part.of_query(q), part.of_key(k), part.of_key(v))
 
     def rows(self) -> list[list[Tile]]:
         return self.visibility.schedule(self.request.q_bucket_size, self.request.k_bucket_size)
 
-    def start(self, tile: Tile, scores: Tensor, value: Tensor | float) -> None:
+    def start(self, tile: Tile, scores: Tensor, value: Tensor) -> None:
         """Fill the scores that products will be added to with value, bias and what is hidden.
 
-        scores: ``(i, j)``, or as ``hidden`` is, transposed. value: of each query, shaped to broadcast, or 0.
+        scores: ``(i, j)``, or as ``shared`` says, transposed. value: of each query, shaped to broadcast.
         """
-        scores.copy_(value) if isinstance(value, Tensor) else scores.fill_(value)
+        scores.copy_(value)
         bias = self.request.bias_tile(tile, self.part)
         if bias is not None:
-            scores.add_(bias[0, 0].t() if self.hidden.transposed else bias[0, 0], alpha=LOG2_E)
-        hidden = self.hidden.of(self.visibility, tile, self.request.device)
+            scores.add_(bias[0, 0].t() if self.shared.transposed else bias[0, 0], alpha=LOG2_E)
+        hidden = self.shared.hidden(self.visibility, tile)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
 
@@ -100,9 +104,8 @@ class Head(NamedTuple):
 
 def attend(head: Head, out: Tensor, lse: Tensor) -> None:
     """Write the output ``(n, e)`` and the log-sum-exp ``(n,)`` of the rows that see anything."""
-    request = head.request
+    request, scratch = head.request, head.shared.scratch
     keys, values = _Cache(head.k, False), _Cache(head.v, True)
-    scratch = Scratch(torch.float32, request.device)
     for row in head.rows():
         if not row:
             continue
@@ -138,8 +141,9 @@ class _Softmax:
 
     def add(self, head: Head, tile: Tile, scores: Tensor, keys: Factor, total: Tensor) -> None:
         """Make this tile's weights of ``scores (i, j)``; what earlier tiles added to ``total (i, e)`` is scaled."""
-        higher = self.unseen
-        if not self.first and not isinstance(scores, FakeTensor):
+        higher = torch.ones_like(self.unseen)
+        # With a bias scores often rise from tile to tile (ALiBi's do), and all would be computed twice.
+        if not self.first and head.request.bias is None and not isinstance(scores, FakeTensor):
             self._relative(head, tile, scores, keys)
             mass = scores.exp2_().sum(1, keepdim=True)
             higher = ~(mass <= MOST_MASS) | self.unseen
@@ -149,8 +153,9 @@ class _Softmax:
         self.first = False
         self._relative(head, tile, scores, keys)
         largest = scores.amax(1, keepdim=True)
+        rise = torch.where(self.unseen, largest, largest.clamp_min(0.0))
         self.unseen = self.unseen & (largest == -math.inf)
-        rise = torch.where(higher & ~self.unseen, largest, 0.0)
+        rise.masked_fill_(~higher | self.unseen, 0.0)
         self.top = self.top + rise
         shrink = rise.neg().exp2_().masked_fill_(self.mass == 0, 0.0)
         self.mass.mul_(shrink).add_(scores.sub_(rise).exp2_().sum(1, keepdim=True))
@@ -184,8 +189,7 @@ class Outgoing(NamedTuple):
 
 def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
     """The gradients of :func:`attend`."""
-    request = head.request
-    scratch = Scratch(torch.float32, request.device)
+    request, scratch = head.request, head.shared.scratch
     survivor_scale = 1 / (1 - request.dropout)
     for row in head.rows():
         if not row:
@@ -199,8 +203,8 @@ def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
             minus_delta.add_(came.grad_lse[here])
         # A row that sees nothing has weights of exp(score - inf) = 0.
         minus_lse = came.lse[here].masked_fill(came.lse[here] == -math.inf, math.inf).mul_(-LOG2_E)
-        by_queries, by_upstream = Factor(queries, j), Factor(upstream, j)
-        to_keys, to_values = Factor((queries / LOG2_E).t(), j), Factor(upstream.t(), j)
+        operands = (queries, upstream, (queries / LOG2_E).t(), upstream.t())
+        by_queries, by_upstream, to_keys, to_values = (Factor(x, length=i, rows=j) for x in operands)
         of_queries = queries.new_zeros(request.d, i)
         for tile in row:
             j = tile.j1 - tile.j0
@@ -237,7 +241,7 @@ class _Cache:
         end, factor = self.kept.get(tile.j0, (0, None))
         if factor is None or end != tile.j1:
             part = self.tensor[tile.keys]
-            factor = Factor(part.t() if self.transposed else part, rows)
+            factor = Factor(part.t() if self.transposed else part, length=len(part), rows=rows)
             self.kept[tile.j0] = tile.j1, factor
         return factor
 

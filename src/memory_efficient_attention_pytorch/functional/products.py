@@ -71,13 +71,14 @@ def product(values: Tensor, weight: Tensor) -> Tensor:
 class Factor:
     """One matrix of many products, in the order in which oneDNN multiplies by it fastest.
 
-    weight: ``(j, k)`` of any strides and floating-point dtype. rows: how many the other matrices have, most of them.
-    A convolution by a kernel of one pixel is oneDNN's only product that adds to memory which is there already.
+    weight: ``(j, k)`` of any strides and floating-point dtype. length: the one of j and k that varies, of which oneDNN
+    is to see multiples of 64 only. rows: how many the other matrices have, most of them. A convolution by a kernel of
+    one pixel is oneDNN's only product that adds to memory which is there already.
     """
 
-    def __init__(self, weight: Tensor, rows: int) -> None:
+    def __init__(self, weight: Tensor, *, length: int, rows: int) -> None:
         self.weight, self.packed = weight, None
-        if max(weight.shape) % MULTIPLE or not onednn_is_usable(weight.device):
+        if length % MULTIPLE or not onednn_is_usable(weight.device):
             return
         kernel = weight.to(torch.float32)[:, :, None, None]
         if isinstance(weight, FakeTensor):
@@ -91,11 +92,10 @@ class Factor:
         if self.packed is None or len(values) % MULTIPLE:
             total.addmm_(values, self.weight.to(values.dtype).t())
             return
-        image, added = _as_image(values), _as_image(total)
-        _convolve(added, image, self.packed, None, *_ONE_TO_ONE, "add", 1.0, None, [], None)
+        convolve = torch.ops.mkldnn._convolution_pointwise_.binary
+        convolve(_as_image(total), _as_image(values), self.packed, None, *_ONE_TO_ONE, "add", 1.0, None, [], None)
 
 
-_convolve = torch.ops.mkldnn._convolution_pointwise_.binary
 _ONE_TO_ONE: Any = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
 
 
@@ -189,17 +189,22 @@ def onednn_is_faster() -> bool:
     return bool(capabilities.get("avx512_f")) and "AMD" in capabilities.get("cpu_name", "")
 
 
-if torch.backends.mkldnn.is_available() and torch.ops.mkldnn._linear_pointwise not in flop_registry:
-    # What PyTorch does not know of these operators: how much they compute, and what the second returns.
+# What PyTorch does not know of these operators, as far as it does not: how much they compute, what the second returns.
+if torch.backends.mkldnn.is_available():
+    if torch.ops.mkldnn._linear_pointwise not in flop_registry:
 
-    @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-    def _flops(values: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
-        return mm_flop(values, weight[::-1])
+        @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
+        def _flops(values: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
+            return mm_flop(values, weight[::-1])
 
-    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise_)
-    def _flops_in_place(_total: Any, values: tuple[int, ...], kernel: tuple[int, ...], *_: Any, **__: Any) -> int:
-        return mm_flop((values[2], values[1]), (kernel[1], kernel[0]))
+    if torch.ops.mkldnn._convolution_pointwise_ not in flop_registry:
 
-    @torch.library.register_fake("mkldnn::_convolution_pointwise_.binary")
-    def _fake_in_place(total: Tensor, *_: Any, **__: Any) -> Tensor:
-        return total
+        @register_flop_formula(torch.ops.mkldnn._convolution_pointwise_)
+        def _flops_in_place(_total: Any, values: tuple[int, ...], kernel: tuple[int, ...], *_: Any, **__: Any) -> int:
+            return mm_flop((values[2], values[1]), (kernel[1], kernel[0]))
+
+    if not torch._C._dispatch_has_kernel_for_dispatch_key("mkldnn::_convolution_pointwise_.binary", "Meta"):
+
+        @torch.library.register_fake("mkldnn::_convolution_pointwise_.binary")
+        def _fake_in_place(total: Tensor, *_: Any, **__: Any) -> Tensor:
+            return total

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from ..errors import require, require_positive_int, require_probability
@@ -29,7 +29,6 @@ LEAST_ONEDNN_SCORES, LEAST_ONEDNN_WIDTH, MOST_ONEDNN_THREADS = 2**18, 32, 4
 class Part(NamedTuple):
     """A slice of the batch and of the query heads, and the slice of key/value heads that serves them."""
 
-    number: int
     batch: slice
     heads: slice
     kv_heads: slice
@@ -90,12 +89,10 @@ class AttentionRequest:
         heads = _part_of_heads(self.h, self.h // self.kv, per_part)
         batch = max(1, per_part // self.h) if heads == self.h else 1
         group = self.h // self.kv
-        number = 0
         for b0 in range(0, self.b, batch):
             for h0 in range(0, self.h, heads):
                 kv = slice(h0 // group, max(h0 // group + 1, (h0 + heads) // group))
-                yield Part(number, slice(b0, min(b0 + batch, self.b)), slice(h0, h0 + heads), kv)
-                number += 1
+                yield Part(slice(b0, min(b0 + batch, self.b)), slice(h0, h0 + heads), kv)
 
     def bias_tile(self, tile: Tile, part: Part) -> Tensor | None:
         """The bias of one tile, broadcastable to the part's ``(b, h, i, j)``; None without a bias."""
@@ -116,19 +113,21 @@ class AttentionRequest:
     def keep_tile(self, tile: Tile, part: Part) -> Tensor | None:
         """Bool tensor of the part's ``(b, h, i, j)``: which probabilities survive dropout; None without dropout.
 
-        Depends on seed, part and tile alone, so it comes out the same in any order and again in backward.
+        Depends on seed, place and tile alone, so it comes out the same in any order and again in backward. On a CPU
+        each head has its own draw, since there the cut into parts follows the number of threads.
         """
         if not self.dropout:
             return None
-        shape = (
-            part.batch.stop - part.batch.start,
-            part.heads.stop - part.heads.start,
-            tile.i1 - tile.i0,
-            tile.j1 - tile.j0,
-        )
-        generator = torch.Generator(self.device).manual_seed(_mix(self.seed, part.number, tile.i0, tile.j0))
+        size = (part.batch.stop - part.batch.start, part.heads.stop - part.heads.start)
+        shape = (*size, tile.i1 - tile.i0, tile.j1 - tile.j0)
         keep = torch.empty(shape, dtype=torch.bool, device=self.device)
-        return keep.bernoulli_(1 - self.dropout, generator=generator)
+        generator = torch.Generator(self.device)
+        each = [(b, h) for b in range(size[0]) for h in range(size[1])] if self.device.type == "cpu" else [(0, 0)]
+        for b, h in each:
+            place = (part.batch.start + b, part.heads.start + h, tile.i0, tile.j0)
+            generator.manual_seed(_mix(self.seed, *place))
+            (keep if len(each) == 1 else keep[b, h]).bernoulli_(1 - self.dropout, generator=generator)
+        return keep
 
     @property
     def bias_parameters(self) -> tuple[Tensor, ...]:
@@ -182,16 +181,20 @@ def build_request(
         q_bucket_size=q_bucket_size,
         k_bucket_size=k_bucket_size,
         return_lse=return_lse,
-        onednn=_onednn_tiles_are_faster(min(q_bucket_size, n) * min(k_bucket_size, m), q),
+        onednn=_onednn_tiles_are_faster(min(q_bucket_size, n) * min(k_bucket_size, m), q, k, v),
     )
     return request
 
 
-def _onednn_tiles_are_faster(scores: int, q: Tensor) -> bool:
+def _onednn_tiles_are_faster(scores: int, q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Are tiles of so many scores possible and faster by oneDNN? Asked once, so that backward does as forward did."""
-    enough = scores >= LEAST_ONEDNN_SCORES and q.shape[-1] >= LEAST_ONEDNN_WIDTH
-    enough = enough and torch.get_num_threads() <= MOST_ONEDNN_THREADS
-    return enough and q.dtype != torch.float64 and onednn_is_usable(q.device)
+    if scores < LEAST_ONEDNN_SCORES or min(q.shape[-1], v.shape[-1]) < LEAST_ONEDNN_WIDTH:
+        return False
+    # Tensors of other types bring their own operators with them; functorch has rules for PyTorch's.
+    plain = all(type(t) in (Tensor, nn.Parameter, FakeTensor) for t in (q, k, v))
+    if not plain or torch._C._are_functorch_transforms_active() or q.dtype == torch.float64:
+        return False
+    return torch.get_num_threads() <= MOST_ONEDNN_THREADS and onednn_is_usable(q.device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

@@ -4,7 +4,8 @@ The online softmax of Milakov & Gimelshein (2018), the order of Rabe & Staats, "
 memory" (2021), and the backward pass of Dao et al., "FlashAttention" (2022): what is kept for backward is the output
 and each row's log-sum-exp, and every tile is computed again from q and k.
 
-A tile is computed by PyTorch's fused CPU kernel where that computes exactly what is asked, else by matrix products.
+A tile is computed by oneDNN where that is faster (``onednn_tiles``), by PyTorch's fused CPU kernel where that computes
+exactly what is asked, else by matrix products.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from ..differentiation import once_differentiable
 from ..visibility import Tile, Visibility
 from . import onednn_tiles
 from .fused import unit_stride
-from .onednn_tiles import Head, Hidden, Incoming, Outgoing
+from .onednn_tiles import Head, Incoming, Outgoing, Shared
 from .recording import Found
 from .request import AttentionRequest, Part, full_precision
 
@@ -161,9 +162,9 @@ def _forward(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tupl
     out = v.new_zeros(request.b, request.n, request.h, request.e).transpose(1, 2)
     lse = q.new_full((request.b, request.h, request.n), float("-inf"), dtype=request.compute_dtype)
     if request.onednn:
-        hidden = Hidden(transposed=False)
+        shared = Shared(request.device, transposed=False)
         for part, visibility in _parts(request, None):
-            head = Head.of(request, part, visibility, hidden, (q, k, v))
+            head = Head.of(request, part, visibility, shared, (q, k, v))
             onednn_tiles.attend(head, part.of_query(out), part.of_query(lse))
         return out, lse
     fused = _fused_tile_serves(request)
@@ -195,9 +196,9 @@ def _backward(
     grad_lse: Tensor | None,
 ) -> None:
     if request.onednn:
-        hidden = Hidden(transposed=True)
+        shared = Shared(request.device, transposed=True)
         for part, visibility in _parts(request, None):
-            head = Head.of(request, part, visibility, hidden, (q, k, v))
+            head = Head.of(request, part, visibility, shared, (q, k, v))
             of_lse = None if grad_lse is None else part.of_query(grad_lse)
             came = Incoming(part.of_query(out), part.of_query(lse), part.of_query(grad_out), of_lse)
             onednn_tiles.differentiate(head, came, gradients.of_head(request, part))

@@ -16,7 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..errors import require
-from .abridge import abridged, attributed
+from .abridge import abridged, attributed, replaced
 from .absent_device import stand_in
 from .accounting import Accounting
 from .ledger import Ledger, Place
@@ -74,6 +74,8 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
             entered.enter_context(context)
         for context in (ledger.watching(model), attributed(model, ledger)):
             entered.enter_context(context)
+        # Which tiles attention takes depends on them.
+        entered.enter_context(replaced(torch, "get_num_threads", lambda: accounting.threads))
         if abridge:
             entered.enter_context(abridged(model, ledger))
         ledger.learn_the_engine()
