@@ -163,7 +163,7 @@ def test_outputs_and_gradients(backend, case):
     naive, truth = by_reference(inputs, keep), by_reference(inputs.to(f64), keep)
     assert ours["out"].dtype == case.dtype
     for name in truth:
-        # A bias module hands out its gradient rounded to its parameters' dtype for each tile, and here for each sequence.
+        # A bias module's gradient comes rounded to its parameters' dtype: of each tile, and here of each sequence.
         slack = 3.0 if (backend, name) == ("onednn", "dbias.weight") else 1.0
         reference.assert_as_accurate(f"{case} {name}", ours[name], naive[name], truth[name], slack=slack)
 
