@@ -58,9 +58,9 @@ def linear_cross_entropy(
     under ``no_grad`` there is only the loss.
 
     Memory beyond the inputs: ``c V`` for the logits, ``N d`` and ``V d`` for the gradients; the latter not where it is
-    added to ``weight.grad``. Softmax, loss and the
-    accumulation of the weight's gradient are in fp32. Matrix products of fp16, of bf16 and under autocast run in that
-    dtype, at the price of a second ``c V`` in it; those of fp16 run in fp32 on a CPU, where that is many times faster.
+    added to ``weight.grad``. Softmax, loss and the accumulation of the weight's gradient are in fp32. Matrix products
+    of fp16, of bf16 and under autocast run in that dtype, at the price of a second ``c V`` in it; those of fp16 run in
+    fp32 on a CPU, where that is many times faster.
 
     Differentiable once; forward-mode differentiation and ``torch.func`` are not supported.
 

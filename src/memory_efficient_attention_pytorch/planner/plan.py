@@ -156,7 +156,7 @@ def plan(
         loss_fn: makes a scalar of what the module returns; default: that itself, or its attribute ``loss``.
         training: False plans a forward pass without gradients in eval mode; for a Transformer generation, that is the
             pass over a prompt of ``seq_len`` tokens, which fills the cache of keys and values, and the next token.
-        threads: of the CPU's kernels, which keep buffers each.
+        threads: of the CPU's kernels, which keep buffers each, and by whose number attention chooses its tiles.
         keep_gradients: whether they exist when the step begins, as where they are accumulated over batches; False: they
             are made in backward, as after ``optimizer.zero_grad()``.
 
