@@ -24,7 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memory_efficient_attention_pytorch.functional.linear_cross_entropy import linear_cross_entropy
+from memory_efficient_attention_pytorch.loss.linear_cross_entropy import linear_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
 

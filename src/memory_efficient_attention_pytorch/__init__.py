@@ -4,29 +4,29 @@ What backpropagation can compute again or invert is never stored: attention scor
 activations of layers, logits.
 """
 
-import importlib
-import importlib.util
-import sys
-from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+from .common.lazy import names_from
+
+# Loaded now and let go of: importing it later would put the module in the place of the function of the same name.
+import_module(".memory_efficient_attention", __name__)
+del globals()["memory_efficient_attention"]
 
 if TYPE_CHECKING:
-    from .autoregressive_wrapper import AutoregressiveWrapper
-    from .cache import KVCache
-    from .feedforward import FeedForward, PreNorm
-    from .flash_attention import FlashAttention
-    from .functional.attention import BackendChoice, dot_product_attention, select_backend
-    from .functional.linear_cross_entropy import linear_cross_entropy
-    from .memory_efficient_attention import Attention, memory_efficient_attention
-    from .memory_efficient_cosine_sim_attention import (
-        CosineSimAttention,
-        numerically_unstable_memory_efficient_attention,
-    )
-    from .pieces import Chunked
+    from .attention.functional import BackendChoice, dot_product_attention, select_backend
+    from .attention.version_0_1 import memory_efficient_attention, numerically_unstable_memory_efficient_attention
+    from .layers.attention import Attention, FlashAttention
+    from .layers.cache import KVCache
+    from .layers.chunked import Chunked
+    from .layers.cosine_attention import CosineSimAttention
+    from .layers.feedforward import FeedForward, PreNorm
+    from .layers.positions import AlibiBias, RelativePositionBias, RotaryEmbedding
+    from .layers.reversible import ReversibleSequence
+    from .loss.linear_cross_entropy import linear_cross_entropy
+    from .models.generation import AutoregressiveWrapper
+    from .models.transformer import Transformer
     from .planner.plan import Plan, max_seq_len, plan
-    from .positions import AlibiBias, RelativePositionBias, RotaryEmbedding
-    from .reversible import ReversibleSequence
-    from .transformer import Transformer
 
 __all__ = [
     "AlibiBias",
@@ -53,45 +53,21 @@ __all__ = [
     "select_backend",
 ]
 
-# Where the public names are. Each module is imported, and PyTorch with it, when one of its names is first used: until
-# then the command line can answer, and set what PyTorch reads when it is loaded.
+# Where the public names are. PyTorch is loaded when one of them is first used: until then the command line can answer.
 _NAMES = {
-    "autoregressive_wrapper": ("AutoregressiveWrapper",),
-    "cache": ("KVCache",),
-    "feedforward": ("FeedForward", "PreNorm"),
-    "flash_attention": ("FlashAttention",),
-    "functional.attention": ("BackendChoice", "dot_product_attention", "select_backend"),
-    "functional.linear_cross_entropy": ("linear_cross_entropy",),
-    "memory_efficient_attention": ("Attention", "memory_efficient_attention"),
-    "memory_efficient_cosine_sim_attention": ("CosineSimAttention", "numerically_unstable_memory_efficient_attention"),
-    "pieces": ("Chunked",),
-    "planner": ("Plan", "max_seq_len", "plan"),
-    "positions": ("AlibiBias", "RelativePositionBias", "RotaryEmbedding"),
-    "reversible": ("ReversibleSequence",),
-    "transformer": ("Transformer",),
+    "attention.functional": ("BackendChoice", "dot_product_attention", "select_backend"),
+    "attention.version_0_1": ("memory_efficient_attention", "numerically_unstable_memory_efficient_attention"),
+    "layers.attention": ("Attention", "FlashAttention"),
+    "layers.cache": ("KVCache",),
+    "layers.chunked": ("Chunked",),
+    "layers.cosine_attention": ("CosineSimAttention",),
+    "layers.feedforward": ("FeedForward", "PreNorm"),
+    "layers.positions": ("AlibiBias", "RelativePositionBias", "RotaryEmbedding"),
+    "layers.reversible": ("ReversibleSequence",),
+    "loss.linear_cross_entropy": ("linear_cross_entropy",),
+    "models.generation": ("AutoregressiveWrapper",),
+    "models.transformer": ("Transformer",),
+    "planner.plan": ("Plan", "max_seq_len", "plan"),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
-
-
-class _Package(ModuleType):
-    def __getattr__(self, name: str) -> Any:
-        """A public name or a module, looked up for the first time."""
-        if name in _HOMES:
-            value = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
-            setattr(self, name, value)
-            return value
-        if not name.startswith("_") and importlib.util.find_spec(f"{__name__}.{name}") is not None:
-            return importlib.import_module(f"{__name__}.{name}")
-        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """A module that has been loaded becomes its package's attribute. This one leaves its name to its function."""
-        if name == "memory_efficient_attention" and isinstance(value, ModuleType):
-            value = value.memory_efficient_attention
-        super().__setattr__(name, value)
-
-    def __dir__(self) -> list[str]:
-        return sorted({*super().__dir__(), *__all__})
-
-
-sys.modules[__name__].__class__ = _Package
+__getattr__, __dir__ = names_from(__name__, _HOMES)

@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from memory_efficient_attention_pytorch.functional import products, request
+from memory_efficient_attention_pytorch.attention import request
+from memory_efficient_attention_pytorch.common import products
 from tests import reference
 
 BACKENDS = ("naive", "tiled", "fused", "auto")

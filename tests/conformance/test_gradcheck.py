@@ -7,12 +7,7 @@ import pytest
 import torch
 from torch.autograd import gradcheck
 
-from memory_efficient_attention_pytorch import (
-    Attention,
-    CosineSimAttention,
-    FlashAttention,
-    dot_product_attention,
-)
+from memory_efficient_attention_pytorch import Attention, CosineSimAttention, FlashAttention, dot_product_attention
 from tests import reference
 from tests.conformance.cases import BACKENDS, Case, make_inputs, result_or_message, serve_or_skip
 

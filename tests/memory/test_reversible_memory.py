@@ -4,9 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memory_efficient_attention_pytorch import (
-    ReversibleSequence,
-)
+from memory_efficient_attention_pytorch import ReversibleSequence
 from tests.agreement import one_thread, products
 from tests.branches import DIM, layers, plain, tokens
 from tests.memory.live_bytes import LiveBytes, saved_bytes

@@ -8,7 +8,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memory_efficient_attention_pytorch import Transformer, dot_product_attention
-from memory_efficient_attention_pytorch.functional import products, request
+from memory_efficient_attention_pytorch.attention import request
+from memory_efficient_attention_pytorch.common import products
 from memory_efficient_attention_pytorch.planner.accounting import Accounting, accounting_for
 from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
 

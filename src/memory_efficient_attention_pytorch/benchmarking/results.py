@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import require
+from ..common.errors import require
 from ..training.files import write_atomically
 from .packages import OUR_DISTRIBUTION
 from .schedule import Settings

@@ -14,7 +14,7 @@ from typing import Any
 
 import torch
 
-from ..errors import require
+from ..common.errors import require
 from ..planner.measure import Measurement, measure_peak
 from .results import Results, Run, begin
 from .schedule import Forecast, Job, Settings, schedule

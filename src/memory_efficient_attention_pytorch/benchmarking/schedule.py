@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from statistics import median
 
-from ..errors import require_positive_int
+from ..common.errors import require_positive_int
 from .shape import Shape
 from .systems import System
 

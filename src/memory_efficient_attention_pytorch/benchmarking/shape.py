@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, fields
 
-from ..errors import require, require_positive_int
+from ..common.errors import require, require_positive_int
 
 BYTES_PER_NUMBER = 4  # the unit counts numbers of 4 bytes, whatever precision a system computes in
 

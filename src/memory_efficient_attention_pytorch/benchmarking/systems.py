@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import require
+from ..common.errors import require
 from .baselines import SdpaTransformer
 from .packages import TRANSFORMERS, UPSTREAM, X_TRANSFORMERS, Package
 from .shape import Shape
@@ -55,7 +55,7 @@ def _lean(shape: Shape) -> dict[str, Any]:
 
 def _ours(lean: bool = False, **settings: Any) -> Callable[[Shape, Path], tuple[nn.Module, Loss]]:
     def build(shape: Shape, packages: Path) -> tuple[nn.Module, Loss]:
-        from ..transformer import Transformer
+        from ..models.transformer import Transformer
 
         model = Transformer(
             num_tokens=shape.num_tokens,
@@ -84,7 +84,7 @@ def _sdpa(**settings: Any) -> Callable[[Shape, Path], tuple[nn.Module, Loss]]:
 
 def _upstream(shape: Shape, packages: Path) -> tuple[nn.Module, Loss]:
     with UPSTREAM.imported(packages):
-        from memory_efficient_attention_pytorch.transformer import Transformer
+        from memory_efficient_attention_pytorch.models.transformer import Transformer
 
     model = Transformer(
         num_tokens=shape.num_tokens,

@@ -19,7 +19,7 @@ from typing import TYPE_CHECKING, TextIO
 if TYPE_CHECKING:
     import torch
 
-    from ..autoregressive_wrapper import AutoregressiveWrapper
+    from ..models.generation import AutoregressiveWrapper
     from ..training.run_directory import LoadedRun
     from ..training.tokenizers import Tokenizer
 
@@ -126,7 +126,7 @@ def _generate(
     """The steps of all prompts together."""
     import torch
 
-    from ..autoregressive_wrapper import AutoregressiveWrapper, pad_left
+    from ..models.generation import AutoregressiveWrapper, pad_left
 
     end, device = loaded.tokenizer.end_id, next(loaded.model.parameters()).device
     wrapper = AutoregressiveWrapper(loaded.model, pad_value=0 if end is None else end)

@@ -16,11 +16,13 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
-from .. import linear_pieces, pieces
-from ..functional import linear_cross_entropy, products, tiled
-from ..functional.recording import Found, Recording
-from ..memory_efficient_attention import Attention
-from ..visibility import Tile, Visibility
+from ..attention import tiles as tiled
+from ..attention.visibility import Tile, Visibility
+from ..common import products
+from ..common.recording import Found, Recording
+from ..layers.attention import Attention
+from ..loss import linear_cross_entropy
+from ..recompute import linear_pieces, pieces
 from .ledger import Ledger, Weight
 
 T = TypeVar("T")

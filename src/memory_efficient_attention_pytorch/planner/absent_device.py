@@ -15,8 +15,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..functional import fused
-from ..functional.request import AttentionRequest
+from ..attention import sdpa as fused
+from ..attention.request import AttentionRequest
 from .abridge import replaced
 
 aten = torch.ops.aten

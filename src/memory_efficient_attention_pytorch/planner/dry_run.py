@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..errors import require
+from ..common.errors import require
 from .abridge import abridged, attributed, replaced
 from .absent_device import stand_in
 from .accounting import Accounting

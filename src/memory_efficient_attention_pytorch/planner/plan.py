@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..errors import require
-from ..transformer import Transformer
+from ..common.errors import require
+from ..models.transformer import Transformer
 from .accounting import Accounting, accounting_for
 from .dry_run import OptimizerMaker
 from .ladder import Rung, ladder

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..errors import require
+from ..common.errors import require
 
 _UNITS = {
     "": 1,

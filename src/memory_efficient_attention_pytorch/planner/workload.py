@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..cache import KVCache
-from ..errors import require, require_positive_int
-from ..transformer import Transformer
+from ..common.errors import require, require_positive_int
+from ..layers.cache import KVCache
+from ..models.transformer import Transformer
 from .accounting import Accounting
 from .dry_run import OptimizerMaker, Step, dry_run
 from .timeline import Timeline, at_depth

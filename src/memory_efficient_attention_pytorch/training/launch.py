@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 
-from ..functional.attention import select_backend
+from ..attention.functional import select_backend
 from .budget import Memory, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config

@@ -2,7 +2,7 @@
 
 from typing import Any
 
-from ..transformer import Transformer
+from ..models.transformer import Transformer
 from .config import TrainConfig
 
 

@@ -13,7 +13,7 @@ from typing import NamedTuple
 
 import torch
 
-from ..transformer import Transformer
+from ..models.transformer import Transformer
 from .checkpoints import Checkpoints, load_weights
 from .config import TrainConfig, load_config
 from .model import build_model

@@ -9,7 +9,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..autoregressive_wrapper import AutoregressiveWrapper
+from ..models.generation import AutoregressiveWrapper
 from .checkpoints import Checkpoint, TrainState, load_optimizer, load_weights
 from .config import TrainConfig
 from .data import Batches, Corpus, evaluation_starts, shifted

@@ -1,0 +1,120 @@
+"""The functions of version 0.1, under its names and with its arguments."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from .functional import dot_product_attention
+from .request import BiasModule
+
+
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    attn_bias: Tensor | BiasModule | None = None,
+    dropout: float = 0.0,
+    training: bool = False,
+    **_: Any,
+) -> Tensor:
+    """:func:`memory_efficient_attention` by the whole score matrix; bucket sizes and eps are not needed."""
+    keep = dropout if training else 0.0
+    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, dropout=keep, backend="naive")
+
+
+def memory_efficient_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    attn_bias: Tensor | BiasModule | None = None,
+    q_bucket_size: int = 512,
+    k_bucket_size: int = 1024,
+    eps: float = 1e-8,
+    dropout: float = 0.0,
+    training: bool = False,
+) -> Tensor:
+    """:func:`dot_product_attention` under the name and with the arguments of version 0.1.
+
+    q, k, v ``(b, h, n, d)``; dropout only when ``training``; ``eps`` is accepted and not needed (the normaliser is
+    exact).
+    """
+    return dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=causal,
+        attn_bias=attn_bias,
+        dropout=dropout if training else 0.0,
+        q_bucket_size=q_bucket_size,
+        k_bucket_size=k_bucket_size,
+    )
+
+
+def unscaled_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    attn_bias: Tensor | None = None,
+    **_: Any,
+) -> Tensor:
+    """Unscaled attention by the whole score matrix; q ``(b, h, n, d)`` already scaled. Other keywords: not needed."""
+    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, scale=1.0, backend="naive")
+
+
+def numerically_unstable_memory_efficient_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None = None,
+    causal: bool = False,
+    attn_bias: Tensor | None = None,
+    q_bucket_size: int = 512,
+    k_bucket_size: int = 1024,
+    eps: float = 1e-8,
+) -> Tensor:
+    """Unscaled attention under the name of version 0.1, which skipped the softmax's maximum; this one does not.
+
+    q ``(b, h, n, d)`` already scaled, k and v ``(b, h, m, d)`` → ``(b, h, n, d)``. ``eps`` is accepted and not needed.
+    """
+    buckets: dict[str, Any] = {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, scale=1.0, **buckets)
+
+
+class FlashAttentionFunction:
+    """``apply`` of version 0.1: attention by tiles, scaled by ``d ** -0.5``."""
+
+    @staticmethod
+    def apply(
+        q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, q_bucket_size: int, k_bucket_size: int
+    ) -> Tensor:
+        """q, k, v ``(b, h, n, d)``, mask ``(b, m)`` or broadcastable to ``(b, h, n, m)`` → ``(b, h, n, d)``."""
+        buckets: dict[str, Any] = {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+        return dot_product_attention(q, k, v, mask=mask, causal=causal, backend="tiled", **buckets)
+
+
+class CosineSimFlashAttentionFunction:
+    """``apply`` of version 0.1: attention by tiles, with the scale given."""
+
+    @staticmethod
+    def apply(
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        mask: Tensor | None,
+        scale: float,
+        causal: bool,
+        q_bucket_size: int,
+        k_bucket_size: int,
+    ) -> Tensor:
+        """q, k, v ``(b, h, n, d)``, q and k of unit length, mask ``(b, m)`` → ``(b, h, n, d)``."""
+        buckets: dict[str, Any] = {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+        return dot_product_attention(q, k, v, mask=mask, causal=causal, scale=float(scale), backend="tiled", **buckets)

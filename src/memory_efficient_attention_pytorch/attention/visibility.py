@@ -1,0 +1,247 @@
+"""What a query may see: masks, causality, windows and documents, evaluated one tile at a time.
+
+Letters used throughout: b batch, h query heads, kv key/value heads, n queries, m keys, d width of q and k, e of v.
+Query i stands at position ``i + m - n`` among the keys, so that the last query is aligned with the last key.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
+
+from ..common.errors import require
+
+
+class Tile(NamedTuple):
+    """A rectangle of scores, queries ``i0:i1`` by keys ``j0:j1``; ``full`` tiles need no mask."""
+
+    i0: int
+    i1: int
+    j0: int
+    j1: int
+    full: bool
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.i0, self.i1)
+
+    @property
+    def keys(self) -> slice:
+        return slice(self.j0, self.j1)
+
+
+@dataclass(frozen=True)
+class Visibility:
+    """Which of m keys each of n queries may attend to: the conjunction of all that is given.
+
+    mask: bool ``(b|1, h|1, n|1, m|1)``, True = may attend. document_ids: integers ``(b, m)``, queries are the last n.
+    left, right: how many keys before and after its own position a query may see (None: all of them).
+    """
+
+    n: int
+    m: int
+    left: int | None = None
+    right: int | None = None
+    mask: Tensor | None = None
+    document_ids: Tensor | None = None
+
+    @staticmethod
+    def build(
+        shape: tuple[int, int, int, int],
+        device: torch.device,
+        mask: Tensor | None = None,
+        causal: bool = False,
+        window: int | tuple[int | None, int | None] | None = None,
+        document_ids: Tensor | None = None,
+    ) -> Visibility:
+        """Validate the public arguments once, for scores of shape ``(b, h, n, m)``."""
+        b, _, n, m = shape
+        left, right = window_sides(window)
+        if causal:
+            right = 0 if right is None else min(right, 0)
+        if mask is not None:
+            mask = _broadcastable_mask(mask, shape, device)
+        if document_ids is not None:
+            require(isinstance(document_ids, Tensor), "document_ids", "a tensor", type(document_ids).__name__)
+            integers = not document_ids.is_floating_point() and document_ids.dtype != torch.bool
+            require(integers, "document_ids", "an integer dtype", document_ids.dtype)
+            fits = document_ids.shape == (b, m) and n <= m
+            expected = f"shape (batch, keys) = {(b, m)} with no more queries than keys"
+            require(fits, "document_ids", expected, f"{tuple(document_ids.shape)} and {n} queries")
+            require(document_ids.device == device, "document_ids", f"device {device}", document_ids.device)
+        return Visibility(n, m, left, right, mask, document_ids)
+
+    @property
+    def offset(self) -> int:
+        """Position of query 0 among the keys."""
+        return self.m - self.n
+
+    @property
+    def trivial(self) -> bool:
+        """Every query sees every key, known without looking at a tensor."""
+        return self.mask is None and self.document_ids is None and self._structurally_full(0, self.n, 0, self.m)
+
+    @property
+    def plain_causal(self) -> bool:
+        """Square and causal, and nothing besides."""
+        unrestricted_left = self.left is None or self.left >= self.m - 1
+        return self.right == 0 and unrestricted_left and self.n == self.m and not self.tensors
+
+    @property
+    def tensors(self) -> tuple[Tensor, ...]:
+        return tuple(t for t in (self.mask, self.document_ids) if t is not None)
+
+    def with_tensors(self, mask: Tensor | None, document_ids: Tensor | None) -> Visibility:
+        return replace(self, mask=mask, document_ids=document_ids)
+
+    def narrow(self, batch: slice, heads: slice) -> Visibility:
+        """The same question for a part of the batch and of the heads."""
+        mask = None if self.mask is None else narrow_broadcast(self.mask, batch, heads)
+        ids = None if self.document_ids is None else self.document_ids[batch]
+        return replace(self, mask=mask, document_ids=ids)
+
+    def key_range(self, i0: int, i1: int) -> tuple[int, int]:
+        """The keys that window and causality leave to queries ``i0:i1``, as a half-open range."""
+        low = 0 if self.left is None else max(0, i0 + self.offset - self.left)
+        high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
+        return low, max(low, high)
+
+    def schedule(self, q_bucket_size: int, k_bucket_size: int) -> list[list[Tile]]:
+        """For each bucket of queries the tiles that are not empty, in key order.
+
+        Empty and full are decided from positions first and from the tensors' contents second; one device-to-host copy.
+        """
+        rows = []
+        for i0 in range(0, self.n, q_bucket_size):
+            i1 = min(i0 + q_bucket_size, self.n)
+            low, high = self.key_range(i0, i1)
+            row = []
+            for j0 in range(low, high, k_bucket_size):
+                j1 = min(j0 + k_bucket_size, high)
+                row.append(Tile(i0, i1, j0, j1, self._structurally_full(i0, i1, j0, j1)))
+            rows.append(row)
+        return self._refine(rows) if self.tensors else rows
+
+    def tile_mask(self, tile: Tile, device: torch.device) -> Tensor | None:
+        """Bool tensor broadcastable to ``(b, h, i, j)``, True = visible; None when nothing is hidden."""
+        if tile.full:
+            return None
+        parts = []
+        if not self._structurally_full(*tile[:4]):
+            parts.append(self._structural_mask(tile, device))
+        if self.mask is not None:
+            parts.append(slice_broadcast(self.mask, tile.queries, tile.keys))
+        if self.document_ids is not None:
+            of_queries = self.document_ids[:, tile.i0 + self.offset : tile.i1 + self.offset]
+            of_keys = self.document_ids[:, tile.keys]
+            parts.append((of_queries[:, :, None] == of_keys[:, None, :])[:, None])
+        visible = parts[0]
+        for part in parts[1:]:
+            visible = visible & part
+        return visible
+
+    def _structurally_full(self, i0: int, i1: int, j0: int, j1: int) -> bool:
+        reaches_left = self.left is None or j0 >= i1 - 1 + self.offset - self.left
+        reaches_right = self.right is None or j1 - 1 <= i0 + self.offset + self.right
+        return reaches_left and reaches_right
+
+    def _structural_mask(self, tile: Tile, device: torch.device) -> Tensor:
+        # Compared without their differences, integers of eight bytes each.
+        positions = torch.arange(tile.i0 + self.offset, tile.i1 + self.offset, device=device)[:, None]
+        keys = torch.arange(tile.j0, tile.j1, device=device)
+        visible = None if self.right is None else keys <= positions + self.right
+        if self.left is not None:
+            near = keys >= positions - self.left
+            visible = near if visible is None else visible.logical_and_(near)
+        assert visible is not None
+        return visible[None, None]
+
+    def _refine(self, rows: list[list[Tile]]) -> list[list[Tile]]:
+        """Drop tiles that the tensors make empty and mark those that they leave full."""
+        if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in self.tensors):
+            return [[tile._replace(full=False) for tile in row] for row in rows]
+        statistics: dict[tuple[int, ...], Tensor] = {}
+        for row in rows:
+            for tile in row:
+                key = self._content_key(tile)
+                if key not in statistics:
+                    statistics[key] = self._content(tile)
+        if not statistics:
+            return rows
+        found = dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
+        refined = []
+        for row in rows:
+            kept = []
+            for tile in row:
+                some, every = found[self._content_key(tile)]
+                if some:
+                    kept.append(tile._replace(full=tile.full and every))
+            refined.append(kept)
+        return refined
+
+    def _content_key(self, tile: Tile) -> tuple[int, ...]:
+        depends_on_queries = self.document_ids is not None or (self.mask is not None and self.mask.shape[2] > 1)
+        return tile[:4] if depends_on_queries else tile[2:4]
+
+    def _content(self, tile: Tile) -> Tensor:
+        """Two booleans: may any pair of the tile be visible, and are all of them, as far as the tensors say."""
+        some = every = torch.ones((), dtype=torch.bool, device=self.tensors[0].device)
+        if self.mask is not None:
+            part = slice_broadcast(self.mask, tile.queries, tile.keys)
+            some, every = part.any(), part.all()
+        if self.document_ids is not None:
+            of_queries = self.document_ids[:, tile.i0 + self.offset : tile.i1 + self.offset]
+            of_keys = self.document_ids[:, tile.keys]
+            (q_low, q_high), (k_low, k_high) = of_queries.aminmax(dim=1), of_keys.aminmax(dim=1)
+            some = some & ((q_low <= k_high) & (k_low <= q_high)).any()
+            every = every & ((q_low == q_high) & (k_low == k_high) & (q_low == k_low)).all()
+        return torch.stack((some, every))
+
+
+def slice_broadcast(tensor: Tensor, queries: slice, keys: slice) -> Tensor:
+    """``tensor (b|1, h|1, n|1, m|1)`` restricted to a tile, broadcast dimensions kept."""
+    if tensor.shape[2] > 1:
+        tensor = tensor[:, :, queries]
+    return tensor[:, :, :, keys] if tensor.shape[3] > 1 else tensor
+
+
+def narrow_broadcast(tensor: Tensor, batch: slice, heads: slice) -> Tensor:
+    """``tensor (b|1, h|1, n|1, m|1)`` restricted to a part of the batch and the heads, broadcast dimensions kept."""
+    if tensor.shape[0] > 1:
+        tensor = tensor[batch]
+    return tensor[:, heads] if tensor.shape[1] > 1 else tensor
+
+
+def window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+    if window is None:
+        return None, None
+    sides = (window, window) if isinstance(window, int) else window
+    expected = "None, an integer of at least 0 or a pair (left, right) of such"
+    well_formed = isinstance(sides, tuple | list) and len(sides) == 2 and not isinstance(window, bool)
+    require(well_formed, "window", expected, repr(window))
+    for side in sides:
+        valid = side is None or (isinstance(side, int) and not isinstance(side, bool) and side >= 0)
+        require(valid, "window", expected, repr(window))
+    return sides[0], sides[1]
+
+
+def _broadcastable_mask(mask: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
+    b, _, _, m = shape
+    require(isinstance(mask, Tensor), "mask", "a tensor", type(mask).__name__)
+    require(mask.dtype == torch.bool, "mask", "dtype torch.bool (True = may attend)", mask.dtype)
+    require(mask.device == device, "mask", f"device {device}, that of q", mask.device)
+    return canonical_broadcast(mask, shape, "mask") if mask.shape != (b, m) else mask[:, None, None, :]
+
+
+def canonical_broadcast(tensor: Tensor, shape: tuple[int, int, int, int], argument: str) -> Tensor:
+    """``tensor`` with leading dimensions of 1 added until it has four, checked against the scores' ``shape``."""
+    fits = tensor.dim() <= 4 and all(
+        size in (1, full) for size, full in zip(reversed(tensor.shape), reversed(shape), strict=False)
+    )
+    names = "(batch, heads, queries, keys)"
+    require(fits, argument, f"a shape broadcastable to {names} = {shape}", tuple(tensor.shape))
+    return tensor[(None,) * (4 - tensor.dim())]

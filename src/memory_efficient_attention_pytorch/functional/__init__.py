@@ -1,1 +1,0 @@
-"""Attention and the loss as plain functions."""

@@ -1,0 +1,249 @@
+"""Multi-head attention modules, and the functions that the seed's users call."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..attention.functional import BACKENDS, dot_product_attention, recorded_attention
+from ..attention.request import BiasModule, accepts_heads
+from ..attention.visibility import window_sides
+from ..common.errors import require, require_positive_int, require_probability
+from ..common.recording import Recording
+from ..recompute.pieces import Branch, apply_piecewise, has_hooks
+from .cache import KVCache
+from .head_groups import HeadGroup, HeadGroupBranch
+from .linear import Linear, is_plain_linear
+from .positions import rotate
+
+
+class Attention(nn.Module):
+    """Multi-head attention, ``to_out(attend(to_q(x), to_kv(context)))``, exact and in memory linear in tokens.
+
+    Args:
+        dim: width of x, context and output.
+        heads, dim_head: query heads and the width of each.
+        dropout: probability of dropping a normalised attention weight, in training.
+        causal: query i sees keys ``j <= i + m − n``.
+        memory_efficient: accepted for code written for version 0.1, where it chose between an n × n matrix and tiles.
+            Both values give the same numbers here, and neither holds n × n (``backend="naive"`` does).
+        q_bucket_size, k_bucket_size: sides of a tile; ``forward`` may override them for a call.
+        kv_heads: key/value heads, a divisor of ``heads`` (None: as many; 1: multi-query attention).
+        window: keys before and after its own position that a query sees: an integer for both, or a pair.
+        head_chunks: split the heads into this many groups and compute one group at a time, in forward and backward.
+            x is all that is kept for backward then, and the memory of q, k, v and output falls with the number. A group
+            should hold at least as many heads × batch as there are CPU threads.
+        keep_attention: where backward computes activations again (head groups, reversible blocks), do not compute
+            attention again but keep its output and log-sum-exp, ``b·n·heads·(dim_head + 1)`` elements: True on the
+            device, ``"cpu"`` in host memory, which for a model on the CPU is the same. Results are the same.
+        backend: see :func:`dot_product_attention`.
+
+    Raises:
+        ValueError: an argument outside its range, head counts that do not divide one another.
+
+    Weights: ``to_q (heads·dim_head, dim)``, ``to_kv (2·kv_heads·dim_head, dim)`` keys first, ``to_out (dim,
+    heads·dim_head)``, no biases.
+    """
+
+    def __init__(
+        self,
+        *,
+        dim: int,
+        heads: int = 8,
+        dim_head: int = 64,
+        dropout: float = 0.0,
+        causal: bool = False,
+        memory_efficient: bool = False,
+        q_bucket_size: int = 512,
+        k_bucket_size: int = 1024,
+        kv_heads: int | None = None,
+        window: int | tuple[int | None, int | None] | None = None,
+        head_chunks: int = 1,
+        keep_attention: bool | str = False,
+        backend: str = "auto",
+    ) -> None:
+        super().__init__()
+        kv_heads = heads if kv_heads is None else kv_heads
+        counts = {"dim": dim, "heads": heads, "dim_head": dim_head, "kv_heads": kv_heads, "head_chunks": head_chunks}
+        for argument, value in {**counts, "q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}.items():
+            require_positive_int(argument, value)
+        require(heads % kv_heads == 0, "kv_heads", f"a divisor of heads = {heads}", kv_heads)
+        require_probability("dropout", dropout)
+        require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
+        window_sides(window)
+        known = isinstance(keep_attention, bool) or keep_attention == "cpu"
+        require(known, "keep_attention", "False, True or 'cpu'", repr(keep_attention))
+        fits = not keep_attention or backend != "naive"
+        require(fits, "keep_attention", "False with backend 'naive', which keeps every score", repr(keep_attention))
+        self.keep_attention = keep_attention
+        self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
+        self.dropout, self.causal, self.window, self.backend = dropout, causal, window, backend
+        self.memory_efficient = memory_efficient
+        self.q_bucket_size, self.k_bucket_size = q_bucket_size, k_bucket_size
+        self.head_groups = HeadGroup.split(heads, kv_heads, head_chunks)
+        self.to_q = Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = Linear(dim, 2 * kv_heads * dim_head, bias=False)
+        self.to_out = Linear(heads * dim_head, dim, bias=False)
+
+    def forward(
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | BiasModule | None = None,
+        memory_efficient: bool | None = None,
+        q_bucket_size: int | None = None,
+        k_bucket_size: int | None = None,
+        *,
+        document_ids: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """x ``(b, n, dim)``, context ``(b, m, dim)`` (default x) → ``(b, n, dim)``.
+
+        mask, attn_bias, document_ids: as for :func:`dot_product_attention`. rotary: cosines and sines of the tokens'
+        positions (see :class:`RotaryEmbedding`), for attention of x to itself. cache: keys and values of earlier
+        tokens; mask and document_ids then cover those too.
+        """
+        self._check(x, context, rotary, cache)
+        given: dict[str, Any] = {
+            "context": context,
+            "mask": mask,
+            "attn_bias": attn_bias,
+            "q_bucket_size": q_bucket_size,
+            "k_bucket_size": k_bucket_size,
+            "document_ids": document_ids,
+            "rotary": rotary,
+        }
+        if len(self.head_groups) > 1 and cache is None:
+            return apply_piecewise(self.as_branch({k: v for k, v in given.items() if v is not None}), x)
+        del given["context"]
+        q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        kv = self.to_kv(x if context is None else context)
+        k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
+        out = self.attend(q, k, v, cache=cache, **given)
+        return self.to_out(out.transpose(1, 2).flatten(2))
+
+    def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
+        """Pieces over groups of heads; a single piece when there is one group or the projections are not plain ones."""
+        kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "memory_efficient"}
+        plain = all(
+            is_plain_linear(p) and p.bias is None and not has_hooks(p) for p in (self.to_q, self.to_kv, self.to_out)
+        )
+        if len(self.head_groups) > 1 and "cache" not in kwargs:
+            require(plain, "head_chunks", "1 where a projection is replaced or hooked", len(self.head_groups))
+            return HeadGroupBranch(self, norm, kwargs)
+        if norm is None:
+            return Branch(self, [self], kwargs)
+        return Branch(lambda x, **kw: self(norm(x), **kw), [norm, self], kwargs)
+
+    def attend(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        *,
+        group: HeadGroup | None = None,
+        mask: Tensor | None = None,
+        attn_bias: Tensor | BiasModule | None = None,
+        q_bucket_size: int | None = None,
+        k_bucket_size: int | None = None,
+        document_ids: Tensor | None = None,
+        rotary: tuple[Tensor, Tensor] | None = None,
+        cache: KVCache | None = None,
+    ) -> Tensor:
+        """Projected heads ``(b, h, n, d)``, ``(b, kv, m, d)`` twice → ``(b, h, n, d)``; ``group``: which heads."""
+        q, k, scale = self.prepare(q, k, slice(None) if group is None else group.heads)
+        if rotary is not None:
+            q, k = rotate(q, rotary), rotate(k, rotary)
+        if cache is not None:
+            k, v = cache.extend(self, k, v, self._reach)
+            mask, document_ids = _last_keys(mask, k.shape[2]), _last_keys(document_ids, k.shape[2])
+        if group is not None:
+            mask, attn_bias = _of_heads(mask, group.heads), _of_heads(attn_bias, group.heads)
+        options: dict[str, Any] = {
+            "mask": mask,
+            "attn_bias": attn_bias,
+            "causal": self.causal,
+            "window": self.window,
+            "document_ids": document_ids,
+            "dropout": self.dropout if self.training else 0.0,
+            "scale": scale,
+            "backend": self.backend,
+            "q_bucket_size": self.q_bucket_size if q_bucket_size is None else q_bucket_size,
+            "k_bucket_size": self.k_bucket_size if k_bucket_size is None else k_bucket_size,
+        }
+        recording = Recording.active() if self.keep_attention else None
+        if recording is None:
+            return dot_product_attention(q, k, v, **options)
+        return recorded_attention(recording, self, self.keep_attention == "cpu", q, k, v, **options)
+
+    def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
+        """What is done to projected queries and keys before they meet, and the scale of their products."""
+        return q, k, None
+
+    @property
+    def _reach(self) -> int | None:
+        """How many keys before its own a query sees."""
+        return window_sides(self.window)[0]
+
+    def _check(self, x: Tensor, context: Tensor | None, rotary: Any, cache: KVCache | None) -> None:
+        for argument, tensor in (("x", x), ("context", context)):
+            if tensor is None:
+                continue
+            width = self.to_q.in_features if argument == "x" else self.to_kv.in_features
+            fits = tensor.dim() == 3 and tensor.shape[-1] == width
+            require(fits, argument, f"shape (batch, tokens, {width})", tuple(tensor.shape))
+        same_batch = context is None or len(context) == len(x)
+        require(same_batch, "context", f"batch {len(x)}, that of x", None if context is None else len(context))
+        require(context is None or (rotary is None and cache is None), "context", "none beside rotary or cache", "both")
+
+
+def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:
+    return None if tensor is None or tensor.shape[-1] == 1 else tensor[..., -keys:]
+
+
+def _of_heads(tensor: Any, heads: slice) -> Any:
+    """The part for some heads of a mask, a bias tensor or a bias module."""
+    if isinstance(tensor, Tensor):
+        per_head = tensor.dim() >= 3 and tensor.shape[-3] > 1
+        return tensor[..., heads, :, :] if per_head else tensor
+    return tensor if tensor is None else BiasOfHeads(tensor, heads)
+
+
+class BiasOfHeads(nn.Module):
+    """A bias module restricted to some of its heads."""
+
+    def __init__(self, bias: BiasModule, heads: slice) -> None:
+        super().__init__()
+        self.bias, self.heads = bias, heads
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
+        wanted = range(self.heads.start, self.heads.stop)[heads]
+        chosen = slice(wanted.start, wanted.stop)
+        if accepts_heads(self.bias):
+            return self.bias(query_positions, key_positions, heads=chosen)
+        values = self.bias(query_positions, key_positions)
+        return values[..., chosen, :, :] if values.dim() >= 3 and values.shape[-3] > 1 else values
+
+
+class FlashAttention(Attention):
+    """:class:`Attention` under its other name, with the positional order of arguments of version 0.1."""
+
+    def __init__(self, *, dim: int, **kwargs: Any) -> None:
+        super().__init__(dim=dim, **{"memory_efficient": True, **kwargs})
+
+    def forward(  # type: ignore[override]
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        mask: Tensor | None = None,
+        q_bucket_size: int | None = None,
+        k_bucket_size: int | None = None,
+        **kwargs: Any,
+    ) -> Tensor:
+        """x ``(b, n, dim)`` → ``(b, n, dim)``; further keywords as for :meth:`Attention.forward`."""
+        buckets: dict[str, Any] = {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+        return super().forward(x, context, mask, **buckets, **kwargs)

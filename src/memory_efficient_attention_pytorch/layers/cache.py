@@ -1,0 +1,118 @@
+"""Keys and values of tokens already seen, for generation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import require, require_positive_int
+
+
+class KVCache:
+    """What every attention layer keeps of the tokens seen so far; hand the same object to each forward call.
+
+    ``length``: tokens seen. A layer with a window keeps only the keys that a later query can see. Buffers grow in
+    doublings, so a layer holds at most ``2 · 2 · b · kv · d · min(length, window + n)`` elements, n being the tokens of
+    a call (1 while generating). For inference only.
+
+    limit: a query sees its own token and the ``limit − 1`` before it, as with a window of ``(limit − 1, 0)`` in every
+    layer. Meant for a first call of at most ``limit`` tokens and then one token a call: the layers themselves know
+    nothing of the limit, so among the tokens of one call a query sees all before its own.
+
+    Every layer extends once in a forward pass, which then advances. A pass that an exception cut short leaves layers
+    that have seen unequal numbers of tokens; this is noticed, and such a cache is of no more use.
+    """
+
+    def __init__(self, limit: int | None = None) -> None:
+        if limit is not None:
+            require_positive_int("limit", limit)
+        self.length, self.limit = 0, limit
+        self._layers: dict[nn.Module, _LayerCache] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes held by all layers."""
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers.values())
+
+    def extend(self, layer: nn.Module, k: Tensor, v: Tensor, left: int | None = None) -> tuple[Tensor, Tensor]:
+        """Append ``(b, kv, n, ·)`` to the layer's keys and values and return all that the n new queries may see.
+
+        left: how many keys before its own position a query of this layer sees (None: all). The tensors returned are
+        views that hold until the next call.
+
+        Raises:
+            ValueError: gradients are enabled, another shape, dtype or device than before, or a layer out of step.
+        """
+        require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
+        mine = self._layers.get(layer)
+        if mine is None:
+            mine = self._layers[layer] = _LayerCache(_kind(k, v), k[:, :, :0], v[:, :, :0])
+        require(
+            mine.seen == self.length,
+            "cache",
+            f"every layer to have seen {self.length} tokens, by one call in each forward pass",
+            f"one that has seen {mine.seen}",
+        )
+        if self.limit is not None:
+            left = self.limit - 1 if left is None else min(left, self.limit - 1)
+        return mine.extend(k, v, left)
+
+    def advance(self, tokens: int) -> None:
+        """To be called once per forward pass, after every layer has extended."""
+        self.length += tokens
+
+
+@dataclass
+class _LayerCache:
+    """Buffers ``(b, kv, capacity, ·)`` of which the first ``stored`` places are filled; ``seen``: tokens in all."""
+
+    kind: tuple[Any, ...]
+    keys: Tensor
+    values: Tensor
+    stored: int = 0
+    seen: int = 0
+
+    def extend(self, k: Tensor, v: Tensor, left: int | None) -> tuple[Tensor, Tensor]:
+        # A batch of 1 would otherwise be broadcast into the buffers without a word.
+        require(_kind(k, v) == self.kind, "cache", f"{_KIND} as before, {self.kind}", _kind(k, v))
+        n = k.shape[2]
+        kept = self.stored if left is None else min(self.stored, left)
+        self.seen += n
+        if left is not None and n > left:
+            return self._replace(k, v, kept, left)
+        if self.stored + n > self.keys.shape[2]:
+            old = slice(self.stored - kept, self.stored)
+            self.keys, self.values = (_roomy(b[:, :, old], 2 * (kept + n)) for b in (self.keys, self.values))
+            self.stored = kept
+        end = self.stored + n
+        self.keys[:, :, self.stored : end] = k
+        self.values[:, :, self.stored : end] = v
+        self.stored = end
+        return self.keys[:, :, end - kept - n : end], self.values[:, :, end - kept - n : end]
+
+    def _replace(self, k: Tensor, v: Tensor, kept: int, left: int) -> tuple[Tensor, Tensor]:
+        """New tokens that fill the window by themselves: of these alone the last ``left`` are stored."""
+        old = slice(self.stored - kept, self.stored)
+        pairs = ((self.keys, k), (self.values, v))
+        keys, values = (torch.cat((buffer[:, :, old], new), dim=2) if kept else new for buffer, new in pairs)
+        self.keys, self.values = (_roomy(new[:, :, new.shape[2] - left :], 2 * (left + 1)) for new in (k, v))
+        self.stored = left
+        return keys, values
+
+
+_KIND = "batch, heads, widths, dtypes and device"
+
+
+def _kind(k: Tensor, v: Tensor) -> tuple[Any, ...]:
+    """What may not change from call to call."""
+    return *k.shape[:2], k.shape[3], v.shape[3], k.dtype, v.dtype, k.device
+
+
+def _roomy(content: Tensor, capacity: int) -> Tensor:
+    """A buffer of ``capacity`` places, the first of which hold ``content``."""
+    buffer = content.new_empty(*content.shape[:2], capacity, content.shape[3])
+    buffer[:, :, : content.shape[2]] = content
+    return buffer

@@ -1,0 +1,59 @@
+"""Any token-wise module in chunks of tokens, in forward and in backward."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from ..common.errors import require, require_positive_int
+from ..recompute.pieces import Branch, ChunkBranch, apply_piecewise, refuse_sharded
+
+
+class Chunked(nn.Module):
+    """Any token-wise module applied to one chunk of tokens at a time, in forward and in backward.
+
+    ``Chunked(module)(x)`` equals ``module(x)`` in outputs and gradients for a module that treats each position along
+    ``dim`` on its own; what the module keeps for backward exists for one chunk at a time. x is all that is kept: each
+    chunk is computed once more in backward. Dropout draws one mask per chunk, the same in both passes; autocast
+    settings are recorded. Differentiable once.
+
+    Args:
+        module: takes and returns a tensor, keeping ``dim``.
+        chunks: how many chunks (the last may be shorter), or
+        chunk_size: how many positions a chunk holds. Give one of the two.
+        dim: the chunked dimension.
+
+    Raises:
+        ValueError: not exactly one of chunks and chunk_size, one below 1, or a module that changes ``dim``.
+
+    Source: feed-forward chunking of Kitaev et al., "Reformer" (2020), arXiv:2001.04451.
+    """
+
+    def __init__(
+        self, module: nn.Module, chunks: int | None = None, chunk_size: int | None = None, dim: int = 1
+    ) -> None:
+        super().__init__()
+        require(
+            (chunks is None) != (chunk_size is None), "chunks, chunk_size", "exactly one of them", (chunks, chunk_size)
+        )
+        require_positive_int(
+            "chunks" if chunk_size is None else "chunk_size", chunks if chunk_size is None else chunk_size
+        )
+        self.module, self.chunks, self.chunk_size, self.dim = module, chunks, chunk_size, dim
+
+    def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
+        require(not kwargs, "Chunked", "no keyword arguments", ", ".join(kwargs))
+        return chunked_branch(self.module, norm, chunks=self.chunks, chunk_size=self.chunk_size, dim=self.dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return apply_piecewise(self.as_branch({}), x)
+
+
+def chunked_branch(module: nn.Module, norm: nn.Module | None, **cut: Any) -> ChunkBranch:
+    """``module``, after ``norm`` if there is one, in chunks."""
+    refuse_sharded(module)
+    if norm is None:
+        return ChunkBranch(module, [module], **cut)
+    return ChunkBranch(lambda x: module(norm(x)), [norm, module], **cut)

@@ -1,0 +1,196 @@
+"""Attention as a sum of pieces: one group of heads after another, projections included.
+
+A group's queries, keys, values, output and their cotangents are all that exists of it at a time. The norm before the
+projections is applied to a slab of tokens where it is needed, forward and backward, and never held as a whole.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import require
+from ..common.products import Scratch, linear_into
+from ..recompute.linear_pieces import Gradients, compute_dtype, normed_piece, slabs
+from ..recompute.pieces import Add, Branch, vector_jacobian_product
+
+if TYPE_CHECKING:
+    from .attention import Attention
+
+
+class HeadGroup(NamedTuple):
+    """Query heads ``heads`` and the key/value heads ``kv_heads`` that they read."""
+
+    heads: slice
+    kv_heads: slice
+
+    @staticmethod
+    def split(heads: int, kv_heads: int, groups: int) -> tuple[HeadGroup, ...]:
+        """Equal groups, each of whole sets of heads that share a key/value head, or a part of one such set."""
+        share = heads // kv_heads
+        size = heads // groups if heads % groups == 0 else 0
+        fits = size > 0 and (size % share == 0 or share % size == 0)
+        expected = f"a number that splits {heads} heads evenly, {share} of which share each key/value head"
+        require(fits, "head_chunks", expected, groups)
+        starts = range(0, heads, size)
+        return tuple(
+            HeadGroup(slice(s, s + size), slice(s // share, max(1, size // share) + s // share)) for s in starts
+        )
+
+
+class _Source(NamedTuple):
+    """Tokens that are projected: x after its norm, or a context; with the rows of the weights that project them."""
+
+    tokens: Tensor
+    norm: nn.Module | None
+    rows: tuple[tuple[Tensor, slice], ...]
+    is_context: bool = False
+
+    def weight(self, dtype: torch.dtype) -> Tensor:
+        return torch.cat([weight[rows] for weight, rows in self.rows]).to(dtype)
+
+
+class HeadGroupBranch(Branch):
+    """``to_out(attend(norm(x)))`` as a sum over groups of heads."""
+
+    overlapping = True
+    single_piece = False
+
+    def __init__(self, attention: Attention, norm: nn.Module | None, kwargs: Mapping[str, Any]) -> None:
+        modules = [attention] if norm is None else [norm, attention]
+        super().__init__(attention, modules, kwargs)
+        self.attention, self.norm = attention, norm
+
+    def allocate(self, x: Tensor, value: Tensor) -> Tensor:
+        # Partial sums over groups are kept in fp32 at least, as one product over all heads would.
+        dtype = torch.promote_types(value.dtype, torch.float32)
+        return value.new_zeros(*x.shape[:2], value.shape[-1], dtype=dtype)
+
+    def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
+        kwargs = self.kwargs(inputs)
+        context = kwargs.pop("context", None)
+        scratch = Scratch(compute_dtype(x), x.device)
+        for group in self.attention.head_groups:
+            heads = self._project(self._sources(x, context, group), scratch)
+            out = _tokens(self.attention.attend(*heads, group=group, **kwargs))
+            del heads
+            self._emit(out, group, scratch, add)
+
+    def differentiate(
+        self,
+        x: Tensor,
+        inputs: Sequence[Tensor],
+        needed: Sequence[bool],
+        cotangent: Tensor,
+        add: Add | None,
+        add_gradient: Add | None,
+    ) -> list[Tensor | None]:
+        leaves = self.leaves(inputs, needed)
+        kwargs = self.kwargs(leaves)
+        context = kwargs.pop("context", None)
+        grads = Gradients(leaves, needed, add_gradient)
+        scratch = Scratch(compute_dtype(x), x.device)
+        for group in self.attention.head_groups:
+            sources = self._sources(x, context, group)
+            heads = [t.detach().requires_grad_() for t in self._project(sources, scratch)]
+            with torch.enable_grad():
+                out = self.attention.attend(*heads, group=group, **kwargs)
+            values = _tokens(out.detach())
+            if add is not None:
+                self._emit(values, group, scratch, add)
+            grad_values = self._through_output(values, cotangent, group, scratch, grads)
+            del values
+            wanted = grads.wanted
+            found = list(vector_jacobian_product(out, [*heads, *wanted], _heads(grad_values, out)))
+            del out, heads, grad_values
+            while wanted:
+                grads.add(wanted.pop(), found.pop())
+            self._through_projections(sources, found, scratch, grads)
+        return grads.totals
+
+    def _sources(self, x: Tensor, context: Tensor | None, group: HeadGroup) -> list[_Source]:
+        attention, width = self.attention, self.attention.dim_head
+        half = attention.kv_heads * width
+        q = (attention.to_q.weight, _scaled(group.heads, width))
+        k = (attention.to_kv.weight, _scaled(group.kv_heads, width))
+        v = (attention.to_kv.weight, _scaled(group.kv_heads, width, half))
+        if context is None:
+            return [_Source(x, self.norm, (q, k, v))]
+        return [_Source(x, self.norm, (q,)), _Source(context, None, (k, v), is_context=True)]
+
+    def _project(self, sources: Sequence[_Source], scratch: Scratch) -> tuple[Tensor, ...]:
+        """q, k and v of the group's heads ``(b, heads, tokens, d)``, views of one buffer per source."""
+        found: list[Tensor] = []
+        for number, source in enumerate(sources):
+            tokens = source.tokens
+            weight = source.weight(scratch.dtype)
+            buffer = scratch.take(f"projected {number}", *tokens.shape[:2], len(weight))
+            for index in slabs(tokens):
+                normed = tokens[index] if source.norm is None else source.norm(tokens[index])
+                rows = normed.to(scratch.dtype).flatten(0, 1)
+                linear_into(buffer[index].view(len(rows), len(weight)), rows, weight)
+            sizes = [rows.stop - rows.start for _, rows in source.rows]
+            found += [t.unflatten(-1, (-1, self.attention.dim_head)).transpose(1, 2) for t in buffer.split(sizes, -1)]
+        return tuple(found)
+
+    def _emit(self, values: Tensor, group: HeadGroup, scratch: Scratch, add: Add) -> None:
+        columns = _scaled(group.heads, self.attention.dim_head)
+        weight = self.attention.to_out.weight[:, columns].to(values.dtype)
+        for index in slabs(values):
+            add(index, scratch.linear("slab", values[index], weight))
+
+    def _through_output(
+        self, values: Tensor, cotangent: Tensor, group: HeadGroup, scratch: Scratch, grads: Gradients
+    ) -> Tensor:
+        """Back through the output projection: the gradient of ``values (b, n, heads·d)``."""
+        columns = _scaled(group.heads, self.attention.dim_head)
+        output = self.attention.to_out.weight
+        weight = output[:, columns].to(values.dtype)
+        back = scratch.take("back", *values.shape)
+        for index in slabs(values):
+            upstream = cotangent[index].to(values.dtype)
+            rows = upstream.flatten(0, 1)
+            linear_into(back[index].view(len(rows), weight.shape[1]), rows, weight.t())
+            grads.add_product(output, upstream, values[index], (slice(None), columns))
+        return back
+
+    def _through_projections(
+        self, sources: Sequence[_Source], of_heads: list[Any], scratch: Scratch, grads: Gradients
+    ) -> None:
+        """Back through the projections and the norm, slab by slab; consumes ``of_heads``."""
+        for source in sources:
+            mine = [of_heads.pop(0).transpose(1, 2) for _ in source.rows]
+            weight = source.weight(scratch.dtype)
+            for index in slabs(source.tokens):
+                upstream = scratch.take("joined", *source.tokens[index].shape[:2], len(weight))
+                torch.cat([t[index].flatten(2) for t in mine], dim=-1, out=upstream)
+                piece, normed = normed_piece(source.tokens, index, source.norm)
+                values = normed.detach().to(upstream.dtype)
+                start = 0
+                for matrix, rows in source.rows:
+                    stop = start + rows.stop - rows.start
+                    grads.add_product(matrix, upstream[..., start:stop], values, rows)
+                    start = stop
+                back = scratch.linear("slab", upstream, weight.t())
+                if source.is_context:
+                    grads.add(source.tokens, back, index)
+                else:
+                    grads.through_norm(index, source.norm, piece, normed, back)
+
+
+def _scaled(heads: slice, width: int, offset: int = 0) -> slice:
+    """The features of some heads."""
+    return slice(offset + heads.start * width, offset + heads.stop * width)
+
+
+def _tokens(heads: Tensor) -> Tensor:
+    """``(b, heads, n, d)`` → ``(b, n, heads·d)``."""
+    return heads.transpose(1, 2).flatten(2)
+
+
+def _heads(tokens: Tensor, like: Tensor) -> Tensor:
+    """``(b, n, heads·d)`` → ``(b, heads, n, d)``."""
+    return tokens.unflatten(-1, (like.shape[1], like.shape[3])).transpose(1, 2)

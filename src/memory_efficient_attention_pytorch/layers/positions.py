@@ -1,0 +1,109 @@
+"""Where a token stands: rotary embeddings and biases that depend on the distance between query and key."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import require, require_positive_int
+
+
+class RotaryEmbedding(nn.Module):
+    """Rotates pairs of features of q and k by angles proportional to the position.
+
+    ``(x_i, x_{i + d/2})`` turns by ``position · base**(−2i/d)``, so that scores depend on distances only.
+    Source: Su et al., "RoFormer" (2021), arXiv:2104.09864, in the half-split layout of GPT-NeoX.
+
+    Args:
+        dim: width of a head, even.
+        base: the slowest rotation's wavelength is about ``2π · base`` tokens.
+    """
+
+    frequencies: Tensor
+
+    def __init__(self, dim: int, base: float = 10000.0) -> None:
+        super().__init__()
+        require_positive_int("dim", dim)
+        require(dim % 2 == 0, "dim", "an even width for rotary positions", dim)
+        self.register_buffer("frequencies", base ** (-torch.arange(0, dim, 2).float() / dim), persistent=False)
+
+    def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
+        """positions ``(n,)`` or ``(b, n)`` → cosines and sines ``(…, n, dim/2)`` in fp32."""
+        angles = positions[..., None].float() * self.frequencies.float()
+        return angles.cos(), angles.sin()
+
+
+def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
+    """x ``(b, h, n, d)`` turned by ``RotaryEmbedding(d)(positions)``, in x's dtype; computed in fp32."""
+    cos, sin = (t[:, None] if t.dim() == 3 else t for t in table)
+    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
+
+
+class AlibiBias(nn.Module):
+    """``−slope_h · |i − j|``, nothing to learn. Source: Press et al., "ALiBi" (2021), arXiv:2108.12409.
+
+    Slopes are ``2**(−8/h), 2**(−16/h), …`` for h a power of two; for other h those of the next lower power, completed
+    by every second slope of the next higher one, as in the paper's code.
+    """
+
+    slopes: Tensor
+
+    def __init__(self, heads: int) -> None:
+        super().__init__()
+        require_positive_int("heads", heads)
+        lower = 2 ** math.floor(math.log2(heads))
+        exponents = [-8 * (i + 1) / lower for i in range(lower)]
+        exponents += [-4 * (2 * i + 1) / lower for i in range(heads - lower)]
+        self.register_buffer("slopes", 2.0 ** torch.tensor(exponents), persistent=False)
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Positions ``(i,)`` and ``(j,)`` → ``(h, i, j)``, of the ``heads`` asked for."""
+        distance = (query_positions[:, None] - key_positions[None, :]).abs()
+        return -self.slopes[heads, None, None] * distance
+
+
+class RelativePositionBias(nn.Module):
+    """A learned bias per head and bucket of distance. Source: Raffel et al., "T5" (2019), arXiv:1910.10683, §2.1.
+
+    Half of the buckets hold single distances, the others grow logarithmically up to ``max_distance``. With
+    ``bidirectional`` each direction has half of them, else keys after the query share the bucket of distance 0.
+
+    Both arguments of ``forward`` must be runs of consecutive positions, as the tiles' are.
+    """
+
+    def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> None:
+        super().__init__()
+        for argument, value in (("heads", heads), ("num_buckets", num_buckets), ("max_distance", max_distance)):
+            require_positive_int(argument, value)
+        each = num_buckets // 2 if bidirectional else num_buckets
+        require(each >= 2, "num_buckets", "at least 2 for each direction", num_buckets)
+        require(max_distance > each // 2, "max_distance", f"more than the {each // 2} single distances", max_distance)
+        self.num_buckets, self.max_distance, self.bidirectional = num_buckets, max_distance, bidirectional
+        self.weight = nn.Parameter(torch.randn(num_buckets, heads) * heads**-0.5)
+
+    def bucket(self, relative: Tensor) -> Tensor:
+        """Bucket of each key position minus query position."""
+        count = self.num_buckets
+        start = torch.zeros_like(relative)
+        if self.bidirectional:
+            count //= 2
+            start = (relative > 0).long() * count
+            distance = relative.abs()
+        else:
+            distance = (-relative).clamp(min=0)
+        single = count // 2
+        growth = torch.log(distance.clamp(min=1).float() / single) / math.log(self.max_distance / single)
+        far = (single + (growth * (count - single)).long()).clamp(max=count - 1)
+        return start + torch.where(distance < single, distance, far)
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
+        """Positions ``(i,)`` and ``(j,)`` → ``(h, i, j)``, of the ``heads`` asked for."""
+        i, j = len(query_positions), len(key_positions)
+        # Only i + j − 1 distances occur in a tile: look each up once and slide along them.
+        steps = torch.arange(i + j - 1, device=key_positions.device)
+        relative = key_positions[0] - query_positions[-1] + steps
+        by_distance = self.weight[self.bucket(relative), heads].t()
+        return by_distance.unfold(1, j, 1).flip(1)

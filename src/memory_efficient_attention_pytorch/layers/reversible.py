@@ -1,0 +1,141 @@
+"""A sequence of reversible residual blocks."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import require
+from ..recompute.reversal import Grid, Tape, _advance, _Exit, _OntoGrid
+
+Routes = Mapping[str, Sequence[tuple[bool, bool]]]
+
+
+class ReversibleBlock(nn.Sequential):
+    """One pair (f, g): ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``."""
+
+    def __init__(self, f: nn.Module, g: nn.Module) -> None:
+        super().__init__(f, g)
+
+    @property
+    def f(self) -> nn.Module:
+        return self[0]
+
+    @property
+    def g(self) -> nn.Module:
+        return self[1]
+
+    def forward(  # type: ignore[override]
+        self,
+        x1: Tensor,
+        x2: Tensor,
+        tape: Tape,
+        f_kwargs: Mapping[str, Any],
+        g_kwargs: Mapping[str, Any],
+    ) -> tuple[Tensor, Tensor]:
+        """Two streams in and out."""
+        streams = (x1, x2)
+        tape.enter(*streams)
+        for module, kwargs in ((self.f, f_kwargs), (self.g, g_kwargs)):
+            streams = _advance(module, tape, *streams, kwargs)
+            tape.watch(streams[1])
+        tape.leave(*streams)
+        return streams
+
+
+class ReversibleSequence(nn.Sequential):
+    """Reversible blocks whose activation memory does not grow with their number.
+
+    x is duplicated into two streams, each block adds ``f`` of the second to the first and ``g`` of the first to the
+    second, and their sum comes out. Backward rebuilds each block's input from its output and recomputes f and g with
+    the random state and autocast settings of the forward pass.
+
+    Args:
+        blocks: pairs (f, g) of modules that map ``(…, d)`` to the same shape.
+        args_route: for each keyword of ``forward``, per block a pair of booleans: does it go to f, does it go to g.
+            Tensors among the keywords (also nested in tuples, lists and dictionaries) and parameters of modules passed
+            as keywords receive gradients.
+        exact: streams of fp32 (at least) on a grid: the input and everything added to a stream is rounded to a multiple
+            of ``grid``, with gradient 1. While every stream stays below ``2**24 · grid`` the rebuilt values equal the
+            original ones bit for bit, whatever precision f and g compute in, provided they are deterministic. A stream
+            that leaves this range is reported by a warning.
+        grid: the step, a power of two.
+        reversible: False stores activations instead, by the same arithmetic.
+
+    Raises:
+        ValueError: a keyword without a route, a route that does not name every block, a grid that is no power of two.
+
+    Works under ``eval()``, autocast, dropout, frozen inputs or parameters, several forwards before a backward,
+    ``retain_graph``, ``torch.autograd.grad``, DDP, and FSDP2 applied to each block. Differentiable once.
+    """
+
+    def __init__(
+        self,
+        blocks: Iterable[Iterable[nn.Module]],
+        args_route: Routes | None = None,
+        *,
+        exact: bool = False,
+        grid: float = 2**-16,
+        reversible: bool = True,
+    ) -> None:
+        pairs = [tuple(block) for block in blocks]
+        for i, pair in enumerate(pairs):
+            require(len(pair) == 2, f"blocks[{i}]", "a pair of modules (f, g)", f"{len(pair)}")
+        super().__init__(*(ReversibleBlock(*pair) for pair in pairs))
+        self.args_route = dict(args_route or {})
+        for keyword, routes in self.args_route.items():
+            require(
+                len(routes) == len(self),
+                f"args_route[{keyword!r}]",
+                f"a pair for each of {len(self)} blocks",
+                len(routes),
+            )
+        self.exact, self.reversible = exact, reversible
+        self.grid = Grid(grid)
+        self.register_load_state_dict_pre_hook(_rename_upstream_keys)
+
+    @property
+    def blocks(self) -> tuple[nn.Module, ...]:
+        return tuple(self)
+
+    def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
+        """x ``(…, d)`` → ``(…, d)`` in x's dtype."""
+        tape, y1, y2 = self.streams(x, **kwargs)
+        if not self.reverses:
+            return (y1 + y2).to(x.dtype)
+        return _Exit.apply(tape, y1, y2)
+
+    @property
+    def reverses(self) -> bool:
+        """Will backward rebuild activations: not asked to store them, and there will be a backward."""
+        return self.reversible and torch.is_grad_enabled()
+
+    def streams(self, x: Tensor, **kwargs: Any) -> tuple[Tape, Tensor, Tensor]:
+        """Both streams after the last block, and what their consumer's backward must :meth:`Tape.begin`."""
+        for keyword in kwargs:
+            require(
+                keyword in self.args_route,
+                keyword,
+                f"a keyword of args_route ({', '.join(self.args_route)})",
+                "no route",
+            )
+        tape = Tape(self.grid if self.exact else None, x.dtype, self.reverses, in_pieces="cache" not in kwargs)
+        stream = _OntoGrid.apply(x, self.grid) if self.exact else x
+        # Two nodes in the graph: gradients are then added up in one order, whether activations are stored or not.
+        streams = (stream.view_as(stream), stream.view_as(stream))
+        for i, block in enumerate(self):
+            routed = [{k: v for k, v in kwargs.items() if self.args_route[k][i][side]} for side in (0, 1)]
+            streams = block(*streams, tape, *routed)
+        tape.enter(*streams)
+        tape.report(stream.dtype)
+        return tape, *streams
+
+
+def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """Accept the keys ``blocks.{i}.f.net.…`` and ``blocks.{i}.g.net.…`` of memory_efficient_attention_pytorch 0.1."""
+    for key in [name for name in state_dict if name.startswith(f"{prefix}blocks.")]:
+        number, side, _net, rest = key.removeprefix(f"{prefix}blocks.").split(".", 3)
+        state_dict.setdefault(f"{prefix}{number}.{'fg'.index(side)}.{rest}", state_dict.pop(key))

@@ -1,0 +1,232 @@
+"""A Transformer language model that stores neither scores, hidden values, activations nor logits."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import require, require_positive_int
+from ..layers.attention import Attention, FlashAttention
+from ..layers.cache import KVCache
+from ..layers.feedforward import FeedForward, PreNorm
+from ..layers.linear import Linear, is_plain_linear
+from ..layers.positions import AlibiBias, RotaryEmbedding
+from ..layers.reversible import ReversibleSequence
+from ..loss.linear_cross_entropy import linear_cross_entropy
+from ..loss.reversible import reversible_cross_entropy
+from ..recompute.pieces import has_hooks
+
+__all__ = ["FeedForward", "PreNorm", "Transformer"]
+
+POSITIONS = ("learned", "rotary", "alibi", "none")
+
+
+class Transformer(nn.Module):
+    """Embeddings, ``depth`` reversible blocks of attention and feed-forward, a norm and a linear layer to the logits.
+
+    The sum of token and position embeddings enters both streams of :class:`ReversibleSequence`; f is the pre-normed
+    attention, g the pre-normed feed-forward; the two streams are summed at the end.
+
+    Args:
+        num_tokens: size of the vocabulary.
+        max_seq_len: longest sequence; binding for learned positions, advisory for the others.
+        dim, depth, heads, dim_head: width, blocks, query heads per block and the width of each.
+        causal: a language model; otherwise every token sees all others.
+        ff_mult, ff_chunks: width of the feed-forward's hidden layer over ``dim``, and the chunks it is computed in.
+        use_flash_attn: kept from version 0.1, where it chose between two algorithms; both give the same numbers.
+        kv_heads, window, head_chunks, keep_attention: see :class:`Attention`.
+        positions: ``"learned"``, ``"rotary"``, ``"alibi"`` or ``"none"``.
+        dropout: of attention weights, in training.
+        reversible: False stores every activation, by the same arithmetic with the same weights.
+        exact: see :class:`ReversibleSequence`.
+        tie_embeddings: use the token embedding as the weight of the last layer, which then has no bias.
+        loss_chunk_size: tokens whose logits exist at a time when the loss is computed (None: chosen).
+        attention_kwargs: further arguments of :class:`Attention`, such as ``q_bucket_size`` or ``backend``.
+
+    Raises:
+        ValueError: an argument outside its range.
+
+    Loads state dictionaries of memory_efficient_attention_pytorch 0.1, which name every layer twice.
+    """
+
+    def __init__(
+        self,
+        *,
+        num_tokens: int,
+        max_seq_len: int,
+        dim: int,
+        depth: int,
+        causal: bool = False,
+        dim_head: int = 64,
+        heads: int = 8,
+        ff_mult: int = 4,
+        ff_chunks: int = 1,
+        use_flash_attn: bool = True,
+        kv_heads: int | None = None,
+        window: int | tuple[int | None, int | None] | None = None,
+        positions: str = "learned",
+        dropout: float = 0.0,
+        head_chunks: int = 1,
+        keep_attention: bool | str = False,
+        reversible: bool = True,
+        exact: bool = False,
+        tie_embeddings: bool = False,
+        loss_chunk_size: int | None = None,
+        **attention_kwargs: Any,
+    ) -> None:
+        super().__init__()
+        for argument, value in (
+            ("num_tokens", num_tokens),
+            ("max_seq_len", max_seq_len),
+            ("dim", dim),
+            ("depth", depth),
+        ):
+            require_positive_int(argument, value)
+        require(positions in POSITIONS, "positions", f"one of {', '.join(POSITIONS)}", repr(positions))
+        if loss_chunk_size is not None:
+            require_positive_int("loss_chunk_size", loss_chunk_size)
+        self.causal = causal
+        self.num_tokens, self.max_seq_len, self.loss_chunk_size = num_tokens, max_seq_len, loss_chunk_size
+        self.token_emb = nn.Embedding(num_tokens, dim)
+        self.pos_emb = nn.Embedding(max_seq_len, dim) if positions == "learned" else None
+        self.rotary = RotaryEmbedding(dim_head) if positions == "rotary" else None
+        self.alibi = AlibiBias(heads) if positions == "alibi" else None
+        attention = FlashAttention if use_flash_attn else Attention
+        chosen = {
+            "dim": dim,
+            "heads": heads,
+            "dim_head": dim_head,
+            "causal": causal,
+            "dropout": dropout,
+            "kv_heads": kv_heads,
+            "window": window,
+            "head_chunks": head_chunks,
+            "keep_attention": keep_attention,
+            "memory_efficient": True,
+            **attention_kwargs,
+        }
+        pairs = (
+            (PreNorm(dim, attention(**chosen)), PreNorm(dim, FeedForward(dim, ff_mult, ff_chunks)))
+            for _ in range(depth)
+        )
+        route = {name: [(True, False)] * depth for name in ("mask", "attn_bias", "rotary", "cache")}
+        self.layers = ReversibleSequence(pairs, route, exact=exact, reversible=reversible)
+        norm = nn.LayerNorm(dim)
+        self.to_logits = nn.Sequential(norm) if tie_embeddings else nn.Sequential(norm, Linear(dim, num_tokens))
+        if tie_embeddings:
+            # Logits of unit variance at the start, where an embedding's usual N(0, 1) would give √dim times that.
+            nn.init.normal_(self.token_emb.weight, std=dim**-0.5)
+        self.register_load_state_dict_pre_hook(_drop_upstream_duplicates)
+
+    def forward(
+        self,
+        x: Tensor,
+        labels: Tensor | None = None,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        ignore_index: int = -100,
+    ) -> Tensor:
+        """Logits, or the mean cross-entropy in nats when ``labels`` are given.
+
+        Args:
+            x: token numbers ``(b, n)``.
+            labels: ``(b, n)``, what each position shall predict; ``ignore_index`` counts for nothing.
+            mask: bool ``(b, n)``, True = a token, False = padding, which is not attended to; with a cache ``(b, tokens
+                in the cache + n)``. A row's positions start at its first token, so padding on the left changes nothing.
+            cache: keys and values of the tokens before x (causal models, without gradients); x is added to it.
+
+        Returns:
+            ``(b, n, num_tokens)``, or a scalar.
+
+        Raises:
+            ValueError: a wrong shape or dtype, a token outside the vocabulary, too many tokens for learned positions.
+        """
+        self._check(x, labels, mask, cache)
+        tokens, given = self._embed(x, mask, cache)
+        head: Any = self.to_logits[1] if len(self.to_logits) > 1 else self.token_emb
+        if labels is None or not self._plain_head:
+            hidden = self.to_logits(self._hidden(tokens, given))
+            logits = nn.functional.linear(hidden, head.weight) if head is self.token_emb else hidden
+            return logits if labels is None else _mean_cross_entropy(logits, labels, ignore_index)
+        norm, bias = self.to_logits[0], getattr(head, "bias", None)
+        options: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index, "chunk_size": self.loss_chunk_size}
+        if torch.is_grad_enabled() and not has_hooks(norm) and not has_hooks(self.layers):
+            end = self.layers.streams(tokens, **given)
+            del tokens  # held by nobody else: where the loss is made they would be n · dim elements too many
+            return reversible_cross_entropy(*end, norm, head.weight, labels, **options)
+        return linear_cross_entropy(norm(self._hidden(tokens, given)), head.weight, labels, **options)
+
+    @property
+    def _plain_head(self) -> bool:
+        """Is the last layer as it was built, with nobody watching, so that its weights say it all?"""
+        _, *head = self.to_logits
+        return all(is_plain_linear(layer) and not has_hooks(layer) for layer in head) and not has_hooks(self.to_logits)
+
+    def _hidden(self, tokens: Tensor, given: dict[str, Any]) -> Tensor:
+        """The sum of both streams after the last block ``(b, n, dim)``."""
+        hidden = self.layers(tokens, **given)
+        if "cache" in given:
+            given["cache"].advance(tokens.shape[1])
+        return hidden
+
+    def _embed(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
+        """What enters the first block ``(b, n, dim)``, and the blocks' keywords."""
+        try:
+            tokens = self.token_emb(x)
+        except IndexError:
+            raise ValueError(
+                f"x: expected tokens from 0 to {self.num_tokens - 1}, got {int(x.min())} to {int(x.max())}"
+            ) from None
+        given: dict[str, Any] = {"mask": mask, "cache": cache, "attn_bias": self.alibi}
+        positions = self._positions(x, mask, cache)
+        if self.pos_emb is not None:
+            tokens = tokens + self.pos_emb(positions)
+        if self.rotary is not None:
+            given["rotary"] = self.rotary(positions)
+        return tokens, {name: value for name, value in given.items() if value is not None}
+
+    def _positions(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+        """``(n,)``, or ``(b, n)`` where rows may start late."""
+        before = 0 if cache is None else cache.length
+        total = before + x.shape[1]
+        fits = self.pos_emb is None or total <= self.max_seq_len
+        require(fits, "x", f"at most max_seq_len = {self.max_seq_len} tokens for learned positions", total)
+        positions = torch.arange(total, device=x.device)
+        if mask is None:
+            return positions[before:]
+        padding = mask.int().argmax(dim=1, keepdim=True) if total else 0
+        return (positions - padding).clamp(min=0)[:, before:]
+
+    def _check(self, x: Tensor, labels: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> None:
+        integers = not x.is_floating_point() and x.dtype != torch.bool
+        require(x.dim() == 2 and integers, "x", "integers of shape (batch, tokens)", f"{x.dtype} {tuple(x.shape)}")
+        if labels is not None:
+            require(labels.shape == x.shape, "labels", f"the shape of x, {tuple(x.shape)}", tuple(labels.shape))
+        if mask is not None:
+            shape = (x.shape[0], x.shape[1] + (0 if cache is None else cache.length))
+            fits = mask.dtype == torch.bool and mask.shape == shape
+            require(
+                fits,
+                "mask",
+                f"bool of shape (batch, tokens with those of the cache) = {shape}",
+                (mask.dtype, mask.shape),
+            )
+        if cache is not None:
+            require(self.causal, "cache", "none with a model that is not causal", "one")
+            require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
+
+
+def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
+    """As :func:`linear_cross_entropy` defines it, from logits ``(b, n, V)``: 0 without a valid label."""
+    total = nn.functional.cross_entropy(
+        logits.flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="sum"
+    )
+    return total / (labels != ignore_index).sum().clamp(min=1)
+
+
+def _drop_upstream_duplicates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
+    """memory_efficient_attention_pytorch 0.1 saves every layer a second time under ``net.blocks``."""
+    for key in [key for key in state_dict if key.startswith(f"{prefix}net.blocks.")]:
+        del state_dict[key]

@@ -1,0 +1,61 @@
+"""What this PyTorch can do beyond its public interface, asked by name."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from typing import Any, Generic, TypeVar
+
+import torch
+
+T = TypeVar("T")
+
+
+class Capability(Generic[T]):
+    """A private part of PyTorch's, or None where it is missing. Called, it answers from its first look-up on."""
+
+    def __init__(self, name: str, find: Callable[[], T | None]) -> None:
+        self.name, self._find = name, find
+        self._looked = self._taken = False
+        self._found: T | None = None
+
+    def __call__(self) -> T | None:
+        if not self._looked:
+            try:
+                self._found = self._find()
+            except (AttributeError, ImportError, RuntimeError):
+                self._found = None
+            self._looked = True
+        return None if self._taken else self._found
+
+
+ALL: dict[str, Capability[Any]] = {}
+"""Every capability by its name, those of modules of this room that have been imported."""
+
+
+def capability(find: Callable[[], T | None]) -> Capability[T]:
+    """Decorate a function that returns the part, or None, or fails to find it (AttributeError, ImportError)."""
+    made = Capability(find.__name__, find)
+    assert made.name not in ALL, made.name
+    ALL[made.name] = made
+    return made
+
+
+def operator(name: str, arguments: Sequence[str]) -> Callable[..., Any] | None:
+    """The operator ``"namespace::name.overload"`` if its leading arguments are of these names; else None."""
+    namespace, _, rest = name.partition("::")
+    packet, _, overload = rest.partition(".")
+    found = getattr(getattr(getattr(torch.ops, namespace), packet), overload or "default")
+    names = [argument.name for argument in found._schema.arguments]
+    return found if names[: len(arguments)] == list(arguments) else None
+
+
+@contextmanager
+def taken_away(name: str) -> Iterator[None]:
+    """Inside, this PyTorch is taken to lack the capability: for tests of what serves instead."""
+    part = ALL[name]
+    before, part._taken = part._taken, True
+    try:
+        yield
+    finally:
+        part._taken = before

@@ -1,0 +1,475 @@
+"""The chunked loss against the plain one: values, gradients and dtypes, what it computes and holds, what it refuses."""
+
+import math
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given
+from hypothesis import strategies as st
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.utils.checkpoint import checkpoint
+
+from memory_efficient_attention_pytorch.common.products import PART
+from memory_efficient_attention_pytorch.loss.linear_cross_entropy import (
+    ChunkLoss,
+    default_chunk_size,
+    linear_cross_entropy,
+)
+from tests.memory.live_bytes import LiveBytes, saved_bytes
+
+# What a path may lose beyond the plain computation in the same dtype, relative to the largest value.
+EPSILON = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-9, torch.float16: 2.0**-12}
+LOW = [torch.bfloat16, torch.float16]
+
+
+def plain(hidden, weight, labels, *, bias=None, **options):
+    logits = F.linear(hidden, weight, bias)
+    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+    return loss.view(labels.shape) if options.get("reduction") == "none" else loss
+
+
+def problem(shape=(3, 17), width=12, vocabulary=29, dtype=torch.float32, bias=True, ignored=0.25, ignore_index=-100):
+    """Differentiable hidden, weight, bias (or None), and labels of which some are ignored."""
+    hidden = torch.randn(*shape, width)
+    weight = torch.randn(vocabulary, width) / math.sqrt(width)
+    labels = torch.randint(vocabulary, shape)
+    labels[torch.rand(shape) < ignored] = ignore_index
+    tensors = [hidden, weight, torch.randn(vocabulary)] if bias else [hidden, weight]
+    hidden, weight, *rest = (x.to(dtype).requires_grad_() for x in tensors)
+    return hidden, weight, rest[0] if rest else None, labels
+
+
+def outcome(function, hidden, weight, bias, labels, *, incoming=None, dtype=None, **options):
+    """The loss and every gradient, computed on copies, in another dtype if one is given."""
+    copies = [None if x is None else x.detach().to(dtype or x.dtype).requires_grad_() for x in (hidden, weight, bias)]
+    loss = function(copies[0], copies[1], labels, bias=copies[2], **options)
+    loss.backward(torch.ones_like(loss) if incoming is None else incoming.to(loss.dtype))
+    return [loss.detach(), *(x.grad for x in copies if x is not None)]
+
+
+def error(got, truth):
+    largest = truth.abs().max().clamp_min(1e-30) if truth.numel() else 1.0
+    return float(((got.double() - truth).abs() / largest).max()) if truth.numel() else 0.0
+
+
+def assert_as_good_as_plain(tensors, *, incoming=None, autocast=None, **options):
+    dtype = autocast or tensors[0].dtype
+    own = {name: options[name] for name in options if name != "chunk_size"}
+    truth = outcome(plain, *tensors, incoming=incoming, dtype=torch.float64, **own)
+    with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
+        naive = outcome(plain, *tensors, incoming=incoming, **own)
+        fast = outcome(linear_cross_entropy, *tensors, incoming=incoming, **options)
+    for name, a, b, t in zip(("loss", "hidden", "weight", "bias"), fast, naive, truth, strict=False):
+        assert a.shape == t.shape
+        assert error(a, t) <= error(b, t) + EPSILON[dtype], name
+    assert [x.dtype for x in fast[1:]] == [x.dtype for x in tensors[:3] if x is not None]
+    return fast
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize("bias", [False, True], ids=["", "bias"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, *LOW], ids=str)
+def test_equals_the_plain_loss_and_gradients(reduction, smoothing, bias, dtype):
+    tensors = problem(dtype=dtype, bias=bias)
+    incoming = torch.randn(3, 17) if reduction == "none" else torch.tensor(-1.7)
+    fast = assert_as_good_as_plain(
+        tensors, incoming=incoming, reduction=reduction, label_smoothing=smoothing, chunk_size=7
+    )
+    assert fast[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("autocast", LOW, ids=str)
+@pytest.mark.parametrize("hidden_dtype", [torch.float32, torch.bfloat16], ids=str)
+def test_autocast(reduction, autocast, hidden_dtype):
+    hidden, *others = problem(shape=(130,), width=40, vocabulary=300)
+    tensors = (hidden.detach().to(hidden_dtype).requires_grad_(), *others)
+    incoming = torch.rand(130) if reduction == "none" else torch.tensor(0.5)
+    fast = assert_as_good_as_plain(tensors, incoming=incoming, autocast=autocast, reduction=reduction, chunk_size=32)
+    assert fast[0].dtype == torch.float32
+
+
+def test_autocast_uses_its_dtype_and_leaves_fp64_alone():
+    hidden, weight, _, labels = problem(bias=False)
+    exact = linear_cross_entropy(hidden, weight, labels)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        rounded = linear_cross_entropy(hidden, weight, labels)
+        double = linear_cross_entropy(hidden.double(), weight.double(), labels)
+    assert 1e-6 < abs(exact - rounded).item() < 1e-1
+    assert double.dtype == torch.float64
+    assert abs(exact - double).item() < 1e-6
+
+
+@pytest.mark.parametrize("shape", [(1,), (5,), (2, 1, 3), ()], ids=str)
+@pytest.mark.parametrize("vocabulary", [1, 2, 507])
+def test_odd_shapes(shape, vocabulary):
+    tensors = problem(shape=shape, width=3, vocabulary=vocabulary, ignored=0)
+    for reduction in ("none", "mean"):
+        fast = outcome(linear_cross_entropy, *tensors, reduction=reduction)
+        hidden, weight, bias, labels = tensors
+        truth = outcome(plain, hidden.reshape(-1, 3), weight, bias, labels.reshape(-1), dtype=torch.float64)
+        if reduction == "mean":
+            assert all(error(a.view(t.shape), t) < 1e-5 for a, t in zip(fast, truth, strict=True))
+        else:
+            assert fast[0].shape == shape
+            torch.testing.assert_close(fast[0].mean().double(), truth[0])
+
+
+def test_strided_tensors():
+    hidden, weight, bias, labels = problem(dtype=torch.float64)
+    turned = (hidden.detach().mT.contiguous().mT, weight.detach().T.contiguous().T, bias.detach())
+    spread = labels.repeat_interleave(2, dim=1)[:, ::2]
+    assert not any(x.is_contiguous() for x in (*turned[:2], spread))
+    for reduction in ("none", "mean"):
+        truth = outcome(plain, hidden, weight, bias, labels, reduction=reduction)
+        fast = outcome(linear_cross_entropy, *turned, spread, reduction=reduction, chunk_size=7)
+        assert all(error(a, b) < 1e-13 for a, b in zip(fast, truth, strict=True))
+
+
+@given(chunk_size=st.integers(1, 60), tokens=st.integers(1, 50), seed=st.integers(0, 99))
+def test_chunk_size_changes_nothing(chunk_size, tokens, seed):
+    torch.manual_seed(seed)
+    tensors = problem(shape=(tokens,), dtype=torch.float64, ignored=0.4)
+    for reduction in ("none", "mean"):
+        whole = outcome(linear_cross_entropy, *tensors, reduction=reduction, chunk_size=tokens)
+        parts = outcome(linear_cross_entropy, *tensors, reduction=reduction, chunk_size=chunk_size)
+        assert all(error(a, b) < 1e-13 for a, b in zip(parts, whole, strict=True))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.3])
+def test_gradcheck(reduction, smoothing):
+    hidden, weight, bias, labels = problem(shape=(5,), width=3, vocabulary=4, dtype=torch.float64)
+    labels[0], labels[1] = -100, 2
+
+    def loss(hidden, weight, bias):
+        options = {"bias": bias, "reduction": reduction, "label_smoothing": smoothing, "chunk_size": 2}
+        return linear_cross_entropy(hidden, weight, labels, **options)
+
+    assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("tokens", [0, 9])
+def test_no_label_that_counts(reduction, tokens):
+    hidden, weight, bias, labels = problem(shape=(tokens,), ignored=1.1)
+    loss = linear_cross_entropy(hidden, weight, labels, bias=bias, reduction=reduction, chunk_size=4)
+    assert loss.requires_grad
+    assert torch.equal(loss, torch.zeros(tokens if reduction == "none" else ()))
+    loss.sum().backward()
+    assert all(torch.equal(x.grad, torch.zeros_like(x)) for x in (hidden, weight, bias))
+
+
+def test_ignored_index_may_be_a_word():
+    tensors = problem(ignore_index=3, ignored=0.5)
+    assert_as_good_as_plain(tensors, ignore_index=3, chunk_size=5)
+
+
+def test_large_logits_neither_overflow_nor_lose_the_loss():
+    hidden = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [0.5, 0.5]], requires_grad=True)
+    losses = linear_cross_entropy(hidden, weight, torch.tensor([0, 0]), reduction="none")
+    assert losses.tolist() == [0.0, 2e4]
+    losses.sum().backward()
+    assert torch.equal(hidden.grad, torch.tensor([[0.0, 0.0], [-2.0, 2.0]]))
+
+
+def test_uninitialised_memory_is_not_read():
+    torch.use_deterministic_algorithms(True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    try:
+        for dtype in (torch.float32, torch.bfloat16):
+            assert_as_good_as_plain(problem(dtype=dtype), label_smoothing=0.1, chunk_size=5)
+    finally:
+        torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_backward_twice_and_two_forwards_before_backward(reduction):
+    hidden, weight, bias, labels = problem()
+    inputs = (hidden, weight, bias)
+    other = labels.flip(0)
+    once = outcome(linear_cross_entropy, *inputs, labels, reduction=reduction)[1:]
+    first = linear_cross_entropy(hidden, weight, labels, bias=bias, reduction=reduction).sum()
+    second = linear_cross_entropy(hidden, weight, other, bias=bias, reduction=reduction).sum()
+    kept = torch.autograd.grad(first, inputs, retain_graph=True)
+    for gradient in kept:
+        gradient.mul_(0)  # what was handed out is the caller's
+    again = torch.autograd.grad(3 * first, inputs, retain_graph=True)
+    last = torch.autograd.grad(first, inputs)
+    assert all(torch.allclose(3 * x, y, atol=1e-6) for x, y in zip(once, again, strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(once, last, strict=True))
+    with pytest.raises(RuntimeError, match="second time"):
+        first.backward()
+    expected = outcome(linear_cross_entropy, *inputs, other, reduction=reduction)[1:]
+    assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(second, inputs), expected, strict=True))
+
+
+def test_differentiating_twice_is_refused():
+    hidden, weight, _, labels = problem(bias=False)
+    for reduction in ("none", "mean"):
+        loss = linear_cross_entropy(hidden, weight, labels, reduction=reduction).sum()
+        (gradient,) = torch.autograd.grad(loss, hidden, create_graph=True)
+        with pytest.raises(RuntimeError, match="is differentiable once"):
+            (loss.detach() + gradient.sum()).backward()
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_tied_weight_checkpoint_and_offloaded_tensors(reduction):
+    """The weight may be the embedding too, the loss may be recomputed, and what is kept may be kept elsewhere."""
+    table = torch.randn(29, 12, dtype=torch.float64, requires_grad=True)
+    words, labels = torch.randint(29, (2, 9)), torch.randint(29, (2, 9))
+
+    def loss(function):
+        return function(F.embedding(words, table), table, labels, reduction=reduction).sum()
+
+    (truth,) = torch.autograd.grad(loss(plain), table)
+    (tied,) = torch.autograd.grad(loss(linear_cross_entropy), table)
+    recomputed = checkpoint(loss, linear_cross_entropy, use_reentrant=False)
+    (checkpointed,) = torch.autograd.grad(recomputed, table)
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.numpy().copy(), torch.from_numpy):
+        elsewhere = loss(lambda *args, **options: linear_cross_entropy(*args, **options))
+    (offloaded,) = torch.autograd.grad(elsewhere, table)
+    for gradient in (tied, checkpointed, offloaded):
+        torch.testing.assert_close(gradient, truth)
+
+
+def test_gradients_too_small_for_fp16_survive_until_a_loss_scaler_lifts_them():
+    hidden, weight, _, labels = problem(shape=(2**14,), width=8, vocabulary=64, dtype=torch.float16, bias=False)
+    scale = 2.0**14
+    truth = outcome(plain, hidden, weight, None, labels, dtype=torch.float64)
+    fast = outcome(linear_cross_entropy, hidden, weight, None, labels, incoming=torch.tensor(scale))
+    for gradient, exact in zip(fast[1:], truth[1:], strict=True):
+        assert error(gradient / scale, exact) < 2.0**-10
+    assert (truth[1].abs().mean() < 2.0**-14).item()  # which the smallest normal fp16 number exceeds
+
+
+# Which products are computed: per chunk one for the logits, one for hidden's gradient, one for the weight's.
+
+
+def calls(reduction, frozen=(), grad=True):
+    tensors = dict(zip(("hidden", "weight", "bias", "labels"), problem(shape=(40,)), strict=True))
+    for name in frozen:
+        tensors[name] = tensors[name].detach()
+    with LiveBytes() as forward, torch.set_grad_enabled(grad):
+        loss = linear_cross_entropy(**tensors, reduction=reduction, chunk_size=10).sum()
+    with LiveBytes() as backward:
+        if loss.requires_grad:
+            loss.backward()
+    for name in frozen:
+        assert tensors[name].grad is None
+    return tuple(sum(live.calls[name] for name in ("mm", "addmm_", "addmv_")) for live in (forward, backward))
+
+
+@pytest.mark.parametrize(
+    ("frozen", "gradients"),
+    [((), 3), (("weight", "bias"), 1), (("hidden", "bias"), 1), (("hidden", "weight"), 1), (("bias",), 2)],
+    ids=str,
+)
+def test_only_the_gradients_asked_for_are_computed(frozen, gradients):
+    assert calls("mean", frozen) == (4 * (1 + gradients), 0)
+    assert calls("none", frozen) == (4, 4 * (1 + gradients))
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+def test_no_gradient_no_gradient_work(reduction):
+    assert calls(reduction, grad=False) == (4, 0)
+    assert calls(reduction, frozen=("hidden", "weight", "bias")) == (4, 0)
+    hidden, weight, bias, labels = problem()
+    with torch.inference_mode():
+        torch.testing.assert_close(
+            linear_cross_entropy(hidden, weight, labels, bias=bias, reduction=reduction),
+            plain(hidden, weight, labels, bias=bias, reduction=reduction),
+        )
+
+
+# What is held: tokens, width, vocabulary and chunk are chosen so that every buffer has a size of its own.
+N, D, V, C = 1024, 64, 2048, 32
+PER_TOKEN = 64 * N  # labels, losses and weights of the tokens: a few numbers each
+
+
+def big(dtype=torch.float32):
+    return problem(shape=(N,), width=D, vocabulary=V, dtype=dtype, bias=False)
+
+
+def test_holds_one_chunk_of_logits_and_the_two_gradients():
+    hidden, weight, _, labels = big()
+    with LiveBytes() as forward:
+        loss = linear_cross_entropy(hidden, weight, labels, chunk_size=C)
+    assert forward.peak <= 4 * (C * V + N * D + V * D) + PER_TOKEN
+    assert forward.live <= 4 * (N * D + V * D) + PER_TOKEN
+    del forward
+    with LiveBytes() as backward:
+        loss.backward()
+    assert backward.peak <= PER_TOKEN  # scaled in place, and handed over
+    assert weight.grad is not None
+
+
+@pytest.mark.skipif(not hasattr(F, "linear_cross_entropy"), reason="this PyTorch has no chunked loss to compare with")
+@pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
+def test_no_more_resident_memory_than_pytorchs_chunked_loss():
+    script = Path(__file__).parents[2] / "benchmarks" / "linear_cross_entropy.py"
+    sizes = ["--tokens", "1024", "--width", "256", "--vocabulary", "16000", "--threads", "1"]
+    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
+
+    def mebibytes(name):
+        command = [sys.executable, script, *sizes, "--memory-of", name]
+        return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+
+    assert mebibytes("ours") <= mebibytes("torch, chunked")
+
+
+def test_a_kept_graph_costs_a_copy_of_the_gradients():
+    hidden, weight, _, labels = big()
+    loss = linear_cross_entropy(hidden, weight, labels, chunk_size=C)
+    with LiveBytes() as backward:
+        loss.backward(retain_graph=True)
+    assert 4 * (N * D + V * D) <= backward.peak <= 4 * (N * D + V * D) + PER_TOKEN
+
+
+def test_reduction_none_keeps_only_its_inputs():
+    hidden, weight, _, labels = big()
+    options = {"reduction": "none", "chunk_size": C}
+    inputs = 4 * (N * D + V * D) + 8 * N
+    assert saved_bytes(linear_cross_entropy, hidden, weight, labels, **options) == inputs
+    losses = linear_cross_entropy(hidden, weight, labels, **options)
+    with LiveBytes() as backward:
+        losses.sum().backward()
+    assert backward.peak <= 4 * (C * V + N * D + V * D) + PER_TOKEN
+
+
+def test_without_gradients_only_the_chunk():
+    hidden, weight, _, labels = big()
+    with LiveBytes() as live, torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels, chunk_size=C)
+    assert live.peak <= 4 * C * V + PER_TOKEN
+
+
+def test_low_precision_adds_its_own_chunk_and_keeps_the_sum_in_fp32():
+    hidden, weight, _, labels = big(torch.bfloat16)
+    with LiveBytes() as forward:
+        linear_cross_entropy(hidden, weight, labels, chunk_size=C)
+    block = 2 * V * D  # the whole (V, d) fits the block through which a product is added
+    assert forward.peak <= (4 + 2) * C * V + 2 * N * D + 4 * V * D + block + PER_TOKEN
+
+
+def test_default_chunk_is_bounded():
+    cpu = torch.device("cpu")
+    assert default_chunk_size(32_000, cpu) == 128
+    assert default_chunk_size(256, cpu) * 256 == 2**18
+    hidden, weight, _, labels = big()
+    with LiveBytes() as live, torch.no_grad():
+        linear_cross_entropy(hidden, weight, labels)
+    part = 4 * PART  # oneDNN's own copy, on CPUs where it is used
+    assert 4 * 128 * V <= live.peak <= 4 * 128 * V + PER_TOKEN + part
+
+
+# Without values, and recorded.
+
+
+@pytest.mark.parametrize("accumulates", [False, True])
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_a_dry_run_holds_what_a_real_run_holds(reduction, accumulates):
+    hidden, weight, _, labels = big()
+    weight.grad = torch.zeros_like(weight) if accumulates else None
+
+    def peaks(hidden, weight, labels):
+        with LiveBytes() as live:
+            linear_cross_entropy(hidden, weight, labels, reduction=reduction, chunk_size=C).sum().backward()
+        return live.peak
+
+    with FakeTensorMode() as mode:  # a fake tensor has a gradient if the real one has
+        fake = [mode.from_tensor(x) for x in (hidden, weight, labels)]
+    real = peaks(hidden, weight, labels)
+    with mode:
+        assert peaks(*fake) == pytest.approx(real, abs=PER_TOKEN)
+        assert [x.grad.shape for x in fake[:2]] == [hidden.shape, weight.shape]
+
+
+def test_a_recorded_run_has_every_chunk():
+    hidden, weight, _, labels = (None if x is None else x.detach() for x in problem(shape=(40,), bias=False))
+    options = {"reduction": "none", "chunk_size": 10}
+    with FakeTensorMode() as mode:
+        fake = [mode.from_tensor(x) for x in (hidden, weight, labels)]
+    recorded = make_fx(lambda h, w, y: linear_cross_entropy(h, w, y, **options))(*fake)
+    torch.testing.assert_close(recorded(hidden, weight, labels), plain(hidden, weight, labels, reduction="none"))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("reduction", ["none", "mean"])
+def test_compiles_into_one_graph(reduction):
+    tensors = problem()
+
+    @torch.compile(backend="aot_eager", fullgraph=True)
+    def compiled(*args, **options):
+        return linear_cross_entropy(*args, **options)
+
+    eager = outcome(linear_cross_entropy, *tensors, reduction=reduction, chunk_size=20)
+    traced = outcome(compiled, *tensors, reduction=reduction, chunk_size=20)
+    assert all(error(a, b.double()) < 1e-6 for a, b in zip(traced, eager, strict=True))
+
+
+def test_chunk_by_chunk_with_a_norm_made_just_before():
+    hidden, weight, _, labels = problem(shape=(20,), dtype=torch.float64, bias=False, ignored=0)
+    truth = outcome(plain, F.layer_norm(hidden, (12,)), weight, None, labels, reduction="sum")
+    with torch.no_grad():
+        chunks = ChunkLoss(weight, None, chunk_size=6, product_dtype=torch.float64, weight_gradient=True)
+        total = torch.zeros((), dtype=torch.float64)
+        for rows, targets in zip(hidden.split(6), labels.split(6), strict=True):
+            normed = F.layer_norm(rows, (12,))
+            total += chunks.losses(normed, targets).sum()
+            chunks.add_gradients(normed, targets, torch.ones(len(rows), dtype=torch.float64), None)
+    torch.testing.assert_close(total, truth[0])
+    torch.testing.assert_close(chunks.grad_weight, truth[2])
+
+
+# Mistakes.
+
+
+@pytest.mark.parametrize("label", [29, -1, 10**9])
+def test_a_label_out_of_range(label):
+    hidden, weight, bias, labels = problem()
+    labels[2, 5] = label
+    with pytest.raises(ValueError, match=rf"labels: expected each in \[0, 29\) or ignore_index, -100, got {label}"):
+        linear_cross_entropy(hidden, weight, labels, bias=bias)
+
+
+@pytest.mark.parametrize(
+    ("name", "change"),
+    [
+        ("hidden", {"hidden": torch.zeros(3, 17, 12, dtype=torch.int64)}),
+        ("weight", {"weight": torch.zeros(29, 13)}),
+        ("weight", {"weight": torch.zeros(29)}),
+        ("weight", {"weight": torch.zeros(0, 12), "bias": None}),
+        ("weight", {"weight": torch.zeros(29, 12, dtype=torch.float64)}),
+        ("weight", {"weight": torch.zeros(29, 12, device="meta")}),
+        ("labels", {"labels": torch.zeros(3, 16, dtype=torch.int64)}),
+        ("labels", {"labels": torch.zeros(3, 17)}),
+        ("labels", {"labels": torch.zeros(3, 17, dtype=torch.int32)}),
+        ("bias", {"bias": torch.zeros(28)}),
+        ("bias", {"bias": torch.zeros(29, dtype=torch.bfloat16)}),
+        ("reduction", {"reduction": "batchmean"}),
+        ("label_smoothing", {"label_smoothing": 1.5}),
+        ("label_smoothing", {"label_smoothing": -0.1}),
+        ("chunk_size", {"chunk_size": 0}),
+        ("chunk_size", {"chunk_size": 2.0}),
+    ],
+    ids=str,
+)
+def test_mistakes_are_named(name, change):
+    right = dict(zip(("hidden", "weight", "bias", "labels"), problem(), strict=True))
+    with pytest.raises(ValueError, match=f"^{name}: expected "):
+        linear_cross_entropy(**{**right, **change})
+
+
+def test_autocast_refuses_what_it_would_not_convert():
+    hidden, weight, _, labels = problem(bias=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(ValueError, match=r"^weight: expected a dtype"):
+        linear_cross_entropy(hidden, weight.double(), labels)
