@@ -1,5 +1,7 @@
 """``plan`` and ``max_seq_len`` as a user calls them."""
 
+import threading
+
 import numpy as np
 import pytest
 import torch
@@ -66,6 +68,35 @@ def test_planning_draws_no_random_numbers_and_changes_no_settings():
     after = torch.get_rng_state(), torch.get_num_threads(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")
     assert torch.equal(before[0], after[0])
     assert before[1:] == after[1:]
+
+
+def test_a_step_in_another_thread_is_left_alone():
+    """Plans run one after another while a model with loops of every kind trains beside them."""
+    cut = {"q_bucket_size": 16, "k_bucket_size": 16, "head_chunks": 4, "ff_chunks": 16, "loss_chunk_size": 16}
+    model = Transformer(max_seq_len=128, **CONFIG, **cut, backend="tiled")
+    tokens = torch.randint(256, (1, 128))
+
+    def gradients():
+        return torch.autograd.grad(model(tokens, labels=tokens), list(model.parameters()))
+
+    expected, found, planning = gradients(), [], threading.Event()
+    planning.set()
+
+    def train():
+        while planning.is_set() or not found:
+            found.append(gradients())
+
+    thread = threading.Thread(target=train)
+    thread.start()
+    try:
+        for device in ("cpu", "cuda"):
+            planned({**CONFIG, **cut}, device=device, autocast="bf16")
+    finally:
+        planning.clear()
+        thread.join()
+    assert len(found) > 2
+    for step in found:
+        assert all(torch.equal(one, other) for one, other in zip(step, expected, strict=True))
 
 
 def test_half_the_bytes_in_half_the_precision():

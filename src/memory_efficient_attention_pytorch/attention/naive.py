@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .request import AttentionRequest, Part, full_precision
-from .visibility import Tile
+from .visibility import Tile, each_row, each_tile
 
 
 def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -42,10 +42,9 @@ def _keep(request: AttentionRequest, device: torch.device) -> Tensor:
     """The tiles' dropout masks, side by side."""
     keep = torch.ones(request.score_shape, dtype=torch.bool, device=device)
     for part in request.parts():
-        for row in request.visibility.narrow(part.batch, part.heads).schedule(
-            request.q_bucket_size, request.k_bucket_size
-        ):
-            for tile in row:
+        visibility = request.visibility.narrow(part.batch, part.heads)
+        for row in each_row(visibility.schedule(request.q_bucket_size, request.k_bucket_size)):
+            for tile in each_tile(row):
                 survivors = request.keep_tile(tile, part)
                 assert survivors is not None
                 keep[part.batch, part.heads, tile.queries, tile.keys] = survivors

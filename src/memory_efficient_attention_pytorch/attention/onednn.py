@@ -9,7 +9,7 @@ as they are. One head of one sequence at a time; the threads share each operator
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
@@ -18,7 +18,7 @@ from torch._subclasses import FakeTensor
 
 from ..common.products import Factor, Scratch, product
 from .request import AttentionRequest, Part
-from .visibility import Tile, Visibility
+from .visibility import Tile, Visibility, each_row, each_tile
 
 LOG2_E = math.log2(math.e)
 # A row keeps its top while a tile's weights relative to it sum to at most this.
@@ -81,7 +81,7 @@ class Head(NamedTuple):
         q, k, v = tensors
         return Head(request, part, visibility, shared, part.of_query(q), part.of_key(k), part.of_key(v))
 
-    def rows(self) -> list[list[Tile]]:
+    def rows(self) -> Sequence[Sequence[Tile]]:
         return self.visibility.schedule(self.request.q_bucket_size, self.request.k_bucket_size)
 
     def start(self, tile: Tile, scores: Tensor, value: Tensor) -> None:
@@ -106,14 +106,14 @@ def attend(head: Head, out: Tensor, lse: Tensor) -> None:
     """Write the output ``(n, e)`` and the log-sum-exp ``(n,)`` of the rows that see anything."""
     request, scratch = head.request, head.shared.scratch
     keys, values = _Cache(head.k, False), _Cache(head.v, True)
-    for row in head.rows():
+    for row in each_row(head.rows()):
         if not row:
             continue
         for cache in (keys, values):
             cache.forget_before(row[0].j0)
         queries = _scaled(head.q[row[0].queries], request.scale * LOG2_E)
         total, softmax = queries.new_zeros(len(queries), request.e), _Softmax(queries)
-        for tile in row:
+        for tile in each_tile(row):
             weights = scratch.take("scores", len(queries), tile.j1 - tile.j0)
             softmax.add(head, tile, weights, keys.take(tile, len(queries)), total)
             keep = head.keep(tile)
@@ -191,7 +191,7 @@ def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
     """The gradients of :func:`attend`."""
     request, scratch = head.request, head.shared.scratch
     survivor_scale = 1 / (1 - request.dropout)
-    for row in head.rows():
+    for row in each_row(head.rows()):
         if not row:
             continue
         here = row[0].queries
@@ -206,7 +206,7 @@ def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
         operands = (queries, upstream, (queries / LOG2_E).t(), upstream.t())
         by_queries, by_upstream, to_keys, to_values = (Factor(x, length=i, rows=j) for x in operands)
         of_queries = queries.new_zeros(request.d, i)
-        for tile in row:
+        for tile in each_tile(row):
             j = tile.j1 - tile.j0
             k, v = head.k[tile.keys], head.v[tile.keys]
             weights, grads = scratch.take("weights", j, i), scratch.take("gradients", j, i)

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..common.dry_run import num_threads
 from ..common.errors import require, require_positive_int, require_probability
 from ..common.products import onednn_is_usable
 from .visibility import Tile, Visibility, canonical_broadcast, narrow_broadcast, slice_broadcast
@@ -194,7 +195,7 @@ def _onednn_tiles_are_faster(scores: int, q: Tensor, k: Tensor, v: Tensor) -> bo
     plain = all(type(t) in (Tensor, nn.Parameter, FakeTensor) for t in (q, k, v))
     if not plain or torch._C._are_functorch_transforms_active() or q.dtype == torch.float64:
         return False
-    return torch.get_num_threads() <= MOST_ONEDNN_THREADS and onednn_is_usable(q.device)
+    return num_threads() <= MOST_ONEDNN_THREADS and onednn_is_usable(q.device)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

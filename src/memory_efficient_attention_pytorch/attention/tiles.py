@@ -17,13 +17,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.dry_run import each
 from ..common.gradients import once_differentiable
 from ..common.recording import Found
 from . import onednn as onednn_tiles
 from .onednn import Head, Incoming, Outgoing, Shared
 from .request import AttentionRequest, Part, full_precision
 from .sdpa import unit_stride
-from .visibility import Tile, Visibility
+from .visibility import Tile, Visibility, each_row, each_tile
 
 # Fused tiles hold no scores, so a part is the whole batch.
 WHOLE = 2**62
@@ -163,16 +164,16 @@ def _forward(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tupl
     lse = q.new_full((request.b, request.h, request.n), float("-inf"), dtype=request.compute_dtype)
     if request.onednn:
         shared = Shared(request.device, transposed=False)
-        for part, visibility in _parts(request, None):
+        for part, visibility in each(_parts(request, None)):
             head = Head.of(request, part, visibility, shared, (q, k, v))
             onednn_tiles.attend(head, part.of_query(out), part.of_query(lse))
         return out, lse
     fused = _fused_tile_serves(request)
-    for part, visibility in _parts(request, WHOLE if fused else None):
+    for part, visibility in each(_parts(request, WHOLE if fused else None)):
         keys, values = k[part.batch, part.kv_heads], v[part.batch, part.kv_heads]
-        for row in visibility.schedule(request.q_bucket_size, request.k_bucket_size):
+        for row in each_row(visibility.schedule(request.q_bucket_size, request.k_bucket_size)):
             merged: tuple[Tensor, Tensor] | None = None
-            for tile in row:
+            for tile in each_tile(row):
                 queries = q[part.batch, part.heads, tile.queries]
                 operands = (queries, keys[:, :, tile.keys], values[:, :, tile.keys])
                 scores = _Scores(request, tile, part, visibility, fused)
@@ -197,24 +198,24 @@ def _backward(
 ) -> None:
     if request.onednn:
         shared = Shared(request.device, transposed=True)
-        for part, visibility in _parts(request, None):
+        for part, visibility in each(_parts(request, None)):
             head = Head.of(request, part, visibility, shared, (q, k, v))
             of_lse = None if grad_lse is None else part.of_query(grad_lse)
             came = Incoming(part.of_query(out), part.of_query(lse), part.of_query(grad_out), of_lse)
             onednn_tiles.differentiate(head, came, gradients.of_head(request, part))
         return
     fused = _fused_tile_serves(request) and grad_lse is None and not gradients.wants_bias
-    for part, visibility in _parts(request, WHOLE if fused else None):
+    for part, visibility in each(_parts(request, WHOLE if fused else None)):
         keys, values = k[part.batch, part.kv_heads], v[part.batch, part.kv_heads]
         grad_k, grad_v = gradients.k[part.batch, part.kv_heads], gradients.v[part.batch, part.kv_heads]
-        for row in visibility.schedule(request.q_bucket_size, request.k_bucket_size):
+        for row in each_row(visibility.schedule(request.q_bucket_size, request.k_bucket_size)):
             if not row:
                 continue
             here = (part.batch, part.heads, row[0].queries)
             state = _Row.of(
                 request, q[here], out[here], lse[here], grad_out[here], None if grad_lse is None else grad_lse[here]
             )
-            for tile in row:
+            for tile in each_tile(row):
                 scores = _Scores(request, tile, part, visibility, fused)
                 operands = (keys[:, :, tile.keys], values[:, :, tile.keys])
                 dq, dk, dv, ds = (

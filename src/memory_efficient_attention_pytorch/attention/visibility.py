@@ -6,13 +6,16 @@ Query i stands at position ``i + m - n`` among the keys, so that the last query 
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..common import dry_run
+from ..common.dry_run import each
 from ..common.errors import require
 
 
@@ -32,6 +35,9 @@ class Tile(NamedTuple):
     @property
     def keys(self) -> slice:
         return slice(self.j0, self.j1)
+
+    def num_scores(self) -> int:
+        return (self.i1 - self.i0) * (self.j1 - self.j0)
 
 
 @dataclass(frozen=True)
@@ -110,21 +116,16 @@ class Visibility:
         high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
         return low, max(low, high)
 
-    def schedule(self, q_bucket_size: int, k_bucket_size: int) -> list[list[Tile]]:
+    def schedule(self, q_bucket_size: int, k_bucket_size: int) -> Sequence[Sequence[Tile]]:
         """For each bucket of queries the tiles that are not empty, in key order.
 
         Empty and full are decided from positions first and from the tensors' contents second; one device-to-host copy.
         """
-        rows = []
+        rows: list[Row] = []
         for i0 in range(0, self.n, q_bucket_size):
             i1 = min(i0 + q_bucket_size, self.n)
-            low, high = self.key_range(i0, i1)
-            row = []
-            for j0 in range(low, high, k_bucket_size):
-                j1 = min(j0 + k_bucket_size, high)
-                row.append(Tile(i0, i1, j0, j1, self._structurally_full(i0, i1, j0, j1)))
-            rows.append(row)
-        return self._refine(rows) if self.tensors else rows
+            rows.append(Row(self, i0, i1, *self.key_range(i0, i1), k_bucket_size))
+        return self._refine(rows) if self._contents_known else rows
 
     def tile_mask(self, tile: Tile, device: torch.device) -> Tensor | None:
         """Bool tensor broadcastable to ``(b, h, i, j)``, True = visible; None when nothing is hidden."""
@@ -144,6 +145,12 @@ class Visibility:
             visible = visible & part
         return visible
 
+    @property
+    def _contents_known(self) -> bool:
+        """Are there tensors to look into?"""
+        unknown = any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in self.tensors)
+        return bool(self.tensors) and not unknown and dry_run.current() is None
+
     def _structurally_full(self, i0: int, i1: int, j0: int, j1: int) -> bool:
         reaches_left = self.left is None or j0 >= i1 - 1 + self.offset - self.left
         reaches_right = self.right is None or j1 - 1 <= i0 + self.offset + self.right
@@ -160,21 +167,21 @@ class Visibility:
         assert visible is not None
         return visible[None, None]
 
-    def _refine(self, rows: list[list[Tile]]) -> list[list[Tile]]:
+    def _refine(self, rows: Sequence[Row]) -> Sequence[Sequence[Tile]]:
         """Drop tiles that the tensors make empty and mark those that they leave full."""
-        if any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in self.tensors):
-            return [[tile._replace(full=False) for tile in row] for row in rows]
+        looked_at = replace(self, mask=None, document_ids=None)
+        whole = [list(replace(row, visibility=looked_at)) for row in rows]
         statistics: dict[tuple[int, ...], Tensor] = {}
-        for row in rows:
+        for row in whole:
             for tile in row:
                 key = self._content_key(tile)
                 if key not in statistics:
                     statistics[key] = self._content(tile)
         if not statistics:
-            return rows
+            return whole
         found = dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
         refined = []
-        for row in rows:
+        for row in whole:
             kept = []
             for tile in row:
                 some, every = found[self._content_key(tile)]
@@ -200,6 +207,49 @@ class Visibility:
             some = some & ((q_low <= k_high) & (k_low <= q_high)).any()
             every = every & ((q_low == q_high) & (k_low == k_high) & (q_low == k_low)).all()
         return torch.stack((some, every))
+
+
+@dataclass(frozen=True)
+class Row(Sequence[Tile]):
+    """The tiles of one bucket of queries ``i0:i1`` by keys ``low:high``, made as they are asked for."""
+
+    visibility: Visibility
+    i0: int
+    i1: int
+    low: int
+    high: int
+    k_bucket_size: int
+
+    def __len__(self) -> int:
+        return -(-(self.high - self.low) // self.k_bucket_size)
+
+    @overload
+    def __getitem__(self, index: int) -> Tile: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tile]: ...
+    def __getitem__(self, index: int | slice) -> Tile | list[Tile]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(*index.indices(len(self)))]
+        j0 = range(self.low, self.high, self.k_bucket_size)[index]
+        corners = (self.i0, self.i1, j0, min(j0 + self.k_bucket_size, self.high))
+        # What tensors hide is not known here: only structure can be seen to hide nothing.
+        return Tile(*corners, full=not self.visibility.tensors and self.visibility._structurally_full(*corners))
+
+
+def each_row(rows: Sequence[Sequence[Tile]]) -> Iterable[Sequence[Tile]]:
+    """The rows of a schedule, of which a dry run takes a few."""
+    # Under causality rows grow, and end in wide and narrow tiles by turns; the very last may have few queries.
+    return each(rows, size=_scores_of_row, last=3)
+
+
+def each_tile(row: Sequence[Tile]) -> Iterable[Tile]:
+    """The tiles of a row, of which a dry run takes a few."""
+    return each(row, size=Tile.num_scores, last=2)
+
+
+def _scores_of_row(row: Sequence[Tile]) -> int:
+    assert isinstance(row, Row), "a dry run looks into no tensors"
+    return (row.i1 - row.i0) * (row.high - row.low)
 
 
 def slice_broadcast(tensor: Tensor, queries: slice, keys: slice) -> Tensor:

@@ -7,7 +7,7 @@ along for its other products, uses it on any: on an AMD EPYC with AVX-512 it rea
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import cache
 from typing import Any
 
@@ -15,6 +15,8 @@ import torch
 from torch import Tensor
 from torch._subclasses import FakeTensor
 from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
+
+from .dry_run import each
 
 # oneDNN writes to memory of its own, so a part of the product exists once more: this many elements, which stay in a
 # CPU's cache.
@@ -33,11 +35,11 @@ def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
     if not (has_onednn(values, weight) and _worthwhile(values.shape[1], len(weight))):
         return _usual(out, values, weight, bias)
     if len(weight) > MOST_COLUMNS:
-        for columns in _parts(len(weight), MULTIPLE):
+        for columns in each(_parts(len(weight), MULTIPLE), first=1):
             linear_into(out[:, columns], values, weight[columns], None if bias is None else bias[columns])
         return out
     weight = _dense(weight)
-    for rows in _parts(len(values), len(weight)):
+    for rows in each(_parts(len(values), len(weight)), first=1):
         if len(values[rows]) % MULTIPLE:
             _usual(out[rows], values[rows], weight, bias)
         else:
@@ -48,16 +50,16 @@ def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total (i, j) += leftᵀ (i, n) @ right (n, j)``; left and right of one dtype, the total of it or a wider one."""
     if has_onednn(left, right) and _worthwhile(len(left), total.shape[1]) and len(left) % MULTIPLE == 0:
-        for terms in _parts(len(left), PART // MOST_TERMS):
+        for terms in each(_parts(len(left), PART // MOST_TERMS), first=1):
             part, by = left[terms], _dense(right[terms].t())
-            for rows in _parts(len(total), total.shape[1]):
+            for rows in each(_parts(len(total), total.shape[1]), first=1):
                 total[rows] += _onednn(part[:, rows].t(), by)
     elif total.dtype == left.dtype:
         total.addmm_(left.t(), right)
     else:
         # A product in low precision cannot add to fp32: it goes through a part, on a CPU a small one.
         size = PART if total.device.type == "cpu" else 2**24
-        for rows in _parts(len(total), total.shape[1], size):
+        for rows in each(_parts(len(total), total.shape[1], size), first=1):
             total[rows] += left[:, rows].t() @ right
 
 
@@ -130,10 +132,10 @@ class Scratch:
         return linear_into(out, rows, weight, bias).view(*values.shape[:-1], len(weight))
 
 
-def _parts(length: int, width: int, size: int = PART) -> Iterator[slice]:
+def _parts(length: int, width: int, size: int = PART) -> Sequence[slice]:
     """Slices of ``length`` rows of ``width``, of ``size`` elements at most but ``MULTIPLE`` rows at least."""
     step = max(MULTIPLE, size // max(width, 1) // MULTIPLE * MULTIPLE)
-    return (slice(start, min(start + step, length)) for start in range(0, length, step))
+    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
 
 
 def few_rows(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -10,6 +10,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from .dry_run import keeps
 from .errors import require
 
 
@@ -69,7 +70,9 @@ class Recording:
             outer = self._outer
             found = compute() if outer is None else outer.find(owner, compute, offload)
             self._calls.append((owner, found.by, [t.device for t in found.tensors]))
-            self._tensors += [_to_host(t) if offload else t for t in found.tensors]
+            for tensor in found.tensors:
+                self._tensors.append(_to_host(tensor) if offload else tensor)
+                keeps(self._tensors[-1])
             return found
         number, self._taken = self._taken, self._taken + 1
         known = number < len(self._calls) and self._calls[number][0] is owner

@@ -6,12 +6,13 @@ projections is applied to a slab of tokens where it is needed, forward and backw
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from ..common.dry_run import each
 from ..common.errors import require
 from ..common.products import Scratch, linear_into
 from ..recompute.linear_pieces import Gradients, compute_dtype, normed_piece, slabs
@@ -73,7 +74,7 @@ class HeadGroupBranch(Branch):
         kwargs = self.kwargs(inputs)
         context = kwargs.pop("context", None)
         scratch = Scratch(compute_dtype(x), x.device)
-        for group in self.attention.head_groups:
+        for group in self._groups():
             heads = self._project(self._sources(x, context, group), scratch)
             out = _tokens(self.attention.attend(*heads, group=group, **kwargs))
             del heads
@@ -93,7 +94,7 @@ class HeadGroupBranch(Branch):
         context = kwargs.pop("context", None)
         grads = Gradients(leaves, needed, add_gradient)
         scratch = Scratch(compute_dtype(x), x.device)
-        for group in self.attention.head_groups:
+        for group in self._groups():
             sources = self._sources(x, context, group)
             heads = [t.detach().requires_grad_() for t in self._project(sources, scratch)]
             with torch.enable_grad():
@@ -110,6 +111,10 @@ class HeadGroupBranch(Branch):
                 grads.add(wanted.pop(), found.pop())
             self._through_projections(sources, found, scratch, grads)
         return grads.totals
+
+    def _groups(self) -> Iterable[HeadGroup]:
+        # What is kept of each group adds up: the last finds that of all others.
+        return each(self.attention.head_groups, last=1 if self.attention.keep_attention else 0)
 
     def _sources(self, x: Tensor, context: Tensor | None, group: HeadGroup) -> list[_Source]:
         attention, width = self.attention, self.attention.dim_head

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch._subclasses import FakeTensor
 
 from ..attention.request import full_precision
+from ..common.dry_run import each, working_on
 from ..common.errors import require, require_positive_int
 from ..common.gradients import accumulator, fresh_total, left_to_add, may_add_in_place, once_differentiable
 from ..common.products import add_product, linear_into
@@ -223,7 +224,7 @@ def run(
     nothing = losses.new_zeros(())
     row_weight = torch.where(counted, nothing if row_weight is None else row_weight, nothing)
     size = _even_chunk_size(len(labels), settings.chunk_size)
-    with full_precision(weight.device):
+    with working_on("loss"), full_precision(weight.device):
         chunk_loss = ChunkLoss(
             weight,
             bias,
@@ -234,7 +235,7 @@ def run(
             bias_gradient=wanted[2],
             total=total,
         )
-        for chunk in _chunks(labels, size):
+        for chunk in each(_chunks(labels, size)):
             hidden = rows.take(chunk)
             losses[chunk] = chunk_loss.losses(hidden, labels[chunk])
             if any(wanted):
@@ -350,12 +351,7 @@ def _even_chunk_size(tokens: int, chunk_size: int) -> int:
 
 
 def _chunks(labels: Tensor, size: int) -> list[slice]:
-    chunks = [slice(start, start + size) for start in range(0, len(labels), size)]
-    if isinstance(labels, FakeTensor) and torch._C._get_dispatch_mode(torch._C._TorchDispatchModeKey.PROXY) is None:
-        # Fake tensors hold no values and every chunk uses the same memory: the first and largest stands for all, as a
-        # dry run of a million tokens would take a minute. Only a tracer that records operations needs them all.
-        return chunks[:1]
-    return chunks
+    return [slice(start, start + size) for start in range(0, len(labels), size)]
 
 
 def _full_dtype(dtype: torch.dtype) -> torch.dtype:

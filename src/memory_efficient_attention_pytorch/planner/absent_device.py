@@ -17,7 +17,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..attention import sdpa as fused
 from ..attention.request import AttentionRequest
-from .abridge import replaced
 
 aten = torch.ops.aten
 CPU = torch.device("cpu")
@@ -64,6 +63,17 @@ def _replacements(device: torch.device) -> list[tuple[Any, str, Any]]:
         (torch.cuda, "get_rng_state", lambda *_: _CPU_GENERATOR.get_state()),
         (torch.cuda, "set_rng_state", lambda *_: None),
     ]
+
+
+@contextmanager
+def replaced(owner: Any, name: str, value: Any) -> Iterator[None]:
+    """``owner.name`` is ``value`` within."""
+    before = getattr(owner, name)
+    setattr(owner, name, value)
+    try:
+        yield
+    finally:
+        setattr(owner, name, before)
 
 
 class _ReportCpu(TorchDispatchMode):

@@ -15,12 +15,13 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..common.dry_run import watched_by
 from ..common.errors import require
-from .abridge import abridged, attributed, replaced
 from .absent_device import stand_in
 from .accounting import Accounting
 from .ledger import Ledger, Place
 from .timeline import Timeline
+from .watcher import Watcher
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -72,12 +73,9 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
     with ExitStack() as entered:
         for context in (torch.autograd.set_multithreading_enabled(False), mode, stand_in(device), ledger):
             entered.enter_context(context)
-        for context in (ledger.watching(model), attributed(model, ledger)):
+        watcher = Watcher(ledger, model, device.type, accounting.threads, abridge)
+        for context in (ledger.watching(model), watched_by(watcher)):
             entered.enter_context(context)
-        # Which tiles attention takes depends on them.
-        entered.enter_context(replaced(torch, "get_num_threads", lambda: accounting.threads))
-        if abridge:
-            entered.enter_context(abridged(model, ledger))
         ledger.learn_the_engine()
         autocast = torch.autocast(device.type, step.autocast, enabled=step.autocast is not None)
         ledger.enter("parameters", [*model.parameters(), *model.buffers()])

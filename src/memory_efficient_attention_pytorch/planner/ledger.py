@@ -43,21 +43,6 @@ class _Held(NamedTuple):
     times: int = 1
 
 
-class Weight:
-    """How many operations the one at work stands for; see ``abridge``."""
-
-    def __init__(self) -> None:
-        self.value = 1.0
-
-    @contextmanager
-    def times(self, factor: float) -> Iterator[None]:
-        before, self.value = self.value, self.value * factor
-        try:
-            yield
-        finally:
-            self.value = before
-
-
 class Ledger(TorchDispatchMode):
     """Counts live storages, each once however many tensors share it, from its birth to its finalizer.
 
@@ -73,7 +58,7 @@ class Ledger(TorchDispatchMode):
         self._operations: list[Operation] = []
         self._rows: list[list[int]] = []
         self._flops = 0.0
-        self.weight = Weight()
+        self._weight = 1.0  # how many operations the one at work stands for
         self._accounting = accounting.anew()
         self._categorize = categorize
         self._live: Counter[str] = Counter()
@@ -102,13 +87,22 @@ class Ledger(TorchDispatchMode):
             self._storages[key] = held._replace(category=category)
             self._count(self._storages[key], 1)
 
-    def stands_for(self, times: int, tensor: Tensor) -> None:
-        """From now on the tensor's storage counts as so many, of which a loop that was cut short made only this."""
+    @contextmanager
+    def weighing(self, factor: float) -> Iterator[None]:
+        """Inside, an operation stands for so many times as many."""
+        before, self._weight = self._weight, self._weight * factor
+        try:
+            yield
+        finally:
+            self._weight = before
+
+    def keep_as_many(self, tensor: Tensor) -> None:
+        """From now on the tensor's storage counts as often as the operation at work."""
         key = tensor.untyped_storage()._cdata
         if key in self._storages:
             held = self._storages[key]
             self._count(held, -1)
-            self._storages[key] = held._replace(times=times)
+            self._storages[key] = held._replace(times=round(self._weight))
             self._count(self._storages[key], 1)
 
     def start(self) -> None:
@@ -172,7 +166,7 @@ class Ledger(TorchDispatchMode):
         category = self._categorize(self.phase, place)
         for tensor in _tensors(result):
             self._charge(tensor, category)
-        self._flops += count_flops(func, args, kwargs, result) * self.weight.value
+        self._flops += count_flops(func, args, kwargs, result) * self._weight
         self._live["kernel workspace"] = self._accounting.workspace(func, args, kwargs)
         self._operations.append(Operation(self.phase, place.module, str(func)))
         self._rows.append(as_row(self._live))

@@ -6,12 +6,13 @@ Through autograd every piece would make its own gradient of every weight before 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..common.dry_run import each
 from ..common.gradients import accumulator, left_to_add
 from ..common.products import add_product
 from .pieces import Add, Index, vector_jacobian_product
@@ -21,8 +22,12 @@ from .pieces import Add, Index, vector_jacobian_product
 SLAB_PART, SLAB_MINIMUM = 1 / 16, 512
 
 
-def slabs(x: Tensor) -> Iterator[Index]:
+def slabs(x: Tensor) -> Iterable[Index]:
     """Slices of the first two dimensions of ``(b, n, …)``, each contiguous: a slab of tokens."""
+    return each(list(_slabs(x)))
+
+
+def _slabs(x: Tensor) -> Iterator[Index]:
     b, n = x.shape[:2]
     size = max(SLAB_MINIMUM, math.ceil(b * n * SLAB_PART))
     if n > size and b:

@@ -7,7 +7,7 @@ piece's intermediate values live only while that piece is at work, and nothing i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import cached_property
 from typing import Any
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..common.dry_run import each, working_on
 from ..common.errors import require
 from ..common.gradients import once_differentiable
 from ..common.recording import Recording
@@ -99,6 +100,11 @@ class Branch:
     def parameters(self) -> list[Tensor]:
         return list(dict.fromkeys(p for module in self._holders for p in module.parameters()))
 
+    @property
+    def owner(self) -> object:
+        """Who does its work, for a dry run: what the branch is about has the last parameters, a norm the first."""
+        return self.parameters[-1] if self.parameters else None
+
     def bound(self) -> tuple[Tensor, ...]:
         """``inputs``, of which the branch then lets go."""
         tensors, self._tensors = self._tensors, []
@@ -117,9 +123,9 @@ class Branch:
         cut = [t.detach().requires_grad_(need) for t, need in zip(inputs[:count], needed[:count], strict=True)]
         return [*cut, *self.parameters]
 
-    def slices(self, x: Tensor) -> Iterator[Index]:
+    def slices(self, x: Tensor) -> Iterable[Index]:
         """The slices of x, and of the output, that the pieces read and add to."""
-        yield (...,)
+        return [(...,)]
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
         """An output, uninitialised, for pieces of which ``value`` is the first."""
@@ -272,7 +278,7 @@ class _Piecewise(torch.autograd.Function):
                 dtype, out = value.dtype, branch.allocate(x, value)
             out[index].add_(value) if branch.overlapping else out[index].copy_(value)
 
-        with replay.first():
+        with replay.first(), working_on(branch.owner):
             branch.run(x, inputs, add)
         ctx.save_for_backward(x, *inputs, *replay.release())
         assert out is not None
@@ -289,7 +295,7 @@ class _Piecewise(torch.autograd.Function):
             assert gradient is not None
             gradient[index].add_(value)
 
-        with ctx.replay.again(kept):
+        with ctx.replay.again(kept), working_on(ctx.branch.owner):
             needed = ctx.needs_input_grad[3:]
             add_to = None if gradient is None else add_gradient
             grads = ctx.branch.differentiate(x, inputs, needed, cotangent, None, add_to)
@@ -312,13 +318,13 @@ class ChunkBranch(Branch):
         self.chunks, self.chunk_size, self.dim = chunks, chunk_size, dim
         self.single_piece = chunks == 1
 
-    def slices(self, x: Tensor) -> Iterator[Index]:
+    def slices(self, x: Tensor) -> Iterable[Index]:
         require(-x.dim() <= self.dim < x.dim(), "dim", f"a dimension of x, {tuple(x.shape)}", self.dim)
         length = x.shape[self.dim]
         size = self.chunk_size or max(1, -(-length // (self.chunks or 1)))
         before = (slice(None),) * (self.dim % x.dim())
-        for start in range(0, max(length, 1), size):
-            yield (*before, slice(start, min(start + size, length)))
+        starts = range(0, max(length, 1), size)
+        return each([(*before, slice(start, min(start + size, length))) for start in starts])
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
         dim = self.dim % x.dim()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from ..common.dry_run import working_on
 from ..common.errors import require
 from ..common.gradients import once_differentiable
 from .pieces import Branch, Index, Replay, branch_of, refuse_sharded
@@ -134,7 +135,7 @@ class _Step(torch.autograd.Function):
         def add(index: Index, value: Tensor) -> None:
             c[index].add_(tape.onto_grid(value))
 
-        with replay.first():
+        with replay.first(), working_on(branch.owner):
             branch.run(b.to(tape.dtype), inputs, add)
         ctx.save_for_backward(None if tape.rebuild else b, *inputs, *replay.release())
         # Detached, b is an output of its own and no view: hooks that FSDP puts on outputs refuse views.
@@ -163,7 +164,7 @@ class _Step(torch.autograd.Function):
             assert total is not None
             total[index].add_(value)
 
-        with ctx.replay.again(kept):
+        with ctx.replay.again(kept), working_on(branch.owner):
             grads = branch.differentiate(
                 b.to(tape.dtype),
                 inputs,
