@@ -6,11 +6,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from memory_efficient_attention_pytorch import dot_product_attention, select_backend
-from memory_efficient_attention_pytorch.attention import request
+from memory_efficient_attention_pytorch.attention import onednn as way
 from memory_efficient_attention_pytorch.common import products
-from memory_efficient_attention_pytorch.common.products import Factor, product
+from memory_efficient_attention_pytorch.common.products import PackedWeight, product
 from tests import reference
-from tests.conformance.cases import onednn_tiles
 from tests.memory.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
@@ -18,8 +17,9 @@ MIB = 2**20
 
 
 @pytest.fixture(autouse=True)
-def onednn(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+def _as_if_it_were_faster(monkeypatch):
+    for module in (products, way):
+        monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
 
 
 def qkv(n, m=None, *, h=1, kv=None, d=32, e=None, dtype=torch.float32):
@@ -32,7 +32,7 @@ def qkv(n, m=None, *, h=1, kv=None, d=32, e=None, dtype=torch.float32):
     "sizes", [(64, 128, 32), (192, 64, 40), (64, 40, 128), (64, 8, 64), (65, 128, 32), (64, 64, 7)]
 )
 @pytest.mark.parametrize("side", [0, 1])
-def test_a_factor_adds_its_product_in_place(sizes, side, transposed):
+def test_a_packed_weight_adds_its_product_in_place(sizes, side, transposed):
     """Multiples of 64 by oneDNN, others by PyTorch's own product."""
     n, k, j = sizes
     length = (j, k)[side]
@@ -41,25 +41,25 @@ def test_a_factor_adds_its_product_in_place(sizes, side, transposed):
     truth = total.double() + values.double() @ weight.double().t()
     place = total.data_ptr()
     with LiveBytes() as count:
-        Factor(weight, length=length, rows=n).add_product(total, values)
+        PackedWeight(weight, length=length, rows=n).add_product(total, values)
     assert total.data_ptr() == place
     reference.assert_close("total", total, truth, 1e-5)
     assert count.calls["_convolution_pointwise_"] == (n % 64 == 0 and length % 64 == 0)
 
 
-def test_a_factor_adds_within_a_larger_tensor_only_where_it_should():
+def test_a_packed_weight_adds_within_a_larger_tensor_only_where_it_should():
     whole = torch.ones(256, 64)
-    Factor(torch.ones(64, 128), length=64, rows=64).add_product(whole[64:128], torch.ones(64, 128))
+    PackedWeight(torch.ones(64, 128), length=64, rows=64).add_product(whole[64:128], torch.ones(64, 128))
     assert whole[64:128].eq(129).all()
     assert whole[:64].eq(1).all()
     assert whole[128:].eq(1).all()
 
 
-def test_a_factor_takes_half_precision_without_rounding_again():
+def test_a_packed_weight_takes_half_precision_without_rounding_again():
     weight, values = torch.randn(64, 64).bfloat16(), torch.randn(64, 64)
     for rows in (64, 63):
         total = torch.zeros(rows, 64)
-        Factor(weight, length=64, rows=rows).add_product(total, values[:rows])
+        PackedWeight(weight, length=64, rows=rows).add_product(total, values[:rows])
         reference.assert_close("total", total, values[:rows].double() @ weight.double().t(), 1e-5)
 
 
@@ -74,14 +74,14 @@ def test_product_by_a_matrix_in_either_order(sizes):
 
 def test_operations_are_counted():
     with FlopCounterMode(display=False) as count:
-        Factor(torch.randn(128, 64), length=128, rows=64).add_product(torch.zeros(64, 128), torch.randn(64, 64))
+        PackedWeight(torch.randn(128, 64), length=128, rows=64).add_product(torch.zeros(64, 128), torch.randn(64, 64))
     assert count.get_total_flops() == 2 * 64 * 64 * 128
 
 
 def test_fake_tensors_go_the_same_way():
     with FakeTensorMode(), FlopCounterMode(display=False) as count:
         total = torch.zeros(64, 128)
-        Factor(torch.randn(128, 64), length=128, rows=64).add_product(total, torch.randn(64, 64))
+        PackedWeight(torch.randn(128, 64), length=128, rows=64).add_product(total, torch.randn(64, 64))
     assert total.shape == (64, 128)
     assert count.get_total_flops() == 2 * 64 * 64 * 128
 
@@ -101,11 +101,11 @@ def test_auto_prefers_them_to_the_kernel_for_long_sequences(monkeypatch):
 
 
 def test_not_for_many_threads_nor_where_another_library_is_as_fast(monkeypatch):
-    monkeypatch.setattr(torch, "get_num_threads", lambda: request.MOST_ONEDNN_THREADS + 1)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: way.MOST_THREADS + 1)
     assert select_backend(*qkv(2048)).name == "fused"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert select_backend(*qkv(2048)).name == "tiled"
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(way, "onednn_is_faster", lambda: False)
     assert select_backend(*qkv(2048)).name == "fused"
 
 
@@ -115,8 +115,7 @@ def test_backward_goes_the_way_of_forward_whatever_changed_between(monkeypatch):
 
     def gradients(between):
         torch.manual_seed(5)
-        with onednn_tiles():
-            out = dot_product_attention(q, k, v, dropout=0.4, backend="tiled", q_bucket_size=16, k_bucket_size=32)
+        out = dot_product_attention(q, k, v, dropout=0.4, backend="onednn", q_bucket_size=16, k_bucket_size=32)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(torch, "get_num_threads", between)
             return torch.autograd.grad(out.sum(), (q, k, v))
@@ -130,7 +129,7 @@ def test_backward_goes_the_way_of_forward_whatever_changed_between(monkeypatch):
 
 def test_a_dropout_mask_does_not_depend_on_the_cut(monkeypatch):
     """A recomputation under other settings (threads, say) drops the same weights: in a reversible block, or kept."""
-    q, k, v = qkv(512, h=4)
+    q, k, v = qkv(2048, h=2)
 
     def out(threads):
         torch.manual_seed(5)
@@ -141,7 +140,7 @@ def test_a_dropout_mask_does_not_depend_on_the_cut(monkeypatch):
         few = out(1)
     assert count.calls["_convolution_pointwise_"]
     with LiveBytes() as count:
-        many = out(request.MOST_ONEDNN_THREADS + 1)
+        many = out(way.MOST_THREADS + 1)
     assert not count.calls["_convolution_pointwise_"]
     reference.assert_close("out", many, few.double(), 1e-5)
 
@@ -164,8 +163,8 @@ def test_other_kinds_of_tensors_go_their_own_way(monkeypatch):
 def test_scores_that_rise_with_a_bias_are_computed_once():
     q, k, v = (x.detach() for x in qkv(128, 1024))
     bias = torch.arange(1024.0)[None, None, None] * 0.3
-    with onednn_tiles(), LiveBytes() as count:
-        out = dot_product_attention(q, k, v, attn_bias=bias, backend="tiled", k_bucket_size=128)
+    with LiveBytes() as count:
+        out = dot_product_attention(q, k, v, attn_bias=bias, backend="onednn", k_bucket_size=128)
     truth = dot_product_attention(q.double(), k.double(), v.double(), attn_bias=bias.double(), backend="naive")
     reference.assert_close("out", out, truth, 1e-5)
     assert count.products == 2 * 8
@@ -205,11 +204,10 @@ def test_outputs_and_gradients_against_the_naive_backend(dtype, kwargs):
         wanted = (*wanted, kwargs["attn_bias"])
     cotangent = torch.randn(1, 2, n, v.shape[-1]).to(dtype)
     found = []
-    for backend in ("tiled", "naive"):
+    for backend in ("onednn", "naive"):
         torch.manual_seed(7)
-        with onednn_tiles():
-            buckets = {"q_bucket_size": 128, "k_bucket_size": 192}
-            out, lse = dot_product_attention(q, k, v, backend=backend, return_lse=True, **buckets, **kwargs)
+        buckets = {"q_bucket_size": 128, "k_bucket_size": 192}
+        out, lse = dot_product_attention(q, k, v, backend=backend, return_lse=True, **buckets, **kwargs)
         loss = (out * cotangent).sum() + lse.masked_fill(lse == -torch.inf, 0.0).square().sum()
         found.append([out, lse, *torch.autograd.grad(loss, wanted)])
     tolerance = 2e-5 if dtype == torch.float32 else 3 * reference.EPSILON[dtype]
@@ -220,8 +218,7 @@ def test_outputs_and_gradients_against_the_naive_backend(dtype, kwargs):
 def test_half_precision_is_rounded_at_the_ends_only():
     """The log-sum-exp, fp32, of bf16 queries and keys is exact to fp32."""
     q, k, v = qkv(256, dtype=torch.bfloat16)
-    with onednn_tiles():
-        _, lse = dot_product_attention(q, k, v, return_lse=True, backend="tiled")
+    _, lse = dot_product_attention(q, k, v, return_lse=True, backend="onednn")
     truth = (q.double() @ k.double().mT * 32**-0.5).logsumexp(-1)
     torch.testing.assert_close(lse.double(), truth, rtol=1e-6, atol=1e-6)
 
@@ -230,8 +227,7 @@ def test_half_precision_is_rounded_at_the_ends_only():
 def test_scores_of_any_size_do_not_overflow(size):
     """Each row's largest score, hidden ones aside, becomes a weight of 1."""
     q, k, v = (x.detach() for x in qkv(128, d=32))
-    with onednn_tiles():
-        out = dot_product_attention(q * size, k, v, causal=True, backend="tiled")
+    out = dot_product_attention(q * size, k, v, causal=True, backend="onednn")
     truth = dot_product_attention(q.double() * size, k.double(), v.double(), causal=True, backend="naive")
     assert out.isfinite().all()
     if size < 1e10:
@@ -243,8 +239,8 @@ def test_later_tiles_with_larger_scores(growth):
     """The first tile's largest scores serve the later tiles, unless those exceed them by far."""
     q, k, v = (x.detach() for x in qkv(128, 1024))
     k *= 1 + growth * (torch.arange(1024) // 128)[:, None]
-    with onednn_tiles(), LiveBytes() as count:
-        out, lse = dot_product_attention(q, k, v, return_lse=True, backend="tiled", k_bucket_size=128)
+    with LiveBytes() as count:
+        out, lse = dot_product_attention(q, k, v, return_lse=True, backend="onednn", k_bucket_size=128)
     truth = dot_product_attention(q.double(), k.double(), v.double(), return_lse=True, backend="naive")
     reference.assert_close("out", out, truth[0], 1e-5 if growth < 1e3 else 2e-3)
     torch.testing.assert_close(lse.double(), truth[1], rtol=1e-5, atol=1e-5)
@@ -255,8 +251,7 @@ def test_a_row_that_sees_nothing_at_first():
     q, k, v = (x.detach() for x in qkv(128, 512))
     mask = torch.ones(1, 1, 128, 512, dtype=torch.bool)
     mask[..., 3, :400] = mask[..., 5, :] = False
-    with onednn_tiles():
-        out = dot_product_attention(q, k, v, mask=mask, backend="tiled", k_bucket_size=128)
+    out = dot_product_attention(q, k, v, mask=mask, backend="onednn", k_bucket_size=128)
     truth = dot_product_attention(q.double(), k.double(), v.double(), mask=mask, backend="naive")
     reference.assert_close("out", out, truth, 1e-5)
     assert out[0, 0, 5].eq(0).all()
@@ -270,9 +265,9 @@ def test_a_window_keeps_only_the_keys_in_sight():
 
     def peak(n):
         q, k, v = (x.detach() for x in qkv(n))
-        with onednn_tiles(), LiveBytes() as count:
+        with LiveBytes() as count:
             dot_product_attention(
-                q, k, v, causal=True, window=(128, 0), backend="tiled", q_bucket_size=64, k_bucket_size=64
+                q, k, v, causal=True, window=(128, 0), backend="onednn", q_bucket_size=64, k_bucket_size=64
             )
         return count.peak - n * 4 * 33  # the output and the log-sum-exp
 

@@ -1,20 +1,17 @@
 """The cases that every backend is held to, their inputs, and how one is run and compared."""
 
 import copy
-from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, replace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from memory_efficient_attention_pytorch.attention import request
-from memory_efficient_attention_pytorch.common import products
 from tests import reference
 
 BACKENDS = ("naive", "tiled", "fused", "auto")
-# "onednn": the tiled backend with oneDNN's tiles, which small questions and other machines would not get.
-PATHS = (*BACKENDS, "onednn")
+# The ways that a small question would not get by itself, by name.
+PATHS = (*BACKENDS, "onednn", "products")
 
 
 class LearnedBias(nn.Module):
@@ -178,20 +175,8 @@ def call(inputs: Inputs, backend: str, buckets: tuple[int, int], **overrides):
     kwargs = inputs.fixed | {"attn_bias": bias_of(inputs)} | overrides
     v = kwargs.pop("v", v)
     torch.manual_seed(1234)
-    with onednn_tiles() if backend == "onednn" else nullcontext():
-        backend = "tiled" if backend == "onednn" else backend
-        sizes = {"q_bucket_size": buckets[0], "k_bucket_size": buckets[1]}
-        return dot_product_attention(q, k, v, backend=backend, **sizes, **kwargs)
-
-
-@contextmanager
-def onednn_tiles():
-    """Within, questions of any size get oneDNN's tiles, on any CPU that has it."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(request, "LEAST_ONEDNN_SCORES", 0)
-        patch.setattr(request, "LEAST_ONEDNN_WIDTH", 0)
-        patch.setattr(products, "onednn_is_faster", lambda: True)
-        yield
+    sizes = {"q_bucket_size": buckets[0], "k_bucket_size": buckets[1]}
+    return dot_product_attention(q, k, v, backend=backend, **sizes, **kwargs)
 
 
 def keep_mask(inputs: Inputs, backend: str, buckets: tuple[int, int]) -> Tensor | None:
@@ -204,13 +189,13 @@ def keep_mask(inputs: Inputs, backend: str, buckets: tuple[int, int]) -> Tensor 
 
 
 def serve_or_skip(backend: str, function):
-    """Run; an explicit "fused" may decline what no fused kernel computes, in words that name itself. No other may."""
+    """Run; "fused" may decline what no fused kernel computes and "onednn" fp64, in words that name them. No other may."""
     try:
         return function()
     except (NotImplementedError, ValueError) as refusal:
-        if backend != "fused" or "fused" not in str(refusal):
+        if backend not in ("fused", "onednn") or backend not in str(refusal):
             raise
-        pytest.skip(f"fused declines: {refusal}")
+        pytest.skip(f"{backend} declines: {refusal}")
 
 
 def result_or_message(function):

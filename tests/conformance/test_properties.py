@@ -1,7 +1,5 @@
 """What must hold for every input: searched with hypothesis, and asserted bit for bit where that is promised."""
 
-from contextlib import nullcontext
-
 import pytest
 import torch
 from hypothesis import given
@@ -9,7 +7,7 @@ from hypothesis import strategies as st
 
 from memory_efficient_attention_pytorch import dot_product_attention
 from tests import reference
-from tests.conformance.cases import PATHS, LearnedBias, onednn_tiles
+from tests.conformance.cases import PATHS, LearnedBias
 
 f64 = torch.float64
 lengths = st.integers(1, 40)
@@ -27,8 +25,7 @@ def tensors(seed, n, m, *, b=2, h=2, kv=2, d=4, dtype=f64):
 def attend(q, k, v, backend, bucket_sizes=(5, 7), **kwargs):
     torch.manual_seed(99)
     kwargs |= {"q_bucket_size": bucket_sizes[0], "k_bucket_size": bucket_sizes[1]}
-    with onednn_tiles() if backend == "onednn" else nullcontext():
-        return dot_product_attention(q, k, v, backend="tiled" if backend == "onednn" else backend, **kwargs)
+    return dot_product_attention(q, k, v, backend=backend, **kwargs)
 
 
 def with_gradients(q, k, v, cotangent, backend, bucket_sizes=(5, 7), **kwargs):
@@ -113,7 +110,8 @@ def test_a_hidden_key_is_invisible(backend, seed, n, window, documents, causal):
 @given(seed=seeds, n=lengths, m=lengths, causal=st.booleans())
 def test_batch_entries_are_independent(backend, seed, n, m, causal):
     m = n if backend == "fused" else m
-    q, k, v = tensors(seed, n, m, b=3)
+    exact = backend != "onednn"  # which computes in fp32
+    q, k, v = tensors(seed, n, m, b=3, dtype=torch.float64 if exact else torch.float32)
     kwargs = {"causal": causal, "mask": None if backend == "fused" else torch.rand(3, m) > 0.3}
     cotangent = torch.randn_like(q)
     together = with_gradients(q, k, v, cotangent, backend, **kwargs)
@@ -125,7 +123,7 @@ def test_batch_entries_are_independent(backend, seed, n, m, causal):
     single = with_gradients(*alone, cotangent[:1], backend, **kwargs)
     for name, x, y, z in zip(("out", "dq", "dk", "dv"), together, disturbed, single, strict=True):
         assert x[0].equal(y[0]), f"{name}: other entries' numbers changed it"
-        reference.assert_close(name, x[:1], z, 1e-11)
+        reference.assert_close(name, x[:1], z, 1e-11 if exact else 1e-5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=["fp32", "bf16"])

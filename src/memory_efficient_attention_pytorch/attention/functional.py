@@ -1,35 +1,38 @@
-"""The functional entry: one question, four ways to the same answer, and why one of them was chosen."""
+"""The functional entry: one question, several ways to the same answer, and why one of them was chosen."""
 
 from __future__ import annotations
 
+import inspect
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal, overload
 
 import torch
 from torch import Tensor
 
 from ..common.errors import require
-from ..common.recording import Recording
-from . import naive
-from . import sdpa as fused
-from . import sdpa_kept as kept
-from . import tiles as tiled
-from .request import AttentionRequest, BiasModule, build_request
+from . import decision
+from .bias import BiasModule
+from .decision import BACKENDS, Decision
+from .request import build_request
 
-BACKENDS = ("naive", "tiled", "fused", "auto")
-# Scores of a head, below which PyTorch's fused kernel is no slower than tiles by oneDNN.
-FUSED_ENOUGH = 2**21
+__all__ = ["BACKENDS", "BackendChoice", "decide", "dot_product_attention", "select_backend"]
+
+# What select_backend takes besides q, k, v and backend.
+_ARGUMENTS = tuple(inspect.signature(build_request).parameters)[3:]
+Window = int | tuple[int | None, int | None]
 
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """Which backend runs, why, and what was ruled out for which reason."""
+    """Which backend runs and why, which way of computing that is, and what was ruled out for which reason."""
 
     name: str
     reason: str
     ruled_out: dict[str, str] = field(default_factory=dict)
+    way: str = ""
 
 
+@overload
 def dot_product_attention(
     q: Tensor,
     k: Tensor,
@@ -38,7 +41,42 @@ def dot_product_attention(
     mask: Tensor | None = None,
     attn_bias: Tensor | BiasModule | None = None,
     causal: bool = False,
-    window: int | tuple[int | None, int | None] | None = None,
+    window: Window | None = None,
+    document_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+    q_bucket_size: int = 512,
+    k_bucket_size: int = 1024,
+    return_lse: Literal[False] = False,
+) -> Tensor: ...
+@overload
+def dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    attn_bias: Tensor | BiasModule | None = None,
+    causal: bool = False,
+    window: Window | None = None,
+    document_ids: Tensor | None = None,
+    dropout: float = 0.0,
+    scale: float | None = None,
+    backend: str = "auto",
+    q_bucket_size: int = 512,
+    k_bucket_size: int = 1024,
+    return_lse: Literal[True],
+) -> tuple[Tensor, Tensor]: ...
+def dot_product_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    *,
+    mask: Tensor | None = None,
+    attn_bias: Tensor | BiasModule | None = None,
+    causal: bool = False,
+    window: Window | None = None,
     document_ids: Tensor | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
@@ -46,7 +84,7 @@ def dot_product_attention(
     q_bucket_size: int = 512,
     k_bucket_size: int = 1024,
     return_lse: bool = False,
-) -> Any:
+) -> Tensor | tuple[Tensor, Tensor]:
     r"""Exact attention, ``softmax(scale · q kᵀ + attn_bias) v`` over what each query may see, in O(n + m) memory.
 
     Args:
@@ -63,8 +101,8 @@ def dot_product_attention(
         dropout: probability in [0, 1) of dropping a normalised weight; survivors are scaled by 1/(1 − dropout).
             Applied whenever it is above 0. The seed comes from PyTorch's default CPU generator.
         scale: defaults to ``d ** -0.5``.
-        backend: ``"auto"`` picks; ``"naive"`` (O(n·m) memory, the reference), ``"tiled"`` and ``"fused"`` are honoured
-            or refused. See :func:`select_backend`.
+        backend: ``"auto"`` picks; ``"naive"`` (O(n·m) memory, the reference), ``"tiled"`` and ``"fused"``, and the name
+            of any single way (``select_backend(...).way``), are honoured or refused.
         q_bucket_size, k_bucket_size: the tiles' sides. They move time and memory, not the result (except which
             weights dropout drops).
         return_lse: also return the log-sum-exp of each row.
@@ -81,8 +119,7 @@ def dot_product_attention(
     attention. Differentiable once (the tiled backend raises on a second derivative). Sources: Rabe & Staats 2021
     (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
     """
-    q, k, v = _autocast(q, k, v)
-    request = build_request(
+    made, q, k, v = decide(
         q,
         k,
         v,
@@ -93,75 +130,41 @@ def dot_product_attention(
         document_ids=document_ids,
         dropout=dropout,
         scale=scale,
+        backend=backend,
         q_bucket_size=q_bucket_size,
         k_bucket_size=k_bucket_size,
         return_lse=return_lse,
     )
-    choice = _choose(request, backend, q, k, v)
-    if choice.name == "fused":
-        return fused.attention(request, q, k, v)
-    out, lse = (tiled if choice.name == "tiled" else naive).attention(request, q, k, v)
-    return (out, lse) if return_lse else out
-
-
-def recorded_attention(
-    recording: Recording, owner: object, offload: bool, q: Tensor, k: Tensor, v: Tensor, *, backend: str, **options: Any
-) -> Tensor:
-    """:func:`dot_product_attention`, computed in the forward pass alone; its repetition takes what ``recording`` has.
-
-    owner: who calls, the same in both passes. offload: keep it in host memory. options: the other arguments, all of
-    them but ``return_lse``. backend: not ``"naive"``.
-    """
-    q, k, v = _autocast(q, k, v)
-    with torch.enable_grad():  # the forward pass asks what backward will: does the bias want a gradient?
-        request = build_request(q, k, v, return_lse=False, **options)
-    choice = _choose(request, backend, q, k, v)
-    by_kernel = choice.name == "fused" and kept.kernel_for(request, q, k, v) is not None
-    found = recording.find(owner, lambda: (kept if by_kernel else tiled).find(request, q, k, v), offload)
-    return (tiled if found.by == "tiled" else kept).again(request, q, k, v, found)
+    out, lse = made.attend(q, k, v)
+    if not return_lse:
+        return out
+    assert lse is not None  # a way that has none objects
+    return out, lse
 
 
 def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **arguments: Any) -> BackendChoice:
-    """Which backend :func:`dot_product_attention` runs for these arguments (its own), with the reasons.
+    """Say which backend :func:`dot_product_attention` runs for these arguments (its own), with the reasons.
 
     Raises what :func:`dot_product_attention` would raise.
     """
-    defaults: dict[str, Any] = {
-        "mask": None,
-        "attn_bias": None,
-        "causal": False,
-        "window": None,
-        "document_ids": None,
-        "dropout": 0.0,
-        "scale": None,
-        "q_bucket_size": 512,
-        "k_bucket_size": 1024,
-        "return_lse": False,
-    }
     for name in arguments:
-        require(name in defaults, name, f"one of {', '.join(defaults)}", "an unknown argument")
+        require(name in _ARGUMENTS, name, f"one of {', '.join(_ARGUMENTS)}", "an unknown argument")
+    made, *_ = decide(q, k, v, backend=backend, **arguments)
+    return BackendChoice(made.way.backend, made.reason, made.ruled_out, made.way.name)
+
+
+def decide(
+    q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", keep: bool = False, **arguments: Any
+) -> tuple[Decision, Tensor, Tensor, Tensor]:
+    """What :func:`dot_product_attention` does with these arguments, and q, k and v as autocast has them.
+
+    keep: the results are to be kept by :meth:`Decision.compute` and taken up again by :meth:`Decision.resume`. A
+    repetition must come to the same request as the pass that it repeats, so gradients count as they do in there.
+    """
     q, k, v = _autocast(q, k, v)
-    return _choose(build_request(q, k, v, **{**defaults, **arguments}), backend, q, k, v)
-
-
-def _choose(request: AttentionRequest, backend: str, q: Tensor, k: Tensor, v: Tensor) -> BackendChoice:
-    require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
-    if backend in ("naive", "tiled"):
-        return BackendChoice(backend, "asked for")
-    objection = fused.reason_against(request, q, k, v)
-    if backend == "fused":
-        if objection is not None:
-            raise NotImplementedError(f"backend: 'fused' cannot serve this call: {objection}; use 'tiled' or 'auto'")
-        return BackendChoice("fused", "asked for")
-    ruled_out = {"naive": "holds all n × m scores"}
-    mask = request.visibility.mask
-    if objection is None and mask is not None and mask.shape[2] > 1:
-        objection = "it would convert the n × m mask to floating point"
-    if objection is None and request.onednn and request.n * request.m >= FUSED_ENOUGH:
-        objection = "it multiplies with MKL, which leaves this CPU's AVX-512 unused; tiles by oneDNN are faster"
-    if objection is None:
-        return BackendChoice("fused", "PyTorch's fused kernel computes exactly this", ruled_out)
-    return BackendChoice("tiled", "serves every request in linear memory", {**ruled_out, "fused": objection})
+    with torch.set_grad_enabled(keep or torch.is_grad_enabled()):
+        request = build_request(q, k, v, **arguments)
+    return decision.decide(request, backend, q, k, v, keep=keep), q, k, v
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:

@@ -9,23 +9,82 @@ as they are. One head of one sequence at a time; the threads share each operator
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
 
-from ..common.products import Factor, Scratch, product
-from .request import AttentionRequest, Part
-from .visibility import Tile, Visibility, each_row, each_tile
+from ..common.dry_run import num_threads
+from ..common.products import PackedWeight, Scratch, onednn_is_faster, onednn_is_usable, product
+from ..torch_internals import onednn
+from ..torch_internals.tensors import is_fake
+from .bias import BiasGradient
+from .request import AttentionRequest
+from .tiles import Part, Saved, Scores, Upstream, empty_results, parts, tiles
+from .visibility import Tile, Visibility
+from .way import Way
 
+# The scores of a tile and the width below which calling its operators costs more than they gain, the scores of a head
+# below which PyTorch's fused kernel is no slower, and the CPU's threads above which one tile is too little for all.
+LEAST_TILE_SCORES, LEAST_WIDTH, LEAST_HEAD_SCORES, MOST_THREADS = 2**18, 32, 2**21, 4
 LOG2_E = math.log2(math.e)
 # A row keeps its top while a tile's weights relative to it sum to at most this.
 MOST_MASS = 2.0**16
 
 
-class Shared:
+class OneDnn(Way):
+    """Whole tiles by oneDNN's products."""
+
+    name, backend = "onednn", "tiled"
+    merit = "oneDNN's products use this CPU's AVX-512, which MKL, the fused kernel's library, leaves unused"
+
+    def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        if request.device_type != "cpu":
+            return f"it is for the CPU, not for {request.device_type}"
+        if request.dtype == torch.float64:
+            return "it computes in fp32"
+        if not request.plain:
+            return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
+        usable = onednn_is_usable(q.device) and onednn.in_place_product() is not None
+        return None if usable else "this PyTorch has no oneDNN, or none of its products that add in place"
+
+    def drawback(self, request: AttentionRequest) -> str | None:
+        if not onednn_is_faster():
+            return "MKL is as fast on this CPU"
+        if num_threads() > MOST_THREADS:
+            return f"a tile is too little work for more than {MOST_THREADS} threads"
+        small = request.tile_scores < LEAST_TILE_SCORES or request.n * request.m < LEAST_HEAD_SCORES
+        if small or min(request.d, request.e) < LEAST_WIDTH:
+            return "calling its operators would cost more than they gain in tiles this small"
+        return None
+
+    def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse = empty_results(request, v)
+        shared = _Shared(request.device, transposed=False)
+        for part in parts(request, 1):
+            head = _Head.of(request, part, shared, q, k, v)
+            _attend(head, part.of_query(out)[0, 0], part.of_query(lse)[0, 0])
+        return out, lse
+
+    def backward(
+        self, request: AttentionRequest, saved: Saved, upstream: Upstream, bias_gradient: BiasGradient
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        grad_q, grad_k, grad_v = torch.zeros_like(saved.q), _zeros_without_gaps(saved.k), _zeros_without_gaps(saved.v)
+        shared = _Shared(request.device, transposed=True)
+        for part in parts(request, 1):
+            head = _Head.of(request, part, shared, saved.q, saved.k, saved.v)
+            results = _Results.of(part, saved, upstream)
+            gradients = part.of_query(grad_q)[0, 0], part.of_key(grad_k)[0, 0], part.of_key(grad_v)[0, 0]
+            _differentiate(head, results, gradients, bias_gradient)
+        return grad_q, grad_k, grad_v
+
+
+def _zeros_without_gaps(x: Tensor) -> Tensor:
+    """oneDNN adds to what has no gaps: each head's gradient in one piece, not each token's."""
+    return torch.zeros_like(x, dtype=torch.float32, memory_format=torch.contiguous_format)
+
+
+class _Shared:
     """What the heads of one call have in common: buffers, and what tiles must not see.
 
     Window and causality hide the same in many tiles: it is kept for a few. transposed: tiles are ``(j, i)``.
@@ -58,31 +117,20 @@ class Shared:
         return hidden
 
 
-class Head(NamedTuple):
+class _Head(NamedTuple):
     """One query head of one sequence: ``q (n, d)``, ``k (m, d)``, ``v (m, e)``, and what may be seen."""
 
     request: AttentionRequest
     part: Part
-    visibility: Visibility
-    shared: Shared
+    shared: _Shared
     q: Tensor
     k: Tensor
     v: Tensor
 
     @staticmethod
-    def of(
-        request: AttentionRequest,
-        part: Part,
-        visibility: Visibility,
-        shared: Shared,
-        tensors: tuple[Tensor, Tensor, Tensor],
-    ) -> Head:
-        """tensors: ``q (b, h, n, d)``, ``k`` and ``v``; part: a single head."""
-        q, k, v = tensors
-        return Head(request, part, visibility, shared, part.of_query(q), part.of_key(k), part.of_key(v))
-
-    def rows(self) -> Sequence[Sequence[Tile]]:
-        return self.visibility.schedule(self.request.q_bucket_size, self.request.k_bucket_size)
+    def of(request: AttentionRequest, part: Part, shared: _Shared, q: Tensor, k: Tensor, v: Tensor) -> _Head:
+        """``q (b, h, n, d)``, ``k`` and ``v``; part: a single head."""
+        return _Head(request, part, shared, part.of_query(q)[0, 0], part.of_key(k)[0, 0], part.of_key(v)[0, 0])
 
     def start(self, tile: Tile, scores: Tensor, value: Tensor) -> None:
         """Fill the scores that products will be added to with value, bias and what is hidden.
@@ -90,47 +138,46 @@ class Head(NamedTuple):
         scores: ``(i, j)``, or as ``shared`` says, transposed. value: of each query, shaped to broadcast.
         """
         scores.copy_(value)
-        bias = self.request.bias_tile(tile, self.part)
+        bias = Scores(self.request, self.part, tile).bias
         if bias is not None:
             scores.add_(bias[0, 0].t() if self.shared.transposed else bias[0, 0], alpha=LOG2_E)
-        hidden = self.shared.hidden(self.visibility, tile)
+        hidden = self.shared.hidden(self.part.visibility, tile)
         if hidden is not None:
             scores.masked_fill_(hidden, -math.inf)
 
-    def keep(self, tile: Tile) -> Tensor | None:
-        keep = self.request.keep_tile(tile, self.part)
-        return None if keep is None else keep[0, 0]
+    def survivors(self, tile: Tile) -> Tensor | None:
+        """What dropout keeps ``(i, j)``."""
+        survivors = Scores(self.request, self.part, tile).survivors
+        return None if survivors is None else survivors[0, 0]
 
 
-def attend(head: Head, out: Tensor, lse: Tensor) -> None:
+def _attend(head: _Head, out: Tensor, lse: Tensor) -> None:
     """Write the output ``(n, e)`` and the log-sum-exp ``(n,)`` of the rows that see anything."""
     request, scratch = head.request, head.shared.scratch
-    keys, values = _Cache(head.k, False), _Cache(head.v, True)
-    for row in each_row(head.rows()):
-        if not row:
-            continue
-        for cache in (keys, values):
-            cache.forget_before(row[0].j0)
-        queries = _scaled(head.q[row[0].queries], request.scale * LOG2_E)
+    keys, values = _Packed(head.k, False), _Packed(head.v, True)
+    for row in head.part.rows(request):
+        for packed in (keys, values):
+            packed.forget_before(row.tiles[0].j0)
+        queries = _scaled(head.q[row.queries], request.scale * LOG2_E)
         total, softmax = queries.new_zeros(len(queries), request.e), _Softmax(queries)
-        for tile in each_tile(row):
+        for tile in tiles(row):
             weights = scratch.take("scores", len(queries), tile.j1 - tile.j0)
             softmax.add(head, tile, weights, keys.take(tile, len(queries)), total)
-            keep = head.keep(tile)
-            if keep is not None:
-                weights.mul_(keep)
+            survivors = head.survivors(tile)
+            if survivors is not None:
+                weights.mul_(survivors)
             values.take(tile, len(queries)).add_product(total, weights)
-        lse[row[0].queries] = (softmax.top + softmax.mass.log2()).mul_(1 / LOG2_E).squeeze(1)
-        survivors = softmax.mass.mul_(1 - request.dropout)
-        out[row[0].queries] = total.div_(survivors.masked_fill_(survivors == 0, 1.0))
+        lse[row.queries] = (softmax.top + softmax.mass.log2()).mul_(1 / LOG2_E).squeeze(1)
+        mass = softmax.mass.mul_(1 - request.dropout)
+        out[row.queries] = total.div_(mass.masked_fill_(mass == 0, 1.0))
 
 
 class _Softmax:
     """One bucket of queries' weights ``2 ** (score - top)``, a tile at a time, and their sums ``mass``, ``(i, 1)``.
 
-    A row's top is its largest score so far, or so far as one tile: later tiles keep it while their weights stay small.
-    Then theirs need not be found, and products are added to ``-top``: two passes over a tile fewer. Each row's numbers
-    are its own, bit for bit, whatever the other rows hold.
+    A row's top is its largest score in the first tile; later tiles keep it while their weights stay small. Their own
+    largest scores need not be found then, and products are added to ``-top``: two passes over a tile fewer. Each row's
+    numbers are its own, bit for bit, whatever the other rows hold.
     """
 
     def __init__(self, queries: Tensor) -> None:
@@ -139,11 +186,11 @@ class _Softmax:
         self.unseen = torch.ones_like(self.top, dtype=torch.bool)
         self.first = True
 
-    def add(self, head: Head, tile: Tile, scores: Tensor, keys: Factor, total: Tensor) -> None:
+    def add(self, head: _Head, tile: Tile, scores: Tensor, keys: PackedWeight, total: Tensor) -> None:
         """Make this tile's weights of ``scores (i, j)``; what earlier tiles added to ``total (i, e)`` is scaled."""
         higher = torch.ones_like(self.unseen)
         # With a bias scores often rise from tile to tile (ALiBi's do), and all would be computed twice.
-        if not self.first and head.request.bias is None and not isinstance(scores, FakeTensor):
+        if not self.first and head.request.bias is None and not is_fake(scores):
             self._relative(head, tile, scores, keys)
             mass = scores.exp2_().sum(1, keepdim=True)
             higher = ~(mass <= MOST_MASS) | self.unseen
@@ -161,12 +208,12 @@ class _Softmax:
         self.mass.mul_(shrink).add_(scores.sub_(rise).exp2_().sum(1, keepdim=True))
         total.mul_(shrink)
 
-    def _relative(self, head: Head, tile: Tile, scores: Tensor, keys: Factor) -> None:
+    def _relative(self, head: _Head, tile: Tile, scores: Tensor, keys: PackedWeight) -> None:
         head.start(tile, scores, -self.top)
         keys.add_product(scores, self.queries)
 
 
-class Incoming(NamedTuple):
+class _Results(NamedTuple):
     """What backward is given of a head: ``out (n, e)``, ``lse (n,)`` and their gradients."""
 
     out: Tensor
@@ -174,76 +221,70 @@ class Incoming(NamedTuple):
     grad_out: Tensor
     grad_lse: Tensor | None
 
-
-class Outgoing(NamedTuple):
-    """Where its gradients go: q's is written ``(n, d)``, those of k ``(m, d)`` and v ``(m, e)``, contiguous, are added.
-
-    add_bias: called as ``add_bias(tile, part, gradient (1, 1, i, j))`` where the bias wants one.
-    """
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    add_bias: Callable[[Tile, Part, Tensor], None] | None
+    @staticmethod
+    def of(part: Part, saved: Saved, upstream: Upstream) -> _Results:
+        """part: a single head."""
+        out, lse, grad_out = (part.of_query(x)[0, 0] for x in (saved.out, saved.lse, upstream.out))
+        return _Results(out, lse, grad_out, None if upstream.lse is None else part.of_query(upstream.lse)[0, 0])
 
 
-def differentiate(head: Head, came: Incoming, goes: Outgoing) -> None:
-    """The gradients of :func:`attend`."""
+def _differentiate(
+    head: _Head, results: _Results, gradients: tuple[Tensor, Tensor, Tensor], bias_gradient: BiasGradient
+) -> None:
+    """The gradient of q is written ``(n, d)``; those of k ``(m, d)`` and v ``(m, e)``, contiguous, are added to."""
     request, scratch = head.request, head.shared.scratch
+    grad_q, grad_k, grad_v = gradients
     survivor_scale = 1 / (1 - request.dropout)
-    for row in each_row(head.rows()):
-        if not row:
-            continue
-        here = row[0].queries
-        j = row[0].j1 - row[0].j0
-        queries, upstream = _scaled(head.q[here], request.scale * LOG2_E), _scaled(came.grad_out[here], 1.0)
-        i = len(queries)
-        minus_delta = (upstream * came.out[here]).sum(1).neg_()
-        if came.grad_lse is not None:
-            minus_delta.add_(came.grad_lse[here])
+    for row in head.part.rows(request):
+        here = row.queries
+        queries, upstream = _scaled(head.q[here], request.scale * LOG2_E), _scaled(results.grad_out[here], 1.0)
+        i, j = len(queries), row.tiles[0].j1 - row.tiles[0].j0
+        minus_delta = (upstream * results.out[here]).sum(1).neg_()
+        if results.grad_lse is not None:
+            minus_delta.add_(results.grad_lse[here])
         # A row that sees nothing has weights of exp(score - inf) = 0.
-        minus_lse = came.lse[here].masked_fill(came.lse[here] == -math.inf, math.inf).mul_(-LOG2_E)
+        minus_lse = results.lse[here].masked_fill(results.lse[here] == -math.inf, math.inf).mul_(-LOG2_E)
         operands = (queries, upstream, (queries / LOG2_E).t(), upstream.t())
-        by_queries, by_upstream, to_keys, to_values = (Factor(x, length=i, rows=j) for x in operands)
+        by_queries, by_upstream, to_keys, to_values = (PackedWeight(x, length=i, rows=j) for x in operands)
         of_queries = queries.new_zeros(request.d, i)
-        for tile in each_tile(row):
+        for tile in tiles(row):
             j = tile.j1 - tile.j0
             k, v = head.k[tile.keys], head.v[tile.keys]
             weights, grads = scratch.take("weights", j, i), scratch.take("gradients", j, i)
             head.start(tile, weights, minus_lse)
             by_queries.add_product(weights, scratch.take("keys", *k.shape).copy_(k))
             weights.exp2_()
-            keep, values = head.keep(tile), scratch.take("values", *v.shape).copy_(v)
-            if keep is None:
+            survivors, values = head.survivors(tile), scratch.take("values", *v.shape).copy_(v)
+            if survivors is None:
                 by_upstream.add_product(grads.copy_(minus_delta), values)
                 grads.mul_(weights)
             else:
-                keep = keep.t().contiguous()
+                survivors = survivors.t().contiguous()
                 by_upstream.add_product(grads.zero_(), values)
-                grads.mul_(keep).mul_(survivor_scale).add_(minus_delta).mul_(weights)
-                weights.mul_(keep).mul_(survivor_scale)
-            to_values.add_product(goes.v[tile.keys], weights)
-            to_keys.add_product(goes.k[tile.keys], grads)
+                grads.mul_(survivors).mul_(survivor_scale).add_(minus_delta).mul_(weights)
+                weights.mul_(survivors).mul_(survivor_scale)
+            to_values.add_product(grad_v[tile.keys], weights)
+            to_keys.add_product(grad_k[tile.keys], grads)
             of_queries += product(scratch.take("keys", request.d, j).copy_(k.t()), grads.t())
-            if goes.add_bias is not None:
-                goes.add_bias(tile, head.part, grads.t()[None, None])
-        goes.q[here] = of_queries.t().mul_(request.scale)
+            if bias_gradient.wanted:
+                bias_gradient.add(tile, head.part.batch, head.part.heads, grads.t()[None, None])
+        grad_q[here] = of_queries.t().mul_(request.scale)
 
 
-class _Cache:
+class _Packed:
     """Buckets of keys, or of values transposed, ready to be multiplied by, while rows to come may see them."""
 
     def __init__(self, tensor: Tensor, transposed: bool) -> None:
         self.tensor, self.transposed = tensor, transposed
-        self.kept: dict[int, tuple[int, Factor]] = {}
+        self.kept: dict[int, tuple[int, PackedWeight]] = {}
 
-    def take(self, tile: Tile, rows: int) -> Factor:
-        end, factor = self.kept.get(tile.j0, (0, None))
-        if factor is None or end != tile.j1:
+    def take(self, tile: Tile, rows: int) -> PackedWeight:
+        end, weight = self.kept.get(tile.j0, (0, None))
+        if weight is None or end != tile.j1:
             part = self.tensor[tile.keys]
-            factor = Factor(part.t() if self.transposed else part, length=len(part), rows=rows)
-            self.kept[tile.j0] = tile.j1, factor
-        return factor
+            weight = PackedWeight(part.t() if self.transposed else part, length=len(part), rows=rows)
+            self.kept[tile.j0] = tile.j1, weight
+        return weight
 
     def forget_before(self, key: int) -> None:
         self.kept = {start: found for start, found in self.kept.items() if start >= key}

@@ -1,36 +1,47 @@
-"""PyTorch's own fused kernels, where they compute exactly what is asked without an n × m tensor of their own."""
+"""PyTorch's ``scaled_dot_product_attention``, where it computes exactly what is asked without n × m of its own."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from .request import AttentionRequest, Part
-from .visibility import Tile
-
-
-def attention(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Output ``(b, h, n, e)`` of PyTorch's ``scaled_dot_product_attention``; see ``naive`` for the meaning.
-
-    Only for requests to which :func:`reason_against` has no objection.
-    """
-    q, k, v = unit_stride(q, k, v)
-    return F.scaled_dot_product_attention(
-        q,
-        k,
-        v,
-        attn_mask=_added(request),
-        is_causal=is_causal(request),
-        scale=request.scale,
-        enable_gqa=request.h != request.kv,
-    )
+from .cpu_kernel import unit_stride
+from .request import AttentionRequest
+from .tiles import Scores
+from .way import Way
 
 
-def reason_against(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    """Why the fused kernels cannot serve this request; None when they can."""
-    visibility = request.visibility
+class Sdpa(Way):
+    """The public function; it keeps the log-sum-exp to itself."""
+
+    name, backend = "sdpa", "fused"
+    merit = "PyTorch's fused kernel computes exactly this"
+    by_autograd = True
+
+    def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        return not_whole(request) or (None if fused_kernels(request, q, k, v) else _no_kernel(request))
+
+    def drawback(self, request: AttentionRequest) -> str | None:
+        return converts_a_mask(request)
+
+    def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        q, k, v = unit_stride(q, k, v)
+        out = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=whole_mask(request),
+            is_causal=is_causal(request),
+            scale=request.scale,
+            enable_gqa=request.h != request.kv,
+        )
+        return (out,)
+
+
+def not_whole(request: AttentionRequest) -> str | None:
+    """Why PyTorch's kernels cannot compute the request as a whole, on whatever device; None when they can."""
+    visibility, bias = request.visibility, request.bias
     if request.return_lse:
         return "scaled_dot_product_attention does not return the log-sum-exp"
     if request.dropout:
@@ -39,25 +50,27 @@ def reason_against(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -
         return f"q and v differ in width ({request.d} and {request.e})"
     if visibility.document_ids is not None:
         return "document_ids need a mask of n × m"
-    structured = not (visibility.with_tensors(None, None).trivial or visibility.plain_causal)
-    if structured:
+    if not (visibility.with_tensors(None, None).trivial or visibility.plain_causal):
         return "the window, or causality together with a mask or with unequal lengths, needs a mask of n × m"
-    if request.bias is not None:
-        if not isinstance(request.bias, Tensor) and request.n > 1:
+    if bias is not None:
+        if bias.tensor is None and request.n > 1:
             return "a bias module would have to be evaluated for all n × m positions at once"
-        if request.bias_needs_grad or getattr(request.bias, "requires_grad", False):
-            # Under no_grad, too: else a forward pass and its repetition for backward would differ in their last bits.
+        if bias.wants_gradient:
             return "where the bias wants a gradient, PyTorch holds the whole score matrix"
         if not visibility.trivial and request.n > 1:
             return "bias and mask or causality together need a mask of n × m"
-        if isinstance(request.bias, Tensor) and request.bias.dtype != request.dtype:
-            return f"the bias's dtype {request.bias.dtype} is not that of q, {request.dtype}"
-    return _no_kernel(request, q, k, v)
+        if bias.tensor is not None and bias.tensor.dtype != request.dtype:
+            return f"the bias's dtype {bias.tensor.dtype} is not that of q, {request.dtype}"
+    if 0 in (request.b, request.n, request.m):
+        return "there is nothing to attend"
+    return None
 
 
-def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies where the last dimension is not contiguous: the CPU kernel takes for granted that it is."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+def converts_a_mask(request: AttentionRequest) -> str | None:
+    """Where the kernels would be given more than a row."""
+    mask = request.visibility.mask
+    whole = mask is not None and mask.shape[2] > 1
+    return "it would convert the n × m mask to floating point" if whole else None
 
 
 def is_causal(request: AttentionRequest) -> bool:
@@ -65,33 +78,39 @@ def is_causal(request: AttentionRequest) -> bool:
     return request.visibility.plain_causal and not request.visibility.trivial
 
 
-def _added(request: AttentionRequest) -> Tensor | None:
-    """What the kernels are given as ``attn_mask``: a bool mask, or a bias."""
+def whole_mask(request: AttentionRequest) -> Tensor | None:
+    """What the public function is given as ``attn_mask``: a bool mask, or the bias, which of a single query is a row.
+
+    A row may come from a module, and meet a mask.
+    """
     if request.bias is None:
         return request.visibility.mask
-    if request.n > 1:
-        assert isinstance(request.bias, Tensor)
-        return request.bias
-    # A single query's bias is one row: it may come from a module, and meet a mask.
-    everything = Tile(0, 1, 0, request.m, request.visibility.trivial)
-    row = request.bias_tile(everything, Part(slice(None), slice(None), slice(None)))
-    assert row is not None
-    bias = row.to(request.compute_dtype)
-    visible = request.visibility.tile_mask(everything, request.device)
-    return bias if visible is None else torch.where(visible, bias, float("-inf"))
+    return Scores.all_of(request).added(request.compute_dtype if request.n == 1 else request.dtype)
 
 
-def _no_kernel(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-    device = request.device.type
-    if device not in ("cpu", "cuda"):
-        return f"no fused kernel with a backward pass is known for device type {device!r}"
-    if request.b == 0 or request.n == 0 or request.m == 0:
-        return "there is nothing to attend"
-    if device == "cpu":
-        return None
-    if isinstance(q, FakeTensor):
-        return None if request.dtype != torch.float64 else "no CUDA kernel for float64"
-    cuda = torch.backends.cuda
-    params = cuda.SDPAParams(q, k, v, _added(request), 0.0, is_causal(request), request.h != request.kv)
-    fits = cuda.can_use_flash_attention(params) or cuda.can_use_efficient_attention(params)
-    return None if fits else f"no CUDA kernel takes {request.dtype}, width {request.d} with these arguments"
+def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> frozenset[str]:
+    """Which of PyTorch's fused kernels take the whole request: ``"cpu"``, or some of ``"flash"`` and ``"efficient"``.
+
+    On CUDA PyTorch is asked, which knows the device; where none is at hand (a dry run) its published conditions are.
+    """
+    if request.device_type != "cuda":
+        return frozenset({"cpu"} & {request.device_type})
+    mask, causal, grouped = whole_mask(request), is_causal(request), request.h != request.kv
+    if q.is_cuda and torch.cuda.is_available():
+        cuda = torch.backends.cuda
+        params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, grouped)
+        found = {"flash": cuda.can_use_flash_attention(params), "efficient": cuda.can_use_efficient_attention(params)}
+        return frozenset(name for name, serves in found.items() if serves)
+    half = request.dtype in (torch.float16, torch.bfloat16)
+    kernels = set()
+    if half and mask is None and request.d <= 256:
+        kernels.add("flash")
+    if (half or request.dtype == torch.float32) and not grouped:
+        kernels.add("efficient")
+    return frozenset(kernels)
+
+
+def _no_kernel(request: AttentionRequest) -> str:
+    if request.device_type != "cuda":
+        return f"no fused kernel with a backward pass is known for device type {request.device_type!r}"
+    return f"no CUDA kernel takes {request.dtype}, width {request.d} with these arguments"

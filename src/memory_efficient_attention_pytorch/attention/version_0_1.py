@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor
 
+from .bias import BiasModule
 from .functional import dot_product_attention
-from .request import BiasModule
 
 
 def attention(
@@ -85,8 +85,17 @@ def numerically_unstable_memory_efficient_attention(
 
     q ``(b, h, n, d)`` already scaled, k and v ``(b, h, m, d)`` → ``(b, h, n, d)``. ``eps`` is accepted and not needed.
     """
-    buckets: dict[str, Any] = {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
-    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, scale=1.0, **buckets)
+    return dot_product_attention(
+        q,
+        k,
+        v,
+        mask=mask,
+        causal=causal,
+        attn_bias=attn_bias,
+        scale=1.0,
+        q_bucket_size=q_bucket_size,
+        k_bucket_size=k_bucket_size,
+    )
 
 
 class FlashAttentionFunction:
@@ -97,8 +106,9 @@ class FlashAttentionFunction:
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, q_bucket_size: int, k_bucket_size: int
     ) -> Tensor:
         """q, k, v ``(b, h, n, d)``, mask ``(b, m)`` or broadcastable to ``(b, h, n, m)`` → ``(b, h, n, d)``."""
-        buckets: dict[str, Any] = {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
-        return dot_product_attention(q, k, v, mask=mask, causal=causal, backend="tiled", **buckets)
+        return dot_product_attention(
+            q, k, v, mask=mask, causal=causal, backend="tiled", q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size
+        )
 
 
 class CosineSimFlashAttentionFunction:
@@ -116,5 +126,14 @@ class CosineSimFlashAttentionFunction:
         k_bucket_size: int,
     ) -> Tensor:
         """q, k, v ``(b, h, n, d)``, q and k of unit length, mask ``(b, m)`` → ``(b, h, n, d)``."""
-        buckets: dict[str, Any] = {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
-        return dot_product_attention(q, k, v, mask=mask, causal=causal, scale=float(scale), backend="tiled", **buckets)
+        return dot_product_attention(
+            q,
+            k,
+            v,
+            mask=mask,
+            causal=causal,
+            scale=float(scale),
+            backend="tiled",
+            q_bucket_size=q_bucket_size,
+            k_bucket_size=k_bucket_size,
+        )

@@ -6,17 +6,15 @@ Query i stands at position ``i + m - n`` among the keys, so that the last query 
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple, overload
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ..common import dry_run
-from ..common.dry_run import each
 from ..common.errors import require
+from ..torch_internals.tensors import is_fake
 
 
 class Tile(NamedTuple):
@@ -36,8 +34,51 @@ class Tile(NamedTuple):
     def keys(self) -> slice:
         return slice(self.j0, self.j1)
 
-    def num_scores(self) -> int:
+    @property
+    def scores(self) -> int:
+        """How many scores the tile has."""
         return (self.i1 - self.i0) * (self.j1 - self.j0)
+
+
+class Row(NamedTuple):
+    """A bucket of queries, the keys ``low:high`` that window and causality leave to it, and its tiles in key order."""
+
+    i0: int
+    i1: int
+    low: int
+    high: int
+    tiles: Sequence[Tile]
+
+    @property
+    def queries(self) -> slice:
+        return slice(self.i0, self.i1)
+
+    @property
+    def scores(self) -> int:
+        """How many scores the row has."""
+        return (self.i1 - self.i0) * (self.high - self.low)
+
+
+class _Tiles(Sequence[Tile]):
+    """A row's tiles by their places alone, made as they are asked for: there may be millions."""
+
+    def __init__(self, visibility: Visibility, i0: int, i1: int, keys: range) -> None:
+        self.visibility, self.i0, self.i1, self.keys = visibility, i0, i1, keys
+
+    def __len__(self) -> int:
+        return len(self.keys)
+
+    @overload
+    def __getitem__(self, index: int) -> Tile: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[Tile]: ...
+    def __getitem__(self, index: int | slice) -> Tile | list[Tile]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        j0 = self.keys[index]
+        corners = (self.i0, self.i1, j0, min(j0 + self.keys.step, self.keys.stop))
+        # What mask and documents hide is not known from places.
+        return Tile(*corners, full=not self.visibility.tensors and self.visibility.structurally_full(*corners))
 
 
 @dataclass(frozen=True)
@@ -89,7 +130,7 @@ class Visibility:
     @property
     def trivial(self) -> bool:
         """Every query sees every key, known without looking at a tensor."""
-        return self.mask is None and self.document_ids is None and self._structurally_full(0, self.n, 0, self.m)
+        return self.mask is None and self.document_ids is None and self.structurally_full(0, self.n, 0, self.m)
 
     @property
     def plain_causal(self) -> bool:
@@ -116,23 +157,26 @@ class Visibility:
         high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
         return low, max(low, high)
 
-    def schedule(self, q_bucket_size: int, k_bucket_size: int) -> Sequence[Sequence[Tile]]:
-        """For each bucket of queries the tiles that are not empty, in key order.
+    def schedule(self, q_bucket_size: int, k_bucket_size: int) -> list[Row]:
+        """The buckets of queries that see anything, each with the tiles that are not empty.
 
         Empty and full are decided from positions first and from the tensors' contents second; one device-to-host copy.
         """
-        rows: list[Row] = []
+        rows = []
         for i0 in range(0, self.n, q_bucket_size):
             i1 = min(i0 + q_bucket_size, self.n)
-            rows.append(Row(self, i0, i1, *self.key_range(i0, i1), k_bucket_size))
-        return self._refine(rows) if self._contents_known else rows
+            low, high = self.key_range(i0, i1)
+            rows.append(Row(i0, i1, low, high, _Tiles(self, i0, i1, range(low, high, k_bucket_size))))
+        if self.tensors and not any(is_fake(t) or t.device.type == "meta" for t in self.tensors):
+            rows = self._refined(rows)
+        return [row for row in rows if row.tiles]
 
     def tile_mask(self, tile: Tile, device: torch.device) -> Tensor | None:
         """Bool tensor broadcastable to ``(b, h, i, j)``, True = visible; None when nothing is hidden."""
         if tile.full:
             return None
         parts = []
-        if not self._structurally_full(*tile[:4]):
+        if not self.structurally_full(*tile[:4]):
             parts.append(self._structural_mask(tile, device))
         if self.mask is not None:
             parts.append(slice_broadcast(self.mask, tile.queries, tile.keys))
@@ -145,13 +189,8 @@ class Visibility:
             visible = visible & part
         return visible
 
-    @property
-    def _contents_known(self) -> bool:
-        """Are there tensors to look into?"""
-        unknown = any(isinstance(t, FakeTensor) or t.device.type == "meta" for t in self.tensors)
-        return bool(self.tensors) and not unknown and dry_run.current() is None
-
-    def _structurally_full(self, i0: int, i1: int, j0: int, j1: int) -> bool:
+    def structurally_full(self, i0: int, i1: int, j0: int, j1: int) -> bool:
+        """May each of these queries see each of these keys, as far as their places say?"""
         reaches_left = self.left is None or j0 >= i1 - 1 + self.offset - self.left
         reaches_right = self.right is None or j1 - 1 <= i0 + self.offset + self.right
         return reaches_left and reaches_right
@@ -167,27 +206,25 @@ class Visibility:
         assert visible is not None
         return visible[None, None]
 
-    def _refine(self, rows: Sequence[Row]) -> Sequence[Sequence[Tile]]:
+    def _refined(self, rows: list[Row]) -> list[Row]:
         """Drop tiles that the tensors make empty and mark those that they leave full."""
-        looked_at = replace(self, mask=None, document_ids=None)
-        whole = [list(replace(row, visibility=looked_at)) for row in rows]
-        statistics: dict[tuple[int, ...], Tensor] = {}
-        for row in whole:
-            for tile in row:
+        contents: dict[tuple[int, ...], Tensor] = {}
+        for row in rows:
+            for tile in row.tiles:
                 key = self._content_key(tile)
-                if key not in statistics:
-                    statistics[key] = self._content(tile)
-        if not statistics:
-            return whole
-        found = dict(zip(statistics, torch.stack(list(statistics.values())).tolist(), strict=True))
+                if key not in contents:
+                    contents[key] = self._content(tile)
+        if not contents:
+            return rows
+        found = dict(zip(contents, torch.stack(list(contents.values())).tolist(), strict=True))
         refined = []
-        for row in whole:
-            kept = []
-            for tile in row:
+        for row in rows:
+            tiles = []
+            for tile in row.tiles:
                 some, every = found[self._content_key(tile)]
                 if some:
-                    kept.append(tile._replace(full=tile.full and every))
-            refined.append(kept)
+                    tiles.append(tile._replace(full=every and self.structurally_full(*tile[:4])))
+            refined.append(row._replace(tiles=tiles))
         return refined
 
     def _content_key(self, tile: Tile) -> tuple[int, ...]:
@@ -207,49 +244,6 @@ class Visibility:
             some = some & ((q_low <= k_high) & (k_low <= q_high)).any()
             every = every & ((q_low == q_high) & (k_low == k_high) & (q_low == k_low)).all()
         return torch.stack((some, every))
-
-
-@dataclass(frozen=True)
-class Row(Sequence[Tile]):
-    """The tiles of one bucket of queries ``i0:i1`` by keys ``low:high``, made as they are asked for."""
-
-    visibility: Visibility
-    i0: int
-    i1: int
-    low: int
-    high: int
-    k_bucket_size: int
-
-    def __len__(self) -> int:
-        return -(-(self.high - self.low) // self.k_bucket_size)
-
-    @overload
-    def __getitem__(self, index: int) -> Tile: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tile]: ...
-    def __getitem__(self, index: int | slice) -> Tile | list[Tile]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(*index.indices(len(self)))]
-        j0 = range(self.low, self.high, self.k_bucket_size)[index]
-        corners = (self.i0, self.i1, j0, min(j0 + self.k_bucket_size, self.high))
-        # What tensors hide is not known here: only structure can be seen to hide nothing.
-        return Tile(*corners, full=not self.visibility.tensors and self.visibility._structurally_full(*corners))
-
-
-def each_row(rows: Sequence[Sequence[Tile]]) -> Iterable[Sequence[Tile]]:
-    """The rows of a schedule, of which a dry run takes a few."""
-    # Under causality rows grow, and end in wide and narrow tiles by turns; the very last may have few queries.
-    return each(rows, size=_scores_of_row, last=3)
-
-
-def each_tile(row: Sequence[Tile]) -> Iterable[Tile]:
-    """The tiles of a row, of which a dry run takes a few."""
-    return each(row, size=Tile.num_scores, last=2)
-
-
-def _scores_of_row(row: Sequence[Tile]) -> int:
-    assert isinstance(row, Row), "a dry run looks into no tensors"
-    return (row.i1 - row.i0) * (row.high - row.low)
 
 
 def slice_broadcast(tensor: Tensor, queries: slice, keys: slice) -> Tensor:

@@ -7,16 +7,14 @@ along for its other products, uses it on any: on an AMD EPYC with AVX-512 it rea
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable
 from functools import cache
-from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses import FakeTensor
-from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
 
-from .dry_run import each
+from ..torch_internals import onednn
+from .dry_run import device_type, each
 
 # oneDNN writes to memory of its own, so a part of the product exists once more: this many elements, which stay in a
 # CPU's cache.
@@ -35,11 +33,11 @@ def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
     if not (has_onednn(values, weight) and _worthwhile(values.shape[1], len(weight))):
         return _usual(out, values, weight, bias)
     if len(weight) > MOST_COLUMNS:
-        for columns in each(_parts(len(weight), MULTIPLE), first=1):
+        for columns in _parts(len(weight), MULTIPLE):
             linear_into(out[:, columns], values, weight[columns], None if bias is None else bias[columns])
         return out
     weight = _dense(weight)
-    for rows in each(_parts(len(values), len(weight)), first=1):
+    for rows in _parts(len(values), len(weight)):
         if len(values[rows]) % MULTIPLE:
             _usual(out[rows], values[rows], weight, bias)
         else:
@@ -50,16 +48,16 @@ def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total (i, j) += leftᵀ (i, n) @ right (n, j)``; left and right of one dtype, the total of it or a wider one."""
     if has_onednn(left, right) and _worthwhile(len(left), total.shape[1]) and len(left) % MULTIPLE == 0:
-        for terms in each(_parts(len(left), PART // MOST_TERMS), first=1):
+        for terms in _parts(len(left), PART // MOST_TERMS):
             part, by = left[terms], _dense(right[terms].t())
-            for rows in each(_parts(len(total), total.shape[1]), first=1):
+            for rows in _parts(len(total), total.shape[1]):
                 total[rows] += _onednn(part[:, rows].t(), by)
     elif total.dtype == left.dtype:
         total.addmm_(left.t(), right)
     else:
         # A product in low precision cannot add to fp32: it goes through a part, on a CPU a small one.
-        size = PART if total.device.type == "cpu" else 2**24
-        for rows in each(_parts(len(total), total.shape[1], size), first=1):
+        size = PART if device_type(total.device) == "cpu" else 2**24
+        for rows in _parts(len(total), total.shape[1], size):
             total[rows] += left[:, rows].t() @ right
 
 
@@ -70,41 +68,25 @@ def product(values: Tensor, weight: Tensor) -> Tensor:
     return _onednn(values, weight)
 
 
-class Factor:
+class PackedWeight:
     """One matrix of many products, in the order in which oneDNN multiplies by it fastest.
 
     weight: ``(j, k)`` of any strides and floating-point dtype. length: the one of j and k that varies, of which oneDNN
-    is to see multiples of 64 only. rows: how many the other matrices have, most of them. A convolution by a kernel of
-    one pixel is oneDNN's only product that adds to memory which is there already.
+    is to see multiples of 64 only. rows: how many the other matrices have, most of them.
     """
 
     def __init__(self, weight: Tensor, *, length: int, rows: int) -> None:
-        self.weight, self.packed = weight, None
-        if length % MULTIPLE or not onednn_is_usable(weight.device):
-            return
-        kernel = weight.to(torch.float32)[:, :, None, None]
-        if isinstance(weight, FakeTensor):
-            self.packed = kernel.clone()
-        else:
-            shape = [1, weight.shape[1], rows, 1]
-            self.packed = torch.ops.mkldnn._reorder_convolution_weight(kernel, *_ONE_TO_ONE, shape)
+        self.weight = weight
+        self._onednn = onednn.in_place_product() if length % MULTIPLE == 0 and onednn_is_usable(weight.device) else None
+        if self._onednn is not None:
+            self._packed = self._onednn.pack(weight.to(torch.float32), rows)
 
     def add_product(self, total: Tensor, values: Tensor) -> None:
         """``total (n, j) += values (n, k) @ weightᵀ (k, j)``, both of them contiguous and fp32."""
-        if self.packed is None or len(values) % MULTIPLE:
+        if self._onednn is None or len(values) % MULTIPLE:
             total.addmm_(values, self.weight.to(values.dtype).t())
-            return
-        convolve = torch.ops.mkldnn._convolution_pointwise_.binary
-        convolve(_as_image(total), _as_image(values), self.packed, None, *_ONE_TO_ONE, "add", 1.0, None, [], None)
-
-
-_ONE_TO_ONE: Any = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
-
-
-def _as_image(rows: Tensor) -> Tensor:
-    """``(n, c)`` as ``(1, c, n, 1)``, channels last."""
-    n, c = rows.shape
-    return rows.as_strided((1, c, n, 1), (n * c, 1, c, c))
+        else:
+            self._onednn.add(total, values, self._packed)
 
 
 class Scratch:
@@ -132,10 +114,11 @@ class Scratch:
         return linear_into(out, rows, weight, bias).view(*values.shape[:-1], len(weight))
 
 
-def _parts(length: int, width: int, size: int = PART) -> Sequence[slice]:
+def _parts(length: int, width: int, size: int = PART) -> Iterable[slice]:
     """Slices of ``length`` rows of ``width``, of ``size`` elements at most but ``MULTIPLE`` rows at least."""
     step = max(MULTIPLE, size // max(width, 1) // MULTIPLE * MULTIPLE)
-    return [slice(start, min(start + step, length)) for start in range(0, length, step)]
+    # Nothing comes into being in a product's first part that would be there in the others.
+    return each([slice(start, min(start + step, length)) for start in range(0, length, step)], first=1)
 
 
 def few_rows(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -157,7 +140,9 @@ def _usual(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> 
 
 
 def _onednn(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    return torch.ops.mkldnn._linear_pointwise.default(values, weight, bias, "none", [], "")
+    linear = onednn.linear()
+    assert linear is not None  # has_onednn
+    return linear(values, weight, bias)
 
 
 def _dense(weight: Tensor) -> Tensor:
@@ -171,15 +156,17 @@ def _worthwhile(terms: int, columns: int) -> bool:
 
 def has_onednn(*tensors: Tensor) -> bool:
     """Is oneDNN there for products of these, and the faster library?"""
-    return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in tensors) and onednn_is_usable()
+    if not all(t.dtype == torch.float32 and device_type(t.device) == "cpu" for t in tensors):
+        return False
+    return onednn_is_usable() and onednn_is_faster() and onednn.linear() is not None
 
 
 def onednn_is_usable(device: torch.device | None = None) -> bool:
-    """Is it for fp32 on this device, the CPU?"""
-    if torch.compiler.is_compiling():
-        return False  # the compiler chooses its own
-    on_cpu = device is None or device.type == "cpu"
-    return on_cpu and onednn_is_faster() and torch._C._get_mkldnn_enabled()
+    """Can oneDNN multiply fp32 matrices on this device, the CPU, outside of a compiler, which chooses its own?"""
+    if torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+        return False
+    enabled = onednn.is_enabled()
+    return (device is None or device_type(device) == "cpu") and (enabled is None or enabled())
 
 
 @cache
@@ -187,26 +174,5 @@ def onednn_is_faster() -> bool:
     """Is this a CPU on which MKL leaves AVX-512 unused? Told by what it is, not by a clock: results can be repeated."""
     if not (torch.backends.mkl.is_available() and torch.backends.mkldnn.is_available()):
         return False
-    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()  # PyTorch 2.11 has none
+    capabilities = onednn.cpu_capabilities() or {}
     return bool(capabilities.get("avx512_f")) and "AMD" in capabilities.get("cpu_name", "")
-
-
-# What PyTorch does not know of these operators, as far as it does not: how much they compute, what the second returns.
-if torch.backends.mkldnn.is_available():
-    if torch.ops.mkldnn._linear_pointwise not in flop_registry:
-
-        @register_flop_formula(torch.ops.mkldnn._linear_pointwise)
-        def _flops(values: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
-            return mm_flop(values, weight[::-1])
-
-    if torch.ops.mkldnn._convolution_pointwise_ not in flop_registry:
-
-        @register_flop_formula(torch.ops.mkldnn._convolution_pointwise_)
-        def _flops_in_place(_total: Any, values: tuple[int, ...], kernel: tuple[int, ...], *_: Any, **__: Any) -> int:
-            return mm_flop((values[2], values[1]), (kernel[1], kernel[0]))
-
-    if not torch._C._dispatch_has_kernel_for_dispatch_key("mkldnn::_convolution_pointwise_.binary", "Meta"):
-
-        @torch.library.register_fake("mkldnn::_convolution_pointwise_.binary")
-        def _fake_in_place(total: Tensor, *_: Any, **__: Any) -> Tensor:
-            return total

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,7 +17,7 @@ from .errors import require
 class Found(NamedTuple):
     """An attention's output ``(b, h, n, e)``, log-sum-exp and what else its backward asks for; ``by`` which of ours."""
 
-    by: str
+    by: Any
     tensors: tuple[Tensor, ...]
 
 
@@ -33,7 +33,7 @@ class Recording:
     """
 
     def __init__(self) -> None:
-        self._calls: list[tuple[object, str, list[torch.device]]] = []
+        self._calls: list[tuple[object, Any, list[torch.device]]] = []
         self._tensors: list[Tensor] = []
         self._taken: int | None = None
         self._outer: Recording | None = None

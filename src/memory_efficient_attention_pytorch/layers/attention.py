@@ -7,11 +7,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from ..attention.functional import BACKENDS, dot_product_attention, recorded_attention
-from ..attention.request import BiasModule, accepts_heads
+from ..attention.bias import BiasModule, BiasOfHeads
+from ..attention.functional import BACKENDS, decide, dot_product_attention
 from ..attention.visibility import window_sides
 from ..common.errors import require, require_positive_int, require_probability
-from ..common.recording import Recording
+from ..common.recording import Found, Recording
 from ..recompute.pieces import Branch, apply_piecewise, has_hooks
 from .cache import KVCache
 from .head_groups import HeadGroup, HeadGroupBranch
@@ -178,7 +178,10 @@ class Attention(nn.Module):
         recording = Recording.active() if self.keep_attention else None
         if recording is None:
             return dot_product_attention(q, k, v, **options)
-        return recorded_attention(recording, self, self.keep_attention == "cpu", q, k, v, **options)
+        decision, *heads = decide(q, k, v, keep=True, **options)
+        compute = lambda: Found(decision.without_tensors(), decision.compute(*heads))  # noqa: E731
+        found = recording.find(self, compute, self.keep_attention == "cpu")
+        return found.by.of_request(decision.request).resume(found.tensors, *heads)
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
         """What is done to projected queries and keys before they meet, and the scale of their products."""
@@ -211,22 +214,6 @@ def _of_heads(tensor: Any, heads: slice) -> Any:
         per_head = tensor.dim() >= 3 and tensor.shape[-3] > 1
         return tensor[..., heads, :, :] if per_head else tensor
     return tensor if tensor is None else BiasOfHeads(tensor, heads)
-
-
-class BiasOfHeads(nn.Module):
-    """A bias module restricted to some of its heads."""
-
-    def __init__(self, bias: BiasModule, heads: slice) -> None:
-        super().__init__()
-        self.bias, self.heads = bias, heads
-
-    def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
-        wanted = range(self.heads.start, self.heads.stop)[heads]
-        chosen = slice(wanted.start, wanted.stop)
-        if accepts_heads(self.bias):
-            return self.bias(query_positions, key_positions, heads=chosen)
-        values = self.bias(query_positions, key_positions)
-        return values[..., chosen, :, :] if values.dim() >= 3 and values.shape[-3] > 1 else values
 
 
 class FlashAttention(Attention):

@@ -1,0 +1,142 @@
+"""What is added to scores: a tensor, or a module that is evaluated one tile at a time; and its gradient."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from ..common.errors import require
+from .visibility import Tile, canonical_broadcast, narrow_broadcast, slice_broadcast
+
+BiasModule = Callable[..., Tensor]
+"""Called with the positions of queries ``(i,)`` and keys ``(j,)``; returns what broadcasts to ``(b, h, i, j)``."""
+
+
+@dataclass(frozen=True)
+class Bias:
+    """A checked bias of scores ``shape = (b, h, n, m)``; ``values`` is a tensor of four dimensions, or a module; None
+    while the tensor is kept elsewhere.
+
+    wants_gradient: of a tensor, whatever the grad mode, since a forward pass without gradients and its repetition with
+    them are to do the same; of a module, where gradients are on.
+    """
+
+    values: Tensor | BiasModule | None
+    shape: tuple[int, int, int, int]
+    wants_gradient: bool
+
+    @staticmethod
+    def of(values: Tensor | BiasModule, shape: tuple[int, int, int, int], q: Tensor) -> Bias:
+        """Check ``attn_bias``; the device is that of q."""
+        if isinstance(values, Tensor):
+            expected = "a floating-point dtype (a bool mask goes to mask)"
+            require(values.is_floating_point(), "attn_bias", expected, values.dtype)
+            require(values.device == q.device, "attn_bias", f"device {q.device}, that of q", values.device)
+            return Bias(canonical_broadcast(values, shape, "attn_bias"), shape, values.requires_grad)
+        expected = "a tensor or a module called with query and key positions"
+        require(callable(values), "attn_bias", expected, type(values).__name__)
+        trained = isinstance(values, nn.Module) and any(p.requires_grad for p in values.parameters())
+        if torch.is_grad_enabled() and not trained:
+            position = torch.zeros(1, dtype=torch.long, device=q.device)
+            captured = values(position, position).requires_grad
+            expected = "a module that holds what needs a gradient as parameters"
+            require(not captured, "attn_bias", expected, "a captured tensor")
+        return Bias(values, shape, trained and torch.is_grad_enabled())
+
+    @property
+    def tensor(self) -> Tensor | None:
+        """The tensor that it is, if it is one."""
+        return self.values if isinstance(self.values, Tensor) else None
+
+    @property
+    def parameters(self) -> tuple[Tensor, ...]:
+        """A module's parameters; none of a tensor or a plain function."""
+        return tuple(self.values.parameters()) if isinstance(self.values, nn.Module) else ()
+
+    def with_tensor(self, tensor: Tensor | None) -> Bias:
+        """The same bias by another tensor; a module stays what it is."""
+        return replace(self, values=tensor) if self.values is None or self.tensor is not None else self
+
+    def tile(self, tile: Tile, batch: slice, heads: slice, device: torch.device) -> Tensor:
+        """The bias of one tile, broadcastable to ``(b, h, i, j)`` of a part of the batch and the heads."""
+        if isinstance(self.values, Tensor):
+            return slice_broadcast(narrow_broadcast(self.values, batch, heads), tile.queries, tile.keys)
+        assert self.values is not None
+        b, h, n, m = self.shape
+        queries = torch.arange(tile.i0 + m - n, tile.i1 + m - n, device=device)
+        keys = torch.arange(tile.j0, tile.j1, device=device)
+        if accepts_heads(self.values):
+            values = self.values(queries, keys, heads=heads)
+            return values[(None,) * (4 - values.dim())]
+        of_tile = (b, h, len(queries), len(keys))
+        values = canonical_broadcast(self.values(queries, keys), of_tile, "attn_bias module's output")
+        return narrow_broadcast(values, batch, heads)
+
+
+class BiasGradient:
+    """The gradient of a bias, summed over tiles in the bias's own broadcast shape.
+
+    needed: of the tensor, or of each of a module's parameters. dtype: of the sums, where the leaf's is not wider.
+    """
+
+    def __init__(self, bias: Bias | None, needed: Sequence[bool], dtype: torch.dtype) -> None:
+        leaves = () if bias is None else bias.parameters if bias.tensor is None else (bias.tensor,)
+        self.bias = bias
+        self.leaves = leaves
+        self.sums = [
+            torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, dtype)) if need else None
+            for leaf, need in zip(leaves, needed, strict=True)
+        ]
+
+    @property
+    def wanted(self) -> bool:
+        return any(total is not None for total in self.sums)
+
+    def add(self, tile: Tile, batch: slice, heads: slice, grad_scores: Tensor) -> None:
+        """Add what the gradient of one tile's scores ``(b, h, i, j)`` contributes."""
+        assert self.bias is not None
+        if self.bias.tensor is not None:
+            (total,) = self.sums
+            assert total is not None
+            target = self.bias.with_tensor(total).tile(tile, batch, heads, total.device)
+            target += grad_scores.sum_to_size(target.shape)
+            return
+        with torch.enable_grad():
+            values = self.bias.tile(tile, batch, heads, grad_scores.device)
+        wanted = [(leaf, total) for leaf, total in zip(self.leaves, self.sums, strict=True) if total is not None]
+        cotangent = grad_scores.sum_to_size(values.shape).to(values.dtype)
+        found = torch.autograd.grad(values, [leaf for leaf, _ in wanted], cotangent, allow_unused=True)
+        for (_, total), grad in zip(wanted, found, strict=True):
+            if grad is not None:
+                total += grad
+
+    @property
+    def results(self) -> list[Tensor | None]:
+        """In the dtype of each leaf."""
+        return [t if t is None else t.to(leaf.dtype) for leaf, t in zip(self.leaves, self.sums, strict=True)]
+
+
+class BiasOfHeads(nn.Module):
+    """A bias module restricted to some of its heads."""
+
+    def __init__(self, bias: BiasModule, heads: slice) -> None:
+        super().__init__()
+        self.bias, self.heads = bias, heads
+
+    def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
+        wanted = range(self.heads.start, self.heads.stop)[heads]
+        chosen = slice(wanted.start, wanted.stop)
+        if accepts_heads(self.bias):
+            return self.bias(query_positions, key_positions, heads=chosen)
+        values = self.bias(query_positions, key_positions)
+        return values[..., chosen, :, :] if values.dim() >= 3 and values.shape[-3] > 1 else values
+
+
+def accepts_heads(bias: BiasModule) -> bool:
+    """Can the module evaluate some of the heads alone (a ``heads`` keyword taking a slice)?"""
+    call = getattr(bias, "forward", bias)
+    return "heads" in inspect.signature(call).parameters

@@ -1,0 +1,100 @@
+"""oneDNN's own products on the CPU: operators that PyTorch made for its compiler and for convolutions."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torch.utils.flop_counter import flop_registry, mm_flop, register_flop_formula
+
+from .capabilities import capability, operator
+from .tensors import is_fake
+
+_ONE_TO_ONE: Any = ([0, 0], [1, 1], [1, 1], 1)  # padding, stride, dilation, groups
+
+
+@capability
+def linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
+    """``linear(values (n, k), weight (j, k), bias (j,) or None) -> (n, j)``, by oneDNN."""
+    found = operator("mkldnn::_linear_pointwise", ("X", "W", "B", "attr", "scalars", "algorithm"))
+    if found is None:
+        return None
+    packet = torch.ops.mkldnn._linear_pointwise
+    if packet not in flop_registry:
+
+        @register_flop_formula(packet)
+        def flops(values: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
+            return mm_flop(values, weight[::-1])
+
+    return lambda values, weight, bias: found(values, weight, bias, "none", [], "")
+
+
+class InPlaceProduct(NamedTuple):
+    """``pack(weight (j, k), rows)`` and then ``add(total (n, j), values (n, k), packed)``: ``total += values weightᵀ``.
+
+    All contiguous and fp32; n and the length of the packed weight that varies are to be multiples of 64. ``rows``: what
+    n mostly is. oneDNN's only product that adds to memory which is there already is a convolution by a kernel of one
+    pixel, with images of ``(1, channels, n, 1)``, channels last.
+    """
+
+    pack: Callable[[Tensor, int], Tensor]
+    add: Callable[[Tensor, Tensor, Tensor], None]
+
+
+@capability
+def in_place_product() -> InPlaceProduct | None:
+    """See :class:`InPlaceProduct`."""
+    arguments = ("other", "X", "W", "B", "padding", "stride", "dilation", "groups", "binary_attr", "alpha")
+    convolve = operator("mkldnn::_convolution_pointwise_.binary", arguments)
+    reorder = operator(
+        "mkldnn::_reorder_convolution_weight", ("self", "padding", "stride", "dilation", "groups", "input_size")
+    )
+    if convolve is None or reorder is None:
+        return None
+    _teach_shapes_and_flops()
+
+    def pack(weight: Tensor, rows: int) -> Tensor:
+        kernel = weight[:, :, None, None]
+        return kernel.clone() if is_fake(weight) else reorder(kernel, *_ONE_TO_ONE, [1, weight.shape[1], rows, 1])
+
+    def add(total: Tensor, values: Tensor, packed: Tensor) -> None:
+        convolve(_as_image(total), _as_image(values), packed, None, *_ONE_TO_ONE, "add", 1.0, None, [], None)
+
+    return InPlaceProduct(pack, add)
+
+
+def _as_image(rows: Tensor) -> Tensor:
+    """``(n, c)`` as ``(1, c, n, 1)``, channels last."""
+    n, c = rows.shape
+    return rows.as_strided((1, c, n, 1), (n * c, 1, c, c))
+
+
+def _teach_shapes_and_flops() -> None:
+    """What PyTorch does not know of the operator: how much it computes, and what it returns for fake tensors."""
+    packet = torch.ops.mkldnn._convolution_pointwise_
+    if packet not in flop_registry:
+
+        @register_flop_formula(packet)
+        def flops(_total: Any, values: tuple[int, ...], kernel: tuple[int, ...], *_: Any, **__: Any) -> int:
+            return mm_flop((values[2], values[1]), (kernel[1], kernel[0]))
+
+    name = "mkldnn::_convolution_pointwise_.binary"
+    if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+
+        @torch.library.register_fake(name)  # type: ignore[untyped-decorator]
+        def shape(total: Tensor, *_: Any, **__: Any) -> Tensor:
+            return total
+
+
+@capability
+def is_enabled() -> Callable[[], bool]:
+    """A function: has nobody switched oneDNN off (``torch.backends.mkldnn.flags``)?"""
+    return torch._C._get_mkldnn_enabled
+
+
+@capability
+def cpu_capabilities() -> dict[str, Any]:
+    """What PyTorch knows of this CPU: instruction sets and name (2.12 on)."""
+    return dict(torch.cpu.get_capabilities())
