@@ -1,6 +1,7 @@
 """The house keeps its floors: what may import what, who may print, and what loads only when it is used."""
 
 import ast
+import re
 import subprocess
 import sys
 from functools import cache
@@ -14,7 +15,7 @@ PACKAGE = "memory_efficient_attention_pytorch"
 ROOT = Path(memory_efficient_attention_pytorch.__file__).parent
 FILES = sorted(ROOT.rglob("*.py"))
 
-# Modules and packages by floor; a package's name stands for everything in it. Import downward, or on the same floor.
+# Rooms by floor. A room imports what is in itself and in the rooms of lower floors; those of one floor are strangers.
 FLOORS = (
     {"torch_internals"},
     {"common"},
@@ -24,19 +25,19 @@ FLOORS = (
     {"models"},
     {"planner"},
     {"training"},
-    {"benchmarking", "huggingface"},
-    {"cli", "__main__"},
+    {"benchmarking"},
+    {"cli"},
+    {"__main__"},
     # The names of version 0.1, which nothing of ours imports.
     {
         *("memory_efficient_attention", "flash_attention", "cosine_sim_flash_attention", "reversible"),
         *("memory_efficient_cosine_sim_attention", "transformer", "autoregressive_wrapper"),
     },
 )
+PORCHES = FLOORS[-1]
 OPTIONAL = {"accelerate", "rich", "matplotlib", "tensorboard", "tokenizers", "transformers"}
 # The pipe from a measuring process to the one that started it.
 PIPES = {("planner/measure.py", "sys.stdout.write")}
-# Adapters to a package import it: whoever imports them has asked for it.
-ADAPTERS = {"transformers": "huggingface"}
 
 
 def module_name(path: Path) -> str:
@@ -119,7 +120,7 @@ def test_the_reader_of_imports_sees_them_all(tmp_path):
     """A test that reads nothing would pass for ever."""
     assert len(FILES) > 20
     assert ("common.errors", True) in [(n, now) for n, _, now in own_imports(MODULES["attention.visibility"])]
-    assert ("attention.tiles", True) in [(n, now) for n, _, now in own_imports(MODULES["attention.functional"])]
+    assert ("attention.decision", True) in [(n, now) for n, _, now in own_imports(MODULES["attention.functional"])]
     source = tmp_path / "source.py"
     source.write_text(
         "import a.b, c\nfrom d import e\nif TYPE_CHECKING:\n    import f\nelse:\n    import g\n"
@@ -137,22 +138,22 @@ def test_every_module_has_a_floor():
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_downward(path):
-    """Also imports inside of functions, and those for types only between different floors below."""
+    """Imports inside of functions and those for types alone count, too."""
     if path == ROOT / "__init__.py":
         return
-    floor = floor_of(module_name(path))
+    room, floor = module_name(path).split(".")[0], floor_of(module_name(path))
     upward = [
         f"{where(path, line)} imports {name}"
         for name, line, _ in own_imports(path)
-        if not name or floor_of(name) > floor
+        if not name or (name.split(".")[0] != room and floor_of(name) >= floor)
     ]
     assert not upward
 
 
 def test_no_module_waits_for_itself():
-    """No circle among imports that run when a module is imported."""
+    """No circle among imports, whenever they run and whatever they are for."""
     graph = {
-        name: {other for other, _, now in own_imports(path) if now and other in MODULES and other != name}
+        name: {other for other, *_ in own_imports(path) if other in MODULES and other != name}
         for name, path in MODULES.items()
         if name
     }
@@ -169,6 +170,45 @@ def test_no_module_waits_for_itself():
         visit(name, ())
 
 
+@pytest.mark.parametrize("name", sorted(PORCHES))
+def test_the_names_of_version_0_1_are_only_passed_on(name):
+    """In 25 lines at most: a docstring, imports, what is exported, and of the lazy one where its names are."""
+    source = MODULES[name].read_text()
+    assert len(source.splitlines()) <= 25
+    kinds = (ast.Import, ast.ImportFrom, ast.Assign, ast.Expr, ast.If)
+    assert all(isinstance(statement, kinds) for statement in ast.parse(source).body)
+
+
+PRIVATE = re.compile(
+    r"torch\._(?!_)|import torch\._|from torch\._|\b_cdata\b|ops\.mkldnn|ops\.aten\._|\baten\._|hooks_dict"
+    r"|\._\w+_hooks\b|\._version\b|\._use_count|_sequence_nr|ctypes\.pythonapi|\._schema\b"
+)
+
+
+def test_private_parts_of_pytorch_stay_in_their_room():
+    """Also where a public module only hands them on; the names that they are asked for by are strings there."""
+    found = []
+    for name, path in MODULES.items():
+        if name.split(".")[0] == "torch_internals":
+            continue
+        code = ast.unparse(without_docstrings(ast.parse(path.read_text())))
+        found += [f"{name}: {match[0]}" for match in PRIVATE.finditer(code)]
+    assert not found
+
+
+def without_docstrings(tree: ast.Module) -> ast.Module:
+    for node in ast.walk(tree):
+        body = getattr(node, "body", None)
+        if (
+            isinstance(body, list)
+            and body
+            and isinstance(body[0], ast.Expr)
+            and isinstance(body[0].value, ast.Constant)
+        ):
+            body[0] = ast.Pass()
+    return tree
+
+
 def calls(path: Path) -> list[tuple[str, int]]:
     nodes = (node for node in ast.walk(ast.parse(path.read_text())) if isinstance(node, ast.Call))
     return [(ast.unparse(node.func), node.lineno) for node in nodes]
@@ -179,7 +219,7 @@ def test_only_the_command_line_prints_and_parses_arguments():
     speaking = {"print", "input", "sys.stdout.write", "sys.stderr.write", "sys.exit", "rich.print", "os._exit"}
     loud = []
     for path in FILES:
-        if floor_of(module_name(path) or "common") == floor_of("cli"):
+        if floor_of(module_name(path) or "common") >= floor_of("cli"):
             continue
         file = path.relative_to(ROOT).as_posix()
         loud += [
@@ -200,7 +240,7 @@ def test_optional_dependencies_load_on_use():
         f"{where(path, line)} imports {name}"
         for path in FILES
         for name, line, now in imports(path)
-        if now and (top := name.split(".")[0]) in OPTIONAL and ADAPTERS.get(top) != module_name(path).split(".")[0]
+        if now and name.split(".")[0] in OPTIONAL
     ]
     assert not eager
 
@@ -229,8 +269,7 @@ assert not {{"torch.distributed.fsdp", "torch._inductor"}} & set(sys.modules), "
 
 
 def test_everything_imports_without_optional_dependencies_in_silence_and_without_looking_at_hardware():
-    adapters = set(ADAPTERS.values())
-    names = [f"{PACKAGE}.{m}".rstrip(".") for m in MODULES if m.split(".")[0] not in adapters and m != "__main__"]
+    names = [f"{PACKAGE}.{m}".rstrip(".") for m in MODULES if m != "__main__"]
     program = WITHOUT_OPTIONAL.format(optional=sorted(OPTIONAL), modules=names)
     done = subprocess.run([sys.executable, "-W", "error", "-c", program], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr

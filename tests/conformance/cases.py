@@ -189,7 +189,7 @@ def keep_mask(inputs: Inputs, backend: str, buckets: tuple[int, int]) -> Tensor 
 
 
 def serve_or_skip(backend: str, function):
-    """Run; "fused" may decline what no fused kernel computes and "onednn" fp64, in words that name them. No other may."""
+    """Run; "fused" may decline what no fused kernel computes, "onednn" fp64, in words that name them. No other may."""
     try:
         return function()
     except (NotImplementedError, ValueError) as refusal:

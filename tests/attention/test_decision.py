@@ -1,0 +1,111 @@
+"""What is decided about a request, once: which way computes it, and that the same way serves it to the end."""
+
+import pytest
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, dot_product_attention, select_backend
+from memory_efficient_attention_pytorch.attention.decision import WAYS
+from memory_efficient_attention_pytorch.attention.functional import decide
+from tests import reference
+from tests.agreement import assert_same
+from tests.memory.live_bytes import LiveBytes
+
+NAMES = [way.name for way in WAYS]
+ON_A_CPU = [name for name in NAMES if name not in ("flash", "efficient")]
+
+
+def qkv(n=9, m=None, h=4, kv=2, d=8, dtype=torch.float32):
+    shapes = ((2, h, n, d), (2, kv, m or n, d), (2, kv, m or n, d))
+    return tuple(torch.randn(shape).to(dtype).requires_grad_() for shape in shapes)
+
+
+def test_every_way_has_a_name_of_its_own():
+    assert len(set(NAMES)) == len(NAMES)
+    assert {way.backend for way in WAYS} == {"naive", "tiled", "fused"}
+
+
+@pytest.mark.parametrize("name", ON_A_CPU)
+def test_a_way_asked_for_by_name_computes_the_same(name):
+    q, k, v = qkv()
+    choice = select_backend(q, k, v, causal=True, backend=name)
+    assert (choice.way, choice.reason) == (name, "asked for")
+    out = dot_product_attention(q, k, v, causal=True, backend=name)
+    truth = reference.attention(q.double(), k.double(), v.double(), causal=True)
+    reference.assert_close("out", out, truth, 1e-6)
+    for mine, true in zip(*(torch.autograd.grad(x.sum(), (q, k, v)) for x in (out, truth)), strict=True):
+        reference.assert_close("gradient", mine, true, 1e-5)
+
+
+@pytest.mark.parametrize("name", ["flash", "efficient"])
+def test_a_way_of_another_device_is_refused_by_name(name):
+    with pytest.raises(NotImplementedError, match=f"backend: '{name}' cannot serve this call.*cpu"):
+        dot_product_attention(*qkv(), backend=name)
+
+
+REQUESTS = {
+    "plain": ({}, "sdpa"),
+    "causal": ({"causal": True}, "sdpa"),
+    "padding": ({"mask": torch.ones(2, 9, dtype=torch.bool)}, "sdpa"),
+    "whole mask": ({"mask": torch.ones(9, 9, dtype=torch.bool)}, "cpu_kernel"),
+    "window": ({"causal": True, "window": 3}, "cpu_kernel"),
+    "documents": ({"document_ids": torch.zeros(2, 9, dtype=torch.long)}, "cpu_kernel"),
+    "slopes": ({"attn_bias": AlibiBias(4)}, "cpu_kernel"),
+    "log-sum-exp": ({"return_lse": True}, "cpu_kernel"),
+    "dropout": ({"dropout": 0.1}, "products"),
+}
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
+def test_what_auto_takes_for_a_small_request(request_):
+    arguments, expected = REQUESTS[request_]
+    choice = select_backend(*qkv(), **arguments)
+    assert choice.way == expected
+    assert choice.name == next(way.backend for way in WAYS if way.name == expected)
+    assert set(choice.ruled_out) == {"naive", "tiled", "fused"} - {choice.name}
+    assert all(choice.ruled_out.values())
+
+
+def test_what_keeps_nothing_is_not_chosen_to_be_kept():
+    for arguments, expected in (({}, "cpu"), ({"window": 3}, "cpu_kernel"), ({"dropout": 0.1}, "products")):
+        decision, *_ = decide(*qkv(), keep=True, **arguments)
+        assert decision.way.name == expected
+    with pytest.raises(NotImplementedError, match="nothing that could be kept"):
+        decide(*qkv(), keep=True, backend="naive")
+
+
+@pytest.mark.parametrize("arguments", [{"causal": True}, {"window": 3}, {"dropout": 0.3}, {"attn_bias": True}], ids=str)
+def test_kept_results_stand_for_the_forward_pass(arguments):
+    q, k, v = qkv()
+    bias = RelativePositionBias(4)
+    if arguments.get("attn_bias"):
+        arguments = {"attn_bias": bias}
+
+    def both(attend):
+        torch.manual_seed(3)
+        decision, *heads = decide(q, k, v, keep=True, **arguments)
+        out = attend(decision, *heads)
+        return (out, *torch.autograd.grad(out.square().sum(), (q, k, v, *bias.parameters()), allow_unused=True))
+
+    truth = both(lambda decision, *heads: decision.attend(*heads)[0])
+    with LiveBytes() as count:
+        kept = both(lambda decision, *heads: decision.resume(decision.compute(*heads), *heads))
+    assert_same(kept, truth, 0.0)
+    assert count.products > 0 or count.calls["_scaled_dot_product_flash_attention_for_cpu_backward"] > 0
+
+
+def test_resuming_computes_nothing_of_the_forward_pass():
+    decision, *heads = decide(*qkv(), keep=True, causal=True)
+    results = decision.compute(*heads)
+    with FlopCounterMode(display=False) as count, LiveBytes() as live:
+        decision.resume(results, *heads)
+    assert count.get_total_flops() == 0
+    assert not live.calls["_scaled_dot_product_flash_attention_for_cpu"]
+
+
+def test_a_kept_decision_holds_no_tensor():
+    mask, ids = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.long)
+    decision, *_ = decide(*qkv(), mask=mask, document_ids=ids, attn_bias=torch.zeros(9, 9), keep=True)
+    alone = decision.without_tensors()
+    assert alone.request.tensors == (None, None, None)
+    assert alone.of_request(decision.request) == decision
