@@ -7,7 +7,7 @@ those, or whoever keeps the results of a forward pass on purpose.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -39,12 +39,10 @@ BACKENDS = ("naive", "tiled", "fused", "auto")
 
 @dataclass(frozen=True)
 class Decision:
-    """What was asked, the way it is computed, why, and why others were not chosen (by kind)."""
+    """What was asked, and the way it is computed."""
 
     request: AttentionRequest
     way: Way
-    reason: str
-    ruled_out: dict[str, str] = field(default_factory=dict)
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
         """Output ``(b, h, n, e)`` and the log-sum-exp ``(b, h, n)``, which None stands for where it was not asked for.
@@ -83,24 +81,42 @@ class Decision:
 
 
 def decide(request: AttentionRequest, backend: str, q: Tensor, k: Tensor, v: Tensor, *, keep: bool = False) -> Decision:
-    """Choose among the ways that ``backend`` names. keep: results are to be kept, by :meth:`Decision.compute`.
+    """The first of the ways that ``backend`` names with nothing against it, else the first that can.
 
-    Raises ValueError for an unknown backend, and NotImplementedError where no way of that name can compute the request.
+    keep: results are to be kept, by :meth:`Decision.compute`. Raises ValueError for an unknown backend, and
+    NotImplementedError where no way of that name can compute the request.
     """
-    names = (*BACKENDS, *(way.name for way in WAYS if way.name not in BACKENDS))
-    require(backend in names, "backend", f"one of {', '.join(names)}", repr(backend))
-    named = [way for way in WAYS if backend in ("auto", way.backend, way.name)]
-    objections = {way.name: _objection(way, request, q, k, v, keep) for way in named}
-    able = [way for way in named if objections[way.name] is None]
-    if not able:
-        reason = next(iter(objections.values()))
-        raise NotImplementedError(f"backend: {backend!r} cannot serve this call: {reason}; use 'tiled' or 'auto'")
-    drawbacks = {way.name: way.drawback(request) for way in able}
-    way = next((way for way in able if drawbacks[way.name] is None), able[0])
-    if backend != "auto":
-        return Decision(request, way, "asked for")
-    against = {w.backend: objections[w.name] or drawbacks[w.name] or way.merit for w in reversed(named)}
-    return Decision(request, way, way.merit, {kind: why for kind, why in against.items() if kind != way.backend})
+    able: Way | None = None
+    objection: str | None = None
+    for way in _named(backend):
+        against = _objection(way, request, q, k, v, keep)
+        if against is None:
+            if way.drawback(request) is None:
+                return Decision(request, way)
+            able = able or way
+        objection = objection or against
+    if able is None:
+        raise NotImplementedError(f"backend: {backend!r} cannot serve this call: {objection}; use 'tiled' or 'auto'")
+    return Decision(request, able)
+
+
+def ruled_out(decision: Decision, q: Tensor, k: Tensor, v: Tensor) -> dict[str, str]:
+    """What speaks against the other kinds of ways, by kind, where any might have been chosen."""
+    request, chosen = decision.request, decision.way
+    return {
+        way.backend: way.objection(request, q, k, v) or way.drawback(request) or chosen.merit
+        for way in reversed(WAYS)
+        if way.backend != chosen.backend
+    }
+
+
+def _named(backend: str) -> Sequence[Way]:
+    if backend == "auto":
+        return WAYS
+    named = [way for way in WAYS if backend in (way.backend, way.name)]
+    names = dict.fromkeys((*BACKENDS, *(way.name for way in WAYS)))
+    require(bool(named), "backend", f"one of {', '.join(names)}", repr(backend))
+    return named
 
 
 def _objection(way: Way, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, keep: bool) -> str | None:

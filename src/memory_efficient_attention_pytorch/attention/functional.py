@@ -149,8 +149,10 @@ def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **
     """
     for name in arguments:
         require(name in _ARGUMENTS, name, f"one of {', '.join(_ARGUMENTS)}", "an unknown argument")
-    made, *_ = decide(q, k, v, backend=backend, **arguments)
-    return BackendChoice(made.way.backend, made.reason, made.ruled_out, made.way.name)
+    made, *heads = decide(q, k, v, backend=backend, **arguments)
+    if backend != "auto":
+        return BackendChoice(made.way.backend, "asked for", way=made.way.name)
+    return BackendChoice(made.way.backend, made.way.merit, decision.ruled_out(made, *heads), made.way.name)
 
 
 def decide(

@@ -49,14 +49,12 @@ class OneDnn(Way):
         return None if usable else "this PyTorch has no oneDNN, or none of its products that add in place"
 
     def drawback(self, request: AttentionRequest) -> str | None:
-        if not onednn_is_faster():
-            return "MKL is as fast on this CPU"
-        if num_threads() > MOST_THREADS:
-            return f"a tile is too little work for more than {MOST_THREADS} threads"
         small = request.tile_scores < LEAST_TILE_SCORES or request.n * request.m < LEAST_HEAD_SCORES
         if small or min(request.d, request.e) < LEAST_WIDTH:
             return "calling its operators would cost more than they gain in tiles this small"
-        return None
+        if num_threads() > MOST_THREADS:
+            return f"a tile is too little work for more than {MOST_THREADS} threads"
+        return None if onednn_is_faster() else "MKL is as fast on this CPU"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, lse = empty_results(request, v)
