@@ -92,9 +92,3 @@ def _teach_shapes_and_flops() -> None:
 def is_enabled() -> Callable[[], bool]:
     """A function: has nobody switched oneDNN off (``torch.backends.mkldnn.flags``)?"""
     return torch._C._get_mkldnn_enabled
-
-
-@capability
-def cpu_capabilities() -> dict[str, Any]:
-    """What PyTorch knows of this CPU: instruction sets and name (2.12 on)."""
-    return dict(torch.cpu.get_capabilities())
