@@ -18,8 +18,7 @@ MIB = 2**20
 
 @pytest.fixture(autouse=True)
 def _as_if_it_were_faster(monkeypatch):
-    for module in (products, way):
-        monkeypatch.setattr(module, "onednn_is_faster", lambda: True)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
 
 
 def qkv(n, m=None, *, h=1, kv=None, d=32, e=None, dtype=torch.float32):
@@ -105,7 +104,7 @@ def test_not_for_many_threads_nor_where_another_library_is_as_fast(monkeypatch):
     assert select_backend(*qkv(2048)).name == "fused"
     monkeypatch.setattr(torch, "get_num_threads", lambda: 1)
     assert select_backend(*qkv(2048)).name == "tiled"
-    monkeypatch.setattr(way, "onednn_is_faster", lambda: False)
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     assert select_backend(*qkv(2048)).name == "fused"
 
 

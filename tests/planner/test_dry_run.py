@@ -8,7 +8,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from memory_efficient_attention_pytorch import Transformer, dot_product_attention
-from memory_efficient_attention_pytorch.attention import request
+from memory_efficient_attention_pytorch.attention import onednn
 from memory_efficient_attention_pytorch.common import products
 from memory_efficient_attention_pytorch.planner.accounting import Accounting, accounting_for
 from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
@@ -203,7 +203,7 @@ def test_the_threads_that_are_planned_for_choose_the_tiles(monkeypatch):
             return dot_product_attention(x, x, x, causal=True)
 
     heads = torch.zeros(1, 1, 2048, 32, requires_grad=True)
-    for threads in (1, request.MOST_ONEDNN_THREADS + 1):
+    for threads in (1, onednn.MOST_THREADS + 1):
         timeline = dry_run(Step(Attention(), torch.sum, (heads,), optimizer=None), Accounting(CPU, threads))
         names = {operation.name for operation in timeline.operations}
         assert any("convolution" in name for name in names) == (threads == 1)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -15,8 +16,8 @@ from ..torch_internals.attention_kernels import Kernel
 from .bias import BiasGradient
 from .cpu_kernel import unit_stride
 from .request import AttentionRequest
-from .sdpa import converts_a_mask, fused_kernels, is_causal, not_whole
-from .tiles import Saved, Scores, Upstream
+from .sdpa import converts_a_mask, fused_kernels, is_causal, not_whole, whole_mask
+from .tiles import Saved, Upstream, additive
 from .way import Way
 
 ALIGNMENT = 8  # what the CUDA kernels ask of a width, in elements
@@ -114,7 +115,9 @@ class Efficient(WholeKernel):
 
 def _added(request: AttentionRequest) -> Tensor | None:
     """Mask and bias as a tensor added to the scores, laid out as the kernels want it."""
-    added = Scores.all_of(request).added(request.compute_dtype)
+    added = whole_mask(request)
+    if added is not None and added.dtype == torch.bool:
+        added = additive(added, None, request.dtype)
     if added is None or request.device_type == "cpu":
         return added
     padded = F.pad(added.expand(*added.shape[:-1], request.m), (0, -request.m % ALIGNMENT))

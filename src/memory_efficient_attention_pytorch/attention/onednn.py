@@ -14,8 +14,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common import products
 from ..common.dry_run import num_threads
-from ..common.products import PackedWeight, Scratch, onednn_is_faster, onednn_is_usable, product
+from ..common.products import PackedWeight, Scratch, product
 from ..torch_internals import onednn
 from ..torch_internals.tensors import is_fake
 from .bias import BiasGradient
@@ -45,7 +46,7 @@ class OneDnn(Way):
             return "it computes in fp32"
         if not request.plain:
             return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
-        usable = onednn_is_usable(q.device) and onednn.in_place_product() is not None
+        usable = products.onednn_is_usable(q.device) and onednn.in_place_product() is not None
         return None if usable else "this PyTorch has no oneDNN, or none of its products that add in place"
 
     def drawback(self, request: AttentionRequest) -> str | None:
@@ -54,7 +55,7 @@ class OneDnn(Way):
             return "calling its operators would cost more than they gain in tiles this small"
         if num_threads() > MOST_THREADS:
             return f"a tile is too little work for more than {MOST_THREADS} threads"
-        return None if onednn_is_faster() else "MKL is as fast on this CPU"
+        return None if products.onednn_is_faster() else "MKL is as fast on this CPU"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, lse = empty_results(request, v)

@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..torch_internals.tensors import is_fake
 from .cpu_kernel import unit_stride
 from .request import AttentionRequest
 from .tiles import Scores
@@ -96,7 +97,7 @@ def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) ->
     if request.device_type != "cuda":
         return frozenset({"cpu"} & {request.device_type})
     mask, causal, grouped = whole_mask(request), is_causal(request), request.h != request.kv
-    if q.is_cuda and torch.cuda.is_available():
+    if q.is_cuda and torch.cuda.is_available() and not is_fake(q):
         cuda = torch.backends.cuda
         params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, grouped)
         found = {"flash": cuda.can_use_flash_attention(params), "efficient": cuda.can_use_efficient_attention(params)}

@@ -114,13 +114,8 @@ class Scores(NamedTuple):
         return None if bias is None else bias.tile(self.tile, self.part.batch, self.part.heads, self.request.device)
 
     def added(self, dtype: torch.dtype) -> Tensor | None:
-        """Bias and mask as one tensor added to the scores, −∞ where hidden; None without either."""
-        visible, bias = self.visible, self.bias
-        if visible is None:
-            return None if bias is None else bias.to(dtype)
-        if bias is None:
-            return torch.where(visible, torch.zeros((), dtype=dtype, device=visible.device), float("-inf"))
-        return torch.where(visible, bias.to(dtype), float("-inf"))
+        """Bias and what is hidden as one tensor added to the scores; None without either."""
+        return additive(self.visible, self.bias, dtype)
 
     @property
     def survivors(self) -> Tensor | None:
@@ -142,6 +137,14 @@ class Scores(NamedTuple):
             generator.manual_seed(_mix(request.seed, part.batch.start + b, part.heads.start + h, tile.i0, tile.j0))
             draw.bernoulli_(1 - request.dropout, generator=generator)
         return keep
+
+
+def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
+    """``bias``, or 0, where ``visible``, −∞ elsewhere; None without either."""
+    if visible is None:
+        return None if bias is None else bias.to(dtype)
+    value = torch.zeros((), dtype=dtype, device=visible.device) if bias is None else bias.to(dtype)
+    return torch.where(visible, value, float("-inf"))
 
 
 def _mix(*values: int) -> int:

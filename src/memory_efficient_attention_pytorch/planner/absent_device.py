@@ -15,9 +15,6 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..attention import sdpa as fused
-from ..attention.request import AttentionRequest
-
 aten = torch.ops.aten
 CPU = torch.device("cpu")
 _CPU_GENERATOR = torch.Generator()
@@ -56,7 +53,6 @@ def _replacements(device: torch.device) -> list[tuple[Any, str, Any]]:
     if device.type != "cuda":
         return everywhere
     return everywhere + [
-        (fused, "_no_kernel", _no_kernel),
         (torch.cuda.amp.common, "amp_definitely_not_available", lambda: False),
         (torch.cuda, "is_bf16_supported", lambda *_, **__: True),
         (torch.cuda, "device", lambda _: nullcontext()),
@@ -156,13 +152,6 @@ def _kernel(query: Tensor, key: Tensor, value: Tensor, mask: Tensor | None) -> s
         return "flash"
     aligned = all(width % (8 if half else 4) == 0 for width in widths)
     return "efficient" if aligned and query.shape[1] == key.shape[1] else None
-
-
-def _no_kernel(request: AttentionRequest, query: Tensor, key: Tensor, value: Tensor) -> str | None:
-    """In place of this package's own question to PyTorch."""
-    if 0 in (request.b, request.n, request.m):
-        return "there is nothing to attend"
-    return None if _kernel(query, key, value, fused._added(request)) else "no CUDA kernel takes these arguments"
 
 
 def _plain_attention(
