@@ -19,8 +19,8 @@ from memory_efficient_attention_pytorch import (
 from memory_efficient_attention_pytorch.common import gradients as differentiation
 from memory_efficient_attention_pytorch.common import products
 from memory_efficient_attention_pytorch.layers.linear import Linear
-from memory_efficient_attention_pytorch.loss.linear_cross_entropy import Settings, gradients_wait
-from memory_efficient_attention_pytorch.loss.reversible import reversible_cross_entropy
+from memory_efficient_attention_pytorch.loss.function import gradients_wait
+from memory_efficient_attention_pytorch.loss.reversible import normed_sum
 from tests.accumulating import (
     MAKERS,
     TOLERANCE,
@@ -251,7 +251,7 @@ def test_products_in_fp16_do_not_wait():
     head, hidden = Head(), torch.randn(64, 24)
     filled(head, 0.5)
     for dtype, waits in ((torch.float32, True), (torch.bfloat16, True), (torch.float16, False)):
-        assert gradients_wait(Settings(-100, 0.0, 7, dtype, divide_by_count=True), hidden, head.weight) == waits
+        assert gradients_wait(dtype, hidden.shape, head.weight) == waits
 
 
 @pytest.mark.parametrize("reduction", ["mean", "sum"])
@@ -314,8 +314,8 @@ def test_what_comes_before_the_logits_is_repeated_as_it_was(autocast):
             filled(modules, 0.0)
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
-            end = net.streams(x)
-            loss = reversible_cross_entropy(*end, norm, head.weight, labels, bias=head.bias, chunk_size=7)
+            rows = normed_sum(norm, *net.streams(x))
+            loss = linear_cross_entropy(rows, head.weight, labels, bias=head.bias, chunk_size=7)
         state = torch.get_rng_state()
         loss.backward()
         assert torch.equal(torch.get_rng_state(), state)

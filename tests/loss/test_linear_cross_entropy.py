@@ -16,11 +16,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from memory_efficient_attention_pytorch.common.products import PART
-from memory_efficient_attention_pytorch.loss.linear_cross_entropy import (
-    ChunkLoss,
-    default_chunk_size,
-    linear_cross_entropy,
-)
+from memory_efficient_attention_pytorch.loss.chunk import ChunkLoss
+from memory_efficient_attention_pytorch.loss.linear_cross_entropy import default_chunk_size, linear_cross_entropy
 from tests.memory.live_bytes import LiveBytes, saved_bytes
 
 # What a path may lose beyond the plain computation in the same dtype, relative to the largest value.
@@ -420,14 +417,15 @@ def test_chunk_by_chunk_with_a_norm_made_just_before():
     hidden, weight, _, labels = problem(shape=(20,), dtype=torch.float64, bias=False, ignored=0)
     truth = outcome(plain, F.layer_norm(hidden, (12,)), weight, None, labels, reduction="sum")
     with torch.no_grad():
-        chunks = ChunkLoss(weight, None, chunk_size=6, product_dtype=torch.float64, weight_gradient=True)
+        grad_weight = torch.zeros_like(weight)
+        chunks = ChunkLoss(weight, None, chunk_size=6, product_dtype=torch.float64, grad_weight=grad_weight)
         total = torch.zeros((), dtype=torch.float64)
         for rows, targets in zip(hidden.split(6), labels.split(6), strict=True):
             normed = F.layer_norm(rows, (12,))
             total += chunks.losses(normed, targets).sum()
-            chunks.add_gradients(normed, targets, torch.ones(len(rows), dtype=torch.float64), None)
+            chunks.add_gradients(normed, targets, torch.ones(len(rows), dtype=torch.float64), of_hidden=False)
     torch.testing.assert_close(total, truth[0])
-    torch.testing.assert_close(chunks.grad_weight, truth[2])
+    torch.testing.assert_close(grad_weight, truth[2])
 
 
 # Mistakes.

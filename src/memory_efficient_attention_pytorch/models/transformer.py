@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -15,7 +16,8 @@ from ..layers.linear import Linear, is_plain_linear
 from ..layers.positions import AlibiBias, RotaryEmbedding
 from ..layers.reversible import ReversibleSequence
 from ..loss.linear_cross_entropy import linear_cross_entropy
-from ..loss.reversible import reversible_cross_entropy
+from ..loss.reversible import normed_sum
+from ..loss.rows import RowSource
 from ..recompute.pieces import has_hooks
 
 __all__ = ["FeedForward", "PreNorm", "Transformer"]
@@ -144,19 +146,15 @@ class Transformer(nn.Module):
             ValueError: a wrong shape or dtype, a token outside the vocabulary, too many tokens for learned positions.
         """
         self._check(x, labels, mask, cache)
-        tokens, given = self._embed(x, mask, cache)
         head: Any = self.to_logits[1] if len(self.to_logits) > 1 else self.token_emb
-        if labels is None or not self._plain_head:
-            hidden = self.to_logits(self._hidden(tokens, given))
-            logits = nn.functional.linear(hidden, head.weight) if head is self.token_emb else hidden
-            return logits if labels is None else _mean_cross_entropy(logits, labels, ignore_index)
-        norm, bias = self.to_logits[0], getattr(head, "bias", None)
-        options: dict[str, Any] = {"bias": bias, "ignore_index": ignore_index, "chunk_size": self.loss_chunk_size}
-        if torch.is_grad_enabled() and not has_hooks(norm) and not has_hooks(self.layers):
-            end = self.layers.streams(tokens, **given)
-            del tokens  # held by nobody else: where the loss is made they would be n · dim elements too many
-            return reversible_cross_entropy(*end, norm, head.weight, labels, **options)
-        return linear_cross_entropy(norm(self._hidden(tokens, given)), head.weight, labels, **options)
+        if labels is not None and self._plain_head:
+            # Only _rows has what enters the first block: where the loss is made it would be n · dim elements too many.
+            rows = self._rows(*self._embed(x, mask, cache))
+            options: dict[str, Any] = {"bias": getattr(head, "bias", None), "chunk_size": self.loss_chunk_size}
+            return linear_cross_entropy(rows, head.weight, labels, ignore_index=ignore_index, **options)
+        hidden = self.to_logits(self._through(self.layers, *self._embed(x, mask, cache)))
+        logits = nn.functional.linear(hidden, head.weight) if head is self.token_emb else hidden
+        return logits if labels is None else _mean_cross_entropy(logits, labels, ignore_index)
 
     @property
     def _plain_head(self) -> bool:
@@ -164,12 +162,19 @@ class Transformer(nn.Module):
         _, *head = self.to_logits
         return all(is_plain_linear(layer) and not has_hooks(layer) for layer in head) and not has_hooks(self.to_logits)
 
-    def _hidden(self, tokens: Tensor, given: dict[str, Any]) -> Tensor:
-        """The sum of both streams after the last block ``(b, n, dim)``."""
-        hidden = self.layers(tokens, **given)
+    def _rows(self, tokens: Tensor, given: dict[str, Any]) -> Tensor | RowSource:
+        """The last layer's input: made chunk by chunk where the blocks and the norm are as built and nobody watches."""
+        norm = self.to_logits[0]
+        token_wise = type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1
+        if not token_wise or has_hooks(norm) or has_hooks(self.layers):
+            return norm(self._through(self.layers, tokens, given))
+        return normed_sum(norm, *self._through(self.layers.streams, tokens, given))
+
+    def _through(self, layers: Callable[..., Any], tokens: Tensor, given: dict[str, Any]) -> Any:
+        out = layers(tokens, **given)
         if "cache" in given:
             given["cache"].advance(tokens.shape[1])
-        return hidden
+        return out
 
     def _embed(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
         """What enters the first block ``(b, n, dim)``, and the blocks' keywords."""

@@ -1,0 +1,174 @@
+"""The loss as one autograd Function over chunks of rows, whoever asks for it.
+
+What a chunk takes, for N rows of width d, a vocabulary V and chunks of c rows:
+
+- Without gradients one product, the logits, and a buffer of c V.
+- Gradients made in forward: two products more there, for the rows' and the weight's gradients, and N d + V d that are
+  kept for backward. Backward has no product and scales them in place; where the graph is kept it returns copies.
+- Gradients that wait for backward: forward as without any, and only the inputs are kept. Backward computes the logits
+  again, four products in all, and takes c V + N d + V d; not the V d where it adds to ``.grad``.
+
+A gradient that nobody asks for costs neither its product nor its memory. Products in low precision take a second c V.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..attention.request import full_precision
+from ..common.dry_run import each, working_on
+from ..common.gradients import accumulator, fresh_total, left_to_add, may_add_in_place, once_differentiable
+from ..recompute.pieces import Replay
+from ..torch_internals.engine import graph_is_kept
+from .chunk import ChunkLoss, full_dtype
+from .rows import Rows, RowSource
+
+
+class Settings(NamedTuple):
+    """The options of a loss, checked. ``gradients_wait``: for backward; otherwise forward makes them."""
+
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    chunk_size: int
+    product_dtype: torch.dtype
+    gradients_wait: bool = False
+
+
+def chunked_loss(settings: Settings, source: RowSource, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
+    """The losses ``(N,)`` of rows against labels ``(N,)``, or their sum or mean."""
+    # Inside a Function gradients are off whatever the caller chose, so whether any is wanted must be asked here.
+    inputs = (weight, bias, *source.tensors)
+    wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
+    waits = not wanted or settings.reduction == "none" or gradients_wait(settings.product_dtype, source.shape, weight)
+    replay = Replay(weight) if source.random and wanted and waits else None
+    settings = settings._replace(gradients_wait=waits)
+    return LinearCrossEntropy.apply(settings, source.make, replay, labels, *inputs)
+
+
+class LinearCrossEntropy(torch.autograd.Function):
+    """Inputs that are differentiated: weight, bias and what the rows are made of."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        settings: Settings,
+        make_rows: Callable[..., Rows],
+        replay: Replay | None,
+        labels: Tensor,
+        *inputs: Any,
+    ) -> Tensor:
+        ctx.settings, ctx.make_rows, ctx.replay = settings, make_rows, replay
+        needed = [need and not settings.gradients_wait for need in ctx.needs_input_grad[4:]]
+        share, early, late = share_of_each(settings, labels, inputs[0].dtype)
+        with nullcontext() if replay is None else replay.first():
+            losses, gradients = over_chunks(settings, make_rows, labels, inputs, needed, early)
+        if settings.gradients_wait:
+            ctx.save_for_backward(labels, *inputs, *(() if replay is None else replay.release()))
+        else:
+            ctx.dtypes = [x if x is None else x.dtype for x in inputs]
+            ctx.save_for_backward(late, *gradients)
+        return losses if settings.reduction == "none" else losses.sum() * share
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
+        first, *others = ctx.saved_tensors
+        needed = ctx.needs_input_grad[4:]
+        if not ctx.settings.gradients_wait:
+            return None, None, None, None, *scaled(others, cotangent * first, ctx.dtypes)
+        inputs, kept = others[: len(needed)], others[len(needed) :]
+        row_weight = cotangent * share_of_each(ctx.settings, first, inputs[0].dtype)[0]
+        with nullcontext() if ctx.replay is None else ctx.replay.again(kept):
+            _, gradients = over_chunks(ctx.settings, ctx.make_rows, first, inputs, needed, row_weight, accumulator)
+        of_head = [g if g is None else left_to_add(x, g) for x, g in zip(inputs[:2], gradients[:2], strict=True)]
+        return None, None, None, None, *of_head, *gradients[2:]
+
+
+def over_chunks(
+    settings: Settings,
+    make_rows: Callable[..., Rows],
+    labels: Tensor,
+    inputs: Sequence[Any],
+    needed: Sequence[bool],
+    row_weight: Tensor,
+    total: Callable[[Tensor], Tensor] = fresh_total,
+) -> tuple[Tensor, list[Tensor | None]]:
+    """Losses ``(N,)``, 0 where ignored, and the gradients of ``sum(row_weight * losses)`` for the needed inputs.
+
+    inputs: weight, bias, and what the rows are made of. row_weight: ``(N,)``, or one for all. total: makes what the
+    gradients of weight and bias are added to; they come back in its dtype.
+    """
+    weight, bias, *made_of = inputs
+    counted = labels != settings.ignore_index
+    labels = labels.masked_fill(~counted, 0)
+    losses = weight.new_empty(len(labels), dtype=full_dtype(weight.dtype))
+    row_weight = torch.where(counted, row_weight, losses.new_zeros(()))
+    chunks = even_chunks(len(labels), settings.chunk_size)
+    rows = make_rows(needed[2:], *made_of)
+    with working_on("loss"), full_precision(weight.device):
+        of_head = [total(x) if need else None for x, need in zip((weight, bias), needed, strict=False)]
+        chunk_loss = ChunkLoss(
+            weight,
+            bias,
+            chunk_size=chunks[0].stop if chunks else 1,
+            product_dtype=settings.product_dtype,
+            label_smoothing=settings.label_smoothing,
+            grad_weight=of_head[0],
+            grad_bias=of_head[1],
+        )
+        for chunk in each(chunks):
+            hidden = rows.forward(chunk)
+            losses[chunk] = chunk_loss.losses(hidden, labels[chunk])
+            if any(needed):
+                gradient = chunk_loss.add_gradients(hidden, labels[chunk], row_weight[chunk], rows.differentiable)
+                if gradient is not None:
+                    rows.backward(chunk, gradient)
+    return losses.masked_fill_(~counted, 0), [*of_head, *rows.gradients()]
+
+
+def even_chunks(tokens: int, chunk_size: int) -> list[slice]:
+    """As few chunks as that size allows, as equal as can be, so that no small one is left over."""
+    count = max(1, -(-tokens // chunk_size))
+    size = max(1, -(-tokens // count))
+    return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
+
+
+def gradients_wait(product_dtype: torch.dtype, shape: Sequence[int], weight: Tensor) -> bool:
+    """Whether gradients wait for backward, although the loss is one number; shape: of the hidden vectors ``(…, d)``.
+
+    They do where the weight's is larger than the hidden vectors', and the weight has a ``.grad`` that backward can add
+    to: made in the forward pass it would exist beside that. Not with products in fp16, which take a loss scaler's
+    factor only after they are rounded (see :func:`share_of_each`).
+    """
+    large = weight.numel() > math.prod(shape) and product_dtype != torch.float16
+    return large and may_add_in_place(weight)
+
+
+def share_of_each(settings: Settings, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """What multiplies the sum of losses (one over the number of labels that count, or one), and its two factors.
+
+    Gradients take the first, in [1/2, 1], when they are made and the second, a power of two, in backward. So they are
+    rounded once, and one kept in fp16 has not lost its small values before a loss scaler's factor comes to save them.
+    """
+    one = labels.new_ones((), dtype=full_dtype(dtype))
+    if settings.reduction != "mean":
+        return one, one, one
+    share = one / (labels != settings.ignore_index).sum().clamp_min(1)
+    early, _ = torch.frexp(share)
+    return share, early, share / early
+
+
+def scaled(
+    gradients: Sequence[Tensor | None], factor: Tensor, dtypes: Sequence[torch.dtype | None]
+) -> list[Tensor | None]:
+    """``factor`` times each gradient, in its tensor's dtype, inside a backward pass that saved them."""
+    # A graph that is not kept has no more use for these: scaling them in place spares a second (V, d).
+    scale = torch.mul if torch.compiler.is_compiling() or graph_is_kept() else Tensor.mul_
+    return [x if x is None else scale(x, factor).to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]

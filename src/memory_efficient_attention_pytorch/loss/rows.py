@@ -1,0 +1,68 @@
+"""Where the hidden vectors of a loss come from, chunk by chunk, and where their gradients go."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Rows(Protocol):
+    """The hidden vectors ``(N, d)`` in one pass over the chunks."""
+
+    differentiable: bool
+    """Whether any gradient is asked for, so that :meth:`backward` follows each :meth:`forward`."""
+
+    def forward(self, chunk: slice) -> Tensor:
+        """The chunk's hidden vectors ``(c, d)``."""
+
+    def backward(self, chunk: slice, cotangent: Tensor) -> None:
+        """Take their gradient ``(c, d)``, in any dtype, on to the tensors that they are made of."""
+
+    def gradients(self) -> list[Tensor | None]:
+        """The gradients of these tensors, when all chunks are done; None where not needed."""
+
+
+class RowSource(NamedTuple):
+    """Hidden vectors ``(…, d)`` as what they are made of.
+
+    ``make(needed, *tensors)`` gives the rows of one pass, ``needed`` saying whose gradients are wanted. The tensors
+    become inputs of the autograd Function, and ``make`` holds none that is to be differentiated. ``random``: making the
+    rows may draw random numbers, so that a second pass must replay the first.
+    """
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    tensors: tuple[Tensor, ...]
+    make: Callable[..., Rows]
+    random: bool = False
+
+    @property
+    def device(self) -> torch.device:
+        return self.tensors[0].device
+
+
+def whole(hidden: Tensor) -> RowSource:
+    """Hidden vectors that lie in memory as one tensor ``(…, d)``."""
+    return RowSource(hidden.shape, hidden.dtype, (hidden,), WholeRows)
+
+
+class WholeRows:
+    """Rows of one tensor."""
+
+    def __init__(self, needed: Sequence[bool], hidden: Tensor) -> None:
+        self.hidden = hidden.reshape(-1, hidden.shape[-1])
+        self.differentiable = needed[0]
+        self.gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
+
+    def forward(self, chunk: slice) -> Tensor:
+        return self.hidden[chunk]
+
+    def backward(self, chunk: slice, cotangent: Tensor) -> None:
+        assert self.gradient is not None
+        self.gradient.view(self.hidden.shape)[chunk] = cotangent
+
+    def gradients(self) -> list[Tensor | None]:
+        return [self.gradient]
