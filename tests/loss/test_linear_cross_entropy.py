@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 from memory_efficient_attention_pytorch.common.products import PART
 from memory_efficient_attention_pytorch.loss.chunk import ChunkLoss
 from memory_efficient_attention_pytorch.loss.linear_cross_entropy import default_chunk_size, linear_cross_entropy
+from memory_efficient_attention_pytorch.torch_internals import taken_away
 from tests.memory.live_bytes import LiveBytes, saved_bytes
 
 # What a path may lose beyond the plain computation in the same dtype, relative to the largest value.
@@ -209,6 +210,16 @@ def test_backward_twice_and_two_forwards_before_backward(reduction):
     assert all(torch.equal(x, y) for x, y in zip(torch.autograd.grad(second, inputs), expected, strict=True))
 
 
+def test_a_pytorch_that_does_not_tell_whether_the_graph_is_kept():
+    hidden, weight, bias, labels = problem()
+    truth = outcome(linear_cross_entropy, hidden, weight, bias, labels)[1:]
+    with taken_away("keeps_graph"):
+        loss = linear_cross_entropy(hidden, weight, labels, bias=bias)
+        for retain_graph in (True, False):
+            found = torch.autograd.grad(loss, (hidden, weight, bias), retain_graph=retain_graph)
+            assert all(torch.equal(x, y) for x, y in zip(found, truth, strict=True))
+
+
 def test_differentiating_twice_is_refused():
     hidden, weight, _, labels = problem(bias=False)
     for reduction in ("none", "mean"):
@@ -397,6 +408,20 @@ def test_a_recorded_run_has_every_chunk():
         fake = [mode.from_tensor(x) for x in (hidden, weight, labels)]
     recorded = make_fx(lambda h, w, y: linear_cross_entropy(h, w, y, **options))(*fake)
     torch.testing.assert_close(recorded(hidden, weight, labels), plain(hidden, weight, labels, reduction="none"))
+
+
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")
+@pytest.mark.parametrize("strict", [True, False])
+def test_an_exported_run_has_every_chunk(strict):
+    hidden, weight, _, labels = (None if x is None else x.detach() for x in problem(shape=(40,), bias=False))
+
+    class Loss(torch.nn.Module):
+        def forward(self, hidden, weight, labels):
+            return linear_cross_entropy(hidden, weight, labels, chunk_size=10)
+
+    with torch.no_grad():
+        exported = torch.export.export(Loss(), (hidden, weight, labels), strict=strict).module()
+        torch.testing.assert_close(exported(hidden, weight, labels), plain(hidden, weight, labels))
 
 
 @pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")

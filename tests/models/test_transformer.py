@@ -257,6 +257,22 @@ def test_hooks_on_modules_run(where):
     assert not logits.isclose(before[1], rtol=1e-9).all()
 
 
+class WithTheTokenBefore(nn.Module):
+    def forward(self, x):
+        return x + x.roll(1, 1)
+
+
+@pytest.mark.parametrize("where", ["0", "1"])
+def test_a_norm_or_a_last_layer_of_another_kind(where):
+    """The loss does not make it chunk by chunk: the norm put here sees all tokens."""
+    model, (x, labels, _) = build(loss_chunk_size=5), batch()
+    other = WithTheTokenBefore() if where == "0" else nn.Sequential(WithTheTokenBefore(), model.to_logits[1])
+    model.to_logits.register_module(where, other)
+    loss = F.cross_entropy(model(x).flatten(0, 1), labels.flatten())
+    truth = (loss, *torch.autograd.grad(loss, list(model.parameters()), allow_unused=True))
+    assert_same(loss_and_gradients(model, x, labels=labels), truth, 1e-9)
+
+
 @pytest.mark.parametrize("where", ["layers.1", "layers.2"])
 @pytest.mark.parametrize("in_place", [True, False])
 def test_a_hook_may_not_change_the_streams_between_blocks(where, in_place):

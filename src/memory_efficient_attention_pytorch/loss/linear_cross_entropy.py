@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from ..common.dry_run import device_type
 from ..common.errors import require, require_positive_int
 from .function import Settings, chunked_loss
 from .rows import RowSource, whole
@@ -74,7 +75,7 @@ def default_chunk_size(vocabulary: int, device: torch.device) -> int:
     On a CPU fewer rows make the matrix products repack the weight too often and more gain little. Accelerators get 1024
     instead of 128, so that reading and writing the ``(V, d)`` tensors once a chunk does not outweigh the products.
     """
-    return max(128 if device.type == "cpu" else 1024, 2**18 // vocabulary)
+    return max(128 if device_type(device) == "cpu" else 1024, 2**18 // vocabulary)
 
 
 def _check(
@@ -117,7 +118,7 @@ def _check(
     _check_labels(labels, vocabulary, ignore_index)
     product_dtype = autocast or hidden.dtype
     # Few CPUs multiply fp16, and the others take tens of times as long as for fp32.
-    if product_dtype == torch.float16 and hidden.device.type == "cpu":
+    if product_dtype == torch.float16 and device_type(hidden.device) == "cpu":
         product_dtype = torch.float32
     chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.device)
     return Settings(ignore_index, float(label_smoothing), reduction, chunk_size, product_dtype)
