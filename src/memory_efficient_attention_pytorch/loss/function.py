@@ -84,9 +84,11 @@ class LinearCrossEntropy(torch.autograd.Function):
         if not ctx.settings.gradients_wait:
             return None, None, None, None, *scaled(others, cotangent * first, ctx.dtypes)
         inputs, kept = others[: len(needed)], others[len(needed) :]
-        row_weight = cotangent * share_of_each(ctx.settings, first, inputs[0].dtype)[0]
+        share = share_of_each(ctx.settings, first, inputs[0].dtype)[0]
         with nullcontext() if ctx.replay is None else ctx.replay.again(kept):
-            _, gradients = over_chunks(ctx.settings, ctx.make_rows, first, inputs, needed, row_weight, accumulator)
+            _, gradients = over_chunks(
+                ctx.settings, ctx.make_rows, first, inputs, needed, cotangent * share, accumulator
+            )
         of_head = [g if g is None else left_to_add(x, g) for x, g in zip(inputs[:2], gradients[:2], strict=True)]
         return None, None, None, None, *of_head, *gradients[2:]
 
@@ -130,6 +132,7 @@ def over_chunks(
                 gradient = chunk_loss.add_gradients(hidden, labels[chunk], row_weight[chunk], rows.differentiable)
                 if gradient is not None:
                     rows.backward(chunk, gradient)
+                del gradient
     return losses.masked_fill_(~counted, 0), [*of_head, *rows.gradients()]
 
 
