@@ -15,9 +15,10 @@ from torch import Tensor
 
 from ..common.errors import require
 from ..common.gradients import once_differentiable
+from ..common.precision import full_precision
 from . import cpu_kernel, kernel, naive, onednn, products, sdpa
 from .bias import BiasGradient
-from .request import AttentionRequest, full_precision
+from .request import AttentionRequest
 from .tiles import Saved, Upstream
 from .way import Way
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .request import AttentionRequest, full_precision
+from ..common.precision import full_precision
+from .request import AttentionRequest
 from .tiles import Scores, tiles_side_by_side
 from .way import Way
 

@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
-from typing import Any
 
 import torch
 from torch import Tensor
@@ -108,11 +106,6 @@ def build_request(
         k_bucket_size=k_bucket_size,
         return_lse=return_lse,
     )
-
-
-def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """Autocast off: what runs inside chooses its own dtypes."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
 
 
 def _dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, int, int, int]:

@@ -21,9 +21,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from ..attention.request import full_precision
 from ..common.dry_run import each, working_on
 from ..common.gradients import accumulator, fresh_total, left_to_add, may_add_in_place, once_differentiable
+from ..common.precision import full_precision
 from ..recompute.pieces import Replay
 from ..torch_internals.engine import graph_is_kept
 from .chunk import ChunkLoss, full_dtype
@@ -49,7 +49,8 @@ def chunked_loss(settings: Settings, source: RowSource, weight: Tensor, bias: Te
     waits = not wanted or settings.reduction == "none" or gradients_wait(settings.product_dtype, source.shape, weight)
     replay = Replay(weight) if source.random and wanted and waits else None
     settings = settings._replace(gradients_wait=waits)
-    return LinearCrossEntropy.apply(settings, source.make, replay, labels, *inputs)
+    losses: Tensor = LinearCrossEntropy.apply(settings, source.make, replay, labels, *inputs)
+    return losses
 
 
 class LinearCrossEntropy(torch.autograd.Function):

@@ -63,7 +63,8 @@ class _NormedSum:
         self.sum = (first + second).to(self.dtype).requires_grad_(self.of_sum is not None)
         with torch.set_grad_enabled(self.differentiable):
             self.normed = self.norm(self.sum)
-        return self.normed.detach()
+        normed: Tensor = self.normed.detach()
+        return normed
 
     def backward(self, chunk: slice, cotangent: Tensor) -> None:
         leaves = [*self.of_norm.leaves, *([] if self.of_sum is None else [self.sum])]
