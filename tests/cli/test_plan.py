@@ -18,6 +18,8 @@ SMALL = [
     "16",
     "--seq-len",
     "2048",
+    "--batch-size",
+    "1",
     "--device",
     "cpu",
 ]

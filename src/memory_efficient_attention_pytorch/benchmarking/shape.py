@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields
 
 from ..common.errors import require, require_positive_int
+from ..models.config import KNOBS, TransformerConfig, knob
 
 BYTES_PER_NUMBER = 4  # the unit counts numbers of 4 bytes, whatever precision a system computes in
 
@@ -13,17 +14,17 @@ BYTES_PER_NUMBER = 4  # the unit counts numbers of 4 bytes, whatever precision a
 class Shape:
     """One causal language model and its batch."""
 
-    seq_len: int = 8192
-    batch_size: int = 1
-    dim: int = 512
-    depth: int = 4
-    heads: int = 8
-    ff_mult: int = 4
-    num_tokens: int = 256
+    seq_len: int = field(default=8192, metadata=knob("tokens in a sequence"))
+    batch_size: int = field(default=1, metadata=knob("sequences in a batch"))
+    dim: int = field(default=512, metadata=KNOBS["dim"])
+    depth: int = field(default=4, metadata=KNOBS["depth"])
+    heads: int = field(default=TransformerConfig.heads, metadata=KNOBS["heads"])
+    ff_mult: int = field(default=TransformerConfig.ff_mult, metadata=KNOBS["ff_mult"])
+    num_tokens: int = field(default=256, metadata=KNOBS["num_tokens"])
 
     def __post_init__(self) -> None:
-        for field in fields(self):
-            require_positive_int(field.name, getattr(self, field.name))
+        for name in SHAPE_FIELDS:
+            require_positive_int(name, getattr(self, name))
         require(self.dim % self.heads == 0, "heads", f"a divisor of dim ({self.dim})", self.heads)
 
     @property
@@ -49,3 +50,6 @@ class Shape:
         keys = min(self.seq_len / 2, window) if window is not None else self.seq_len / 2
         products = self.dim * (4 + 2 * self.ff_mult) + 2 * keys
         return int(2 * tokens * self.dim * (self.depth * products + self.num_tokens))
+
+
+SHAPE_FIELDS = tuple(each.name for each in fields(Shape))

@@ -6,7 +6,8 @@ import os
 import sys
 from collections.abc import Sequence
 
-from .parser import Parser, nearest
+from ..common.errors import nearest
+from .parser import Parser
 
 # One row per command: its name, the module that does it and what `mea --help` says of it. The module offers
 #
@@ -74,7 +75,7 @@ def _run(name: str, arguments: list[str], *, from_shell: bool) -> int:
     args = parser.parse_args(arguments)
     args.from_shell = from_shell
     try:
-        return module.run(args)
+        return int(module.run(args))
     except BrokenPipeError:
         _let_go_of_output()
         return _RUN_ERROR

@@ -17,6 +17,9 @@ from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..benchmarking.shape import SHAPE_FIELDS, Shape
+from .parser import add_options, given_options
+
 if TYPE_CHECKING:
     from ..benchmarking.results import Results
     from ..benchmarking.runner import Progress
@@ -46,13 +49,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="let the allocator keep freed blocks below 4 MiB, as mea train does",
     )
     shape = parser.add_argument_group("the compared shape")
-    shape.add_argument("--seq-len", type=int, metavar="N", help="tokens in a sequence (8192)")
-    shape.add_argument("--batch-size", type=int, metavar="N", help="sequences (1)")
-    shape.add_argument("--dim", type=int, metavar="N", help="model dimension (512)")
-    shape.add_argument("--depth", type=int, metavar="N", help="layers (4)")
-    shape.add_argument("--heads", type=int, metavar="N", help="attention heads (8)")
-    shape.add_argument("--ff-mult", type=int, metavar="N", help="feed-forward's width over dim (4)")
-    shape.add_argument("--num-tokens", type=int, metavar="N", help="vocabulary (256)")
+    add_options(shape, Shape, SHAPE_FIELDS)
     sweeps = parser.add_argument_group("beside it, one run each; no value: none")
     sweeps.add_argument("--lengths", type=int, nargs="*", metavar="N", help="sequence lengths (1024 to 131072)")
     sweeps.add_argument("--depths", type=int, nargs="*", metavar="N", help="layers (2 8 24)")
@@ -85,14 +82,14 @@ def run(args: argparse.Namespace) -> int:
 def _settings(args: argparse.Namespace) -> Settings:
     from ..benchmarking.schedule import QUICK, Settings
 
-    def given(*names: str) -> dict[str, Any]:
+    def chosen(*names: str) -> dict[str, Any]:
         values = {name: getattr(args, name) for name in names}
         return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
 
     start = QUICK if args.quick else Settings()
-    base = replace(start.base, **given("seq_len", "batch_size", "dim", "depth", "heads", "ff_mult", "num_tokens"))
-    sweeps = given("lengths", "depths", "vocabularies", "sweep_seq_len")
-    method = given("rounds", "repeats", "step_limit", "device", "threads", "keep_freed")
+    base = replace(start.base, **given_options(args, SHAPE_FIELDS))
+    sweeps = chosen("lengths", "depths", "vocabularies", "sweep_seq_len")
+    method = chosen("rounds", "repeats", "step_limit", "device", "threads", "keep_freed")
     return replace(start, base=base, **sweeps, **method)
 
 

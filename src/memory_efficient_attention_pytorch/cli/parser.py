@@ -1,9 +1,12 @@
-"""argparse with errors of one line and the nearest option that exists, and switches that may take a value."""
+"""argparse for dataclasses; errors of one line, with the nearest option that exists; switches that may take a value."""
 
 import argparse
-import difflib
-from collections.abc import Iterable, Sequence
+import dataclasses
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
+
+from ..common.errors import nearest
+from ..models.config import value_type
 
 
 class Parser(argparse.ArgumentParser):
@@ -40,7 +43,34 @@ class Switch(argparse.BooleanOptionalAction):
         setattr(namespace, self.dest, values or not off)
 
 
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)", or nothing when no known name resembles `name`."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
+def add_options(
+    parser: argparse._ActionsContainer, config: type, names: Iterable[str], defaults: Mapping[str, Any] | None = None
+) -> None:
+    """An option for each of those fields of a dataclass; one that is not given leaves no trace among the arguments.
+
+    defaults: what --help shows as such where it is not the field's own.
+    """
+    fields = {field.name: field for field in dataclasses.fields(config)}
+    for name in names:
+        field, kind = fields[name], value_type(config, name)
+        about, default = field.metadata, {name: field.default, **(defaults or {})}[name]
+        shown = about["unset"] if default in (None, ()) else default
+        if isinstance(default, bool):
+            shown = "on" if default else "off"
+        help = about["help"] + (f" (default: {shown})" if shown != "" else "")
+        options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
+        metavar = about.get("metavar") or {int: "N", float: "X"}.get(kind, "")
+        if kind is bool:
+            options |= {"action": Switch, "choices": about["choices"] or None}
+        elif about["choices"]:
+            options |= {"choices": about["choices"]}
+        elif kind is tuple:
+            options |= {"nargs": "+", "action": "extend", "metavar": metavar}
+        else:
+            options |= {"type": kind, "metavar": metavar}
+        parser.add_argument("--" + name.replace("_", "-"), **options)
+
+
+def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """Those of the options `add_options` made that were given."""
+    return {name: getattr(args, name) for name in names if hasattr(args, name)}

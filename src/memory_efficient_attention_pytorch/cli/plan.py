@@ -1,7 +1,8 @@
 """Say before a run what memory a training step of a Transformer needs, on this machine or for another, GPU or not; and
 from a budget, the fastest settings that fit. Nothing is computed: the real code runs on tensors without contents.
+Without options it is the step of `mea train`.
 
-  mea plan --dim 512 --depth 24 --seq-len 1048576 --device cuda
+  mea plan --dim 512 --depth 24 --seq-len 1048576 --batch-size 1 --device cuda
   mea plan --dim 512 --depth 24 --seq-len 65536 --budget 8GiB         settings that fit
   mea plan --dim 512 --depth 24 --budget 24GB --longest               the longest sequence that fits
   mea plan --seq-len 8192 --plot memory.png                           a picture over the step
@@ -11,40 +12,30 @@ The exit status is 1 where a budget is not kept.
 
 import argparse
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .parser import Switch
+from ..models.config import KNOBS, SETTINGS, TransformerConfig
+from ..training.config import TrainConfig, known_keys
+from .parser import add_options, given_options
 
 if TYPE_CHECKING:
     from ..planner import Plan
 
-_SETTINGS = ("reversible", "exact", "keep_attention", "ff_chunks", "head_chunks", "loss_chunk_size")
+_MODEL = [name for name in known_keys() if name in KNOBS and name not in SETTINGS]
+_STEP = ("seq_len", "batch_size")
+_OWN = {"num_tokens": 256, "causal": True}
+"""What `mea train` has no option for, as in its default run."""
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mea plan [options]"
     model = parser.add_argument_group("model")
-    for name, default, help in (
-        ("dim", 512, "width"),
-        ("depth", 6, "number of blocks"),
-        ("heads", 8, "attention heads"),
-        ("dim-head", 64, "width of one head"),
-        ("ff-mult", 4, "width of the feed-forward's hidden layer, in units of dim"),
-        ("num-tokens", 256, "size of the vocabulary"),
-    ):
-        model.add_argument(f"--{name}", type=int, default=default, metavar="N", help=f"{help} (%(default)s)")
-    model.add_argument("--kv-heads", type=int, metavar="N", help="key and value heads, a divisor of heads (heads)")
-    model.add_argument("--window", type=int, metavar="N", help="tokens before it that a token sees (all)")
-    model.add_argument(
-        "--positions", default="rotary", metavar="KIND", help="rotary, learned, alibi, none (%(default)s)"
-    )
-    model.add_argument("--dropout", type=float, default=0.0, metavar="X", help="of attention weights (%(default)s)")
-    model.add_argument("--tie-embeddings", action="store_true", help="the token embedding is the output layer's weight")
-    model.add_argument("--causal", action=argparse.BooleanOptionalAction, default=True, help="default: causal")
+    add_options(model, TrainConfig, _MODEL)
+    add_options(model, TransformerConfig, _OWN, _OWN)
     step = parser.add_argument_group("training step")
-    step.add_argument("--seq-len", type=int, default=8192, metavar="N", help="tokens in a sequence (%(default)s)")
-    step.add_argument("--batch-size", type=int, default=1, metavar="N", help="sequences (%(default)s)")
+    add_options(step, TrainConfig, _STEP)
     step.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adam, sgd, … or none (%(default)s)")
     types = ("fp32", "bf16", "fp16")
     step.add_argument("--dtype", default="fp32", choices=types, help="of the parameters (%(default)s)")
@@ -57,17 +48,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="they exist when the step begins, as when accumulated; --no-…: as after zero_grad() (default: they do)",
     )
     settings = parser.add_argument_group("settings, which a budget chooses where they are not given")
-    settings.add_argument("--reversible", action=argparse.BooleanOptionalAction, help="rebuild activations")
-    settings.add_argument("--exact", action=argparse.BooleanOptionalAction, help="rebuild them bit for bit")
-    settings.add_argument(
-        "--keep-attention",
-        action=Switch,
-        choices=("cpu",),
-        help="keep attention's outputs for backward; cpu: in host memory",
-    )
-    settings.add_argument("--ff-chunks", type=int, metavar="N", help="pieces of the feed-forward")
-    settings.add_argument("--head-chunks", type=int, metavar="N", help="groups of heads")
-    settings.add_argument("--loss-chunk-size", type=int, metavar="N", help="tokens whose logits exist at once")
+    add_options(settings, TransformerConfig, SETTINGS, {"exact": "under mixed precision"})
     asked = parser.add_argument_group("what is asked")
     asked.add_argument("--budget", metavar="SIZE", help="8GiB, 8GB, 8000M, …, or auto: what is free here")
     asked.add_argument("--generate", action="store_true", help="plan the pass over a prompt and a new token instead")
@@ -79,9 +60,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..planner import available_memory, max_seq_len, plan
 
-    config = _config(args)
-    step = {
-        "batch_size": args.batch_size,
+    config, size = _config(args), _given(args, _STEP)
+    step: dict[str, Any] = {
+        "batch_size": size["batch_size"],
         "dtype": args.dtype,
         "autocast": None if args.precision == "fp32" else args.precision,
         "device": args.device,
@@ -95,7 +76,7 @@ def run(args: argparse.Namespace) -> int:
     if budget == "auto":
         device = args.device or str(plan({**config, "depth": 1}, **{**step, "seq_len": 16}).device)
         budget = _free(available_memory, device)
-    made = plan(config, seq_len=args.seq_len, budget=budget, **step)
+    made = plan(config, seq_len=size["seq_len"], budget=budget, **step)
     longest = max_seq_len({**config, **made.settings}, budget=budget, **step) if args.longest else None
     picture = _draw(made, args.plot) if args.plot else None
     if args.json:
@@ -107,20 +88,23 @@ def run(args: argparse.Namespace) -> int:
     return 1 if made.budget is not None and not made.fits() else 0
 
 
+def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
+    """What was given and else `mea train`'s default."""
+    return {name: getattr(TrainConfig, name) for name in names} | given_options(args, names)
+
+
 def _config(args: argparse.Namespace) -> dict[str, Any]:
-    names = ("num_tokens", "dim", "depth", "heads", "dim_head", "ff_mult", "kv_heads", "positions", "dropout", "causal")
-    config = {name: getattr(args, name) for name in (*names, "tie_embeddings")}
-    if args.window is not None:
-        config["window"] = (args.window, 0) if args.causal else args.window
-    given = {name: getattr(args, name) for name in _SETTINGS if getattr(args, name) is not None}
-    if args.budget is None and args.precision != "fp32" and args.reversible is not False:
-        given.setdefault("exact", True)  # as mea train does
-    return config | given
+    config = _given(args, _MODEL) | _OWN | given_options(args, (*_OWN, *SETTINGS))
+    if config["window"] is not None and config["causal"]:
+        config["window"] = (config["window"], 0)
+    if args.budget is None and args.precision != "fp32" and config.get("reversible", True):
+        config.setdefault("exact", True)  # as mea train does
+    return config
 
 
 def _free(available_memory: Any, device: str) -> int:
     try:
-        return available_memory(device)
+        return int(available_memory(device))
     except NotImplementedError as error:
         raise ValueError(f"--budget: {error}") from error
 
@@ -152,7 +136,7 @@ def _print(config: dict[str, Any], args: argparse.Namespace, made: "Plan", longe
     if len(made.options) > 1:
         _print_options(made)
     used = {**config, **made.settings}
-    settings = {name: used[name] for name in _SETTINGS if name in used}
+    settings = {name: used[name] for name in SETTINGS if name in used}
     if settings:
         print("\nsettings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
     if made.budget is not None:

@@ -9,12 +9,12 @@ Python standard library. What it learns and measures goes to a run directory, ru
 
 import argparse
 import dataclasses
+import itertools
 import os
 import sys
-from typing import Any
 
-from ..training.config import TrainConfig, option_type, read_values
-from .parser import Switch
+from ..training.config import TrainConfig, known_keys, read_values
+from .parser import add_options, given_options
 from .train_display import make_watcher, summary
 
 
@@ -32,30 +32,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="go on with a run from its last checkpoint (default RUN: the latest under runs/)",
     )
     run.add_argument("--quiet", action="store_true", help="say only what went wrong")
-    groups: dict[str, Any] = {}
-    for field in dataclasses.fields(TrainConfig):
-        name = field.metadata["group"]
-        group = groups.get(name) or groups.setdefault(name, parser.add_argument_group(name))
-        group.add_argument("--" + field.name.replace("_", "-"), **_argument(field))
-
-
-def _argument(field: dataclasses.Field) -> dict[str, Any]:
-    """What argparse needs to know of a field. An option that is not given leaves no trace, so that TOML may set it."""
-    kind, _ = option_type(field)
-    shown = field.default if not isinstance(field.default, bool) else ("on" if field.default else "off")
-    default = "" if field.default in (None, ()) else f" (default: {shown})"
-    options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": field.metadata["help"] + default}
-    if kind is bool:
-        return options | {"action": Switch, "choices": field.metadata["choices"] or None}
-    if kind is tuple:
-        return options | {"nargs": "+", "action": "extend", "metavar": "PATH"}
-    if field.metadata["choices"]:
-        return options | {"choices": field.metadata["choices"]}
-    return options | {"type": kind, "metavar": {int: "N", float: "X", str: "FILE"}[kind]}
+    for name, fields in itertools.groupby(dataclasses.fields(TrainConfig), lambda field: field.metadata["group"]):
+        add_options(parser.add_argument_group(name), TrainConfig, [field.name for field in fields])
 
 
 def run(args: argparse.Namespace) -> int:
-    options = {f.name: getattr(args, f.name) for f in dataclasses.fields(TrainConfig) if hasattr(args, f.name)}
+    options = given_options(args, known_keys())
     if args.resume is not None:
         for name in ("config", "out"):
             if getattr(args, name) is not None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 
@@ -24,3 +25,11 @@ def require_positive_int(argument: str, value: Any) -> None:
 def require_probability(argument: str, value: Any) -> None:
     """Raise unless ``0 <= value < 1``."""
     require(isinstance(value, int | float) and 0 <= value < 1, argument, "a number in [0, 1)", repr(value))
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """ " (did you mean X?)", or nothing when no known name resembles `name`."""
+    import difflib
+
+    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
+    return f" (did you mean {matches[0]}?)" if matches else ""

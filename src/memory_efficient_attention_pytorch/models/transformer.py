@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.errors import require, require_positive_int
+from ..common.errors import require
 from ..layers.attention import Attention, FlashAttention
 from ..layers.cache import KVCache
 from ..layers.feedforward import FeedForward, PreNorm
@@ -19,10 +19,14 @@ from ..loss.linear_cross_entropy import linear_cross_entropy
 from ..loss.reversible import normed_sum
 from ..loss.rows import RowSource
 from ..recompute.pieces import has_hooks
+from .config import TransformerConfig, built_from
 
 __all__ = ["FeedForward", "PreNorm", "Transformer"]
 
-POSITIONS = ("learned", "rotary", "alibi", "none")
+_OF_ATTENTION = (
+    *("dim", "heads", "dim_head", "causal", "dropout", "kv_heads", "window", "head_chunks", "keep_attention"),
+    *("memory_efficient", "q_bucket_size", "k_bucket_size", "backend"),
+)
 
 
 class Transformer(nn.Module):
@@ -31,21 +35,7 @@ class Transformer(nn.Module):
     The sum of token and position embeddings enters both streams of :class:`ReversibleSequence`; f is the pre-normed
     attention, g the pre-normed feed-forward; the two streams are summed at the end.
 
-    Args:
-        num_tokens: size of the vocabulary.
-        max_seq_len: longest sequence; binding for learned positions, advisory for the others.
-        dim, depth, heads, dim_head: width, blocks, query heads per block and the width of each.
-        causal: a language model; otherwise every token sees all others.
-        ff_mult, ff_chunks: width of the feed-forward's hidden layer over ``dim``, and the chunks it is computed in.
-        use_flash_attn: kept from version 0.1, where it chose between two algorithms; both give the same numbers.
-        kv_heads, window, head_chunks, keep_attention: see :class:`Attention`.
-        positions: ``"learned"``, ``"rotary"``, ``"alibi"`` or ``"none"``.
-        dropout: of attention weights, in training.
-        reversible: False stores every activation, by the same arithmetic with the same weights.
-        exact: see :class:`ReversibleSequence`.
-        tie_embeddings: use the token embedding as the weight of the last layer, which then has no bias.
-        loss_chunk_size: tokens whose logits exist at a time when the loss is computed (None: chosen).
-        attention_kwargs: further arguments of :class:`Attention`, such as ``q_bucket_size`` or ``backend``.
+    Its keywords are the fields of :class:`TransformerConfig`, which explains them.
 
     Raises:
         ValueError: an argument outside its range.
@@ -53,71 +43,27 @@ class Transformer(nn.Module):
     Loads state dictionaries of memory_efficient_attention_pytorch 0.1, which name every layer twice.
     """
 
-    def __init__(
-        self,
-        *,
-        num_tokens: int,
-        max_seq_len: int,
-        dim: int,
-        depth: int,
-        causal: bool = False,
-        dim_head: int = 64,
-        heads: int = 8,
-        ff_mult: int = 4,
-        ff_chunks: int = 1,
-        use_flash_attn: bool = True,
-        kv_heads: int | None = None,
-        window: int | tuple[int | None, int | None] | None = None,
-        positions: str = "learned",
-        dropout: float = 0.0,
-        head_chunks: int = 1,
-        keep_attention: bool | str = False,
-        reversible: bool = True,
-        exact: bool = False,
-        tie_embeddings: bool = False,
-        loss_chunk_size: int | None = None,
-        **attention_kwargs: Any,
-    ) -> None:
+    @built_from(TransformerConfig)
+    def __init__(self, config: TransformerConfig) -> None:
         super().__init__()
-        for argument, value in (
-            ("num_tokens", num_tokens),
-            ("max_seq_len", max_seq_len),
-            ("dim", dim),
-            ("depth", depth),
-        ):
-            require_positive_int(argument, value)
-        require(positions in POSITIONS, "positions", f"one of {', '.join(POSITIONS)}", repr(positions))
-        if loss_chunk_size is not None:
-            require_positive_int("loss_chunk_size", loss_chunk_size)
-        self.causal = causal
-        self.num_tokens, self.max_seq_len, self.loss_chunk_size = num_tokens, max_seq_len, loss_chunk_size
+        dim, depth, num_tokens = config.dim, config.depth, config.num_tokens
+        self.causal, self.loss_chunk_size = config.causal, config.loss_chunk_size
+        self.num_tokens, self.max_seq_len = num_tokens, config.max_seq_len
         self.token_emb = nn.Embedding(num_tokens, dim)
-        self.pos_emb = nn.Embedding(max_seq_len, dim) if positions == "learned" else None
-        self.rotary = RotaryEmbedding(dim_head) if positions == "rotary" else None
-        self.alibi = AlibiBias(heads) if positions == "alibi" else None
-        attention = FlashAttention if use_flash_attn else Attention
-        chosen = {
-            "dim": dim,
-            "heads": heads,
-            "dim_head": dim_head,
-            "causal": causal,
-            "dropout": dropout,
-            "kv_heads": kv_heads,
-            "window": window,
-            "head_chunks": head_chunks,
-            "keep_attention": keep_attention,
-            "memory_efficient": True,
-            **attention_kwargs,
-        }
+        self.pos_emb = nn.Embedding(config.max_seq_len, dim) if config.positions == "learned" else None
+        self.rotary = RotaryEmbedding(config.dim_head) if config.positions == "rotary" else None
+        self.alibi = AlibiBias(config.heads) if config.positions == "alibi" else None
+        attention = FlashAttention if config.use_flash_attn else Attention
+        chosen = {name: getattr(config, name) for name in _OF_ATTENTION}
         pairs = (
-            (PreNorm(dim, attention(**chosen)), PreNorm(dim, FeedForward(dim, ff_mult, ff_chunks)))
+            (PreNorm(dim, attention(**chosen)), PreNorm(dim, FeedForward(dim, config.ff_mult, config.ff_chunks)))
             for _ in range(depth)
         )
         route = {name: [(True, False)] * depth for name in ("mask", "attn_bias", "rotary", "cache")}
-        self.layers = ReversibleSequence(pairs, route, exact=exact, reversible=reversible)
-        norm = nn.LayerNorm(dim)
-        self.to_logits = nn.Sequential(norm) if tie_embeddings else nn.Sequential(norm, Linear(dim, num_tokens))
-        if tie_embeddings:
+        self.layers = ReversibleSequence(pairs, route, exact=config.exact, reversible=config.reversible)
+        norm, tied = nn.LayerNorm(dim), config.tie_embeddings
+        self.to_logits = nn.Sequential(norm) if tied else nn.Sequential(norm, Linear(dim, num_tokens))
+        if tied:
             # Logits of unit variance at the start, where an embedding's usual N(0, 1) would give √dim times that.
             nn.init.normal_(self.token_emb.weight, std=dim**-0.5)
         self.register_load_state_dict_pre_hook(_drop_upstream_duplicates)

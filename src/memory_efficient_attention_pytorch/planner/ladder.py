@@ -6,6 +6,8 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from ..models.config import TransformerConfig
+
 LEAST_TOKENS = 128
 """The tokens of a feed-forward's chunk below which its matrix products would suffer."""
 
@@ -63,7 +65,7 @@ def _changes(
 
 
 def _head_groups(config: Mapping[str, Any]) -> Iterator[int]:
-    heads = config.get("heads", 8)
+    heads = config.get("heads", TransformerConfig.heads)
     share = heads // (config.get("kv_heads") or heads)
     for groups in range(2, heads + 1):
         size = heads // groups

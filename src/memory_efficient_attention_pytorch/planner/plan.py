@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import require
+from ..models.config import TransformerConfig
 from ..models.transformer import Transformer
 from .accounting import Accounting, accounting_for
 from .dry_run import OptimizerMaker
@@ -325,7 +326,7 @@ def _peak(workload: Workload, accounting: Accounting) -> int:
 def _most_tokens(subject: Config | nn.Module) -> int | None:
     """How many tokens a Transformer has positions for; None if that does not limit it."""
     if isinstance(subject, Mapping):
-        learned = subject.get("positions", "learned") == "learned"
+        learned = subject.get("positions", TransformerConfig.positions) == "learned"
         return subject.get("max_seq_len") if learned else None
     return subject.max_seq_len if isinstance(subject, Transformer) and subject.pos_emb is not None else None
 

@@ -6,15 +6,13 @@ from typing import Any
 
 import torch
 
+from ..models.config import SETTINGS
 from ..planner import Option, Plan, available_memory, format_size, parse_size, plan
 from ..planner.measure import warm_up
 from .config import TrainConfig
 from .model import build_model, model_keywords
 from .resources import memory_now, memory_peak, resolve, return_freed_blocks, trim_heap
 from .trainer import adamw
-
-SETTINGS = ("reversible", "exact", "keep_attention", "head_chunks", "ff_chunks", "loss_chunk_size")
-"""What a budget decides, fields of TrainConfig and keywords of Transformer alike."""
 
 _MIB = 1 << 20
 _BESIDE = 16 * _MIB

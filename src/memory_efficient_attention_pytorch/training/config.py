@@ -1,21 +1,36 @@
 """One dataclass holds everything about a training run, whether it came from a TOML file or the command line."""
 
 import dataclasses
-import difflib
-import json
+import functools
 import tomllib
-import types
-import typing
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+from ..common.errors import nearest
+from ..models.config import KNOBS, TransformerConfig, knob, value_type
 
 FORMAT = 1
 """Version of the run directory's layout, written to `config.toml`."""
 
 
-def _option(default: Any, help: str, *, group: str, low: float | None = None, choices: tuple[str, ...] = ()) -> Any:
-    return dataclasses.field(default=default, metadata={"help": help, "group": group, "low": low, "choices": choices})
+def _option(
+    default: Any, help: str, group: str, low: float | None = None, choices: tuple[str, ...] = (), metavar: str = ""
+) -> Any:
+    metadata = knob(help, low=low, choices=choices) | {"group": group, "metavar": metavar}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+_text = functools.partial(_option, group="text")
+_optimisation = functools.partial(_option, group="optimisation")
+_record = functools.partial(_option, group="logging and checkpoints")
+
+
+def _model(name: str, default: Any = dataclasses.MISSING, **changed: Any) -> Any:
+    """A knob of the Transformer, with the default of the command line's demonstration model or else its own."""
+    if default is dataclasses.MISSING:
+        default = getattr(TransformerConfig, name)
+    return dataclasses.field(default=default, metadata={**KNOBS[name], "group": "model", **changed})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,103 +41,76 @@ class TrainConfig:
     and for options that contradict each other.
     """
 
-    data: tuple[str, ...] = _option(
+    data: tuple[str, ...] = _text(
         (),
         "files, directories, .gz files or - for standard input; without it, the Python standard library's sources",
-        group="text",
+        metavar="PATH",
     )
-    tokenizer: str | None = _option(
-        None, "a Hugging Face tokenizers file (tokenizer.json) to use instead of bytes", group="text"
+    tokenizer: str | None = _text(
+        None, "a Hugging Face tokenizers file (tokenizer.json) to use instead of bytes", metavar="FILE"
     )
-    vocab_size: int | None = _option(
-        None, "train a byte-level BPE of this many tokens on the data, instead of bytes", group="text", low=257
+    vocab_size: int | None = _text(
+        None, "train a byte-level BPE of this many tokens on the data, instead of bytes", low=257
     )
-    validation_fraction: float = _option(0.05, "part of the text held out for validation", group="text")
+    validation_fraction: float = _text(0.05, "part of the text held out for validation")
 
-    dim: int = _option(192, "width of the model", group="model", low=1)
-    depth: int = _option(4, "number of blocks", group="model", low=1)
-    heads: int = _option(6, "attention heads", group="model", low=1)
-    dim_head: int = _option(32, "width of one head", group="model", low=1)
-    kv_heads: int | None = _option(
-        None, "key and value heads, a divisor of heads; default: heads", group="model", low=1
-    )
-    ff_mult: int = _option(4, "width of the feed-forward's hidden layer, in units of dim", group="model", low=1)
-    seq_len: int = _option(256, "tokens in one training window", group="model", low=2)
-    window: int | None = _option(
-        None, "a token sees at most this many tokens before it; default: all", group="model", low=1
-    )
-    positions: str = _option(
-        "rotary", "how positions are told", group="model", choices=("rotary", "learned", "alibi", "none")
-    )
-    dropout: float = _option(0.0, "dropout of the attention's weights", group="model", low=0)
-    tie_embeddings: bool = _option(False, "use the token embedding for the output layer too", group="model")
-    reversible: bool | None = _option(
-        None, "rebuild activations in backward instead of storing them; default: on", group="model"
-    )
-    exact: bool | None = _option(None, "rebuild activations bit for bit; default: under mixed precision", group="model")
-    keep_attention: bool | str | None = _option(
-        None,
-        "keep attention's outputs for backward, which is faster and takes memory; cpu: in host memory; default: off",
-        group="model",
-        choices=("cpu",),
-    )
-    head_chunks: int | None = _option(
-        None, "pieces the attention is computed in; default: chosen for the machine", group="model", low=1
-    )
-    ff_chunks: int | None = _option(
-        None, "pieces the feed-forward is computed in; default: chosen for the machine", group="model", low=1
-    )
-    loss_chunk_size: int | None = _option(
-        None, "tokens whose logits exist at once; default: by the size of the vocabulary", group="model", low=1
-    )
+    dim: int = _model("dim", 192)
+    depth: int = _model("depth", 4)
+    heads: int = _model("heads", 6)
+    dim_head: int = _model("dim_head", 32)
+    kv_heads: int | None = _model("kv_heads")
+    ff_mult: int = _model("ff_mult")
+    seq_len: int = _option(256, "tokens in one training window", "model", low=2)
+    window: int | None = _model("window", help="a token sees at most this many tokens before it", low=1)
+    positions: str = _model("positions", "rotary")
+    dropout: float = _model("dropout")
+    tie_embeddings: bool = _model("tie_embeddings")
+    reversible: bool | None = _model("reversible", None, unset="on")
+    exact: bool | None = _model("exact", None, unset="under mixed precision")
+    keep_attention: bool | str | None = _model("keep_attention", None, unset="off")
+    head_chunks: int | None = _model("head_chunks", None, unset="chosen for the machine")
+    ff_chunks: int | None = _model("ff_chunks", None, unset="chosen for the machine")
+    loss_chunk_size: int | None = _model("loss_chunk_size")
 
-    steps: int = _option(300, "optimizer steps", group="optimisation", low=1)
-    batch_size: int = _option(8, "windows in one batch of one process", group="optimisation", low=1)
-    accumulation: int = _option(1, "batches whose gradients are averaged before a step", group="optimisation", low=1)
-    learning_rate: float = _option(3e-3, "peak learning rate", group="optimisation", low=0)
-    final_learning_rate: float = _option(
-        0.1, "learning rate at the end of the cosine decay, as a part of the peak", group="optimisation", low=0
+    steps: int = _optimisation(300, "optimizer steps", low=1)
+    batch_size: int = _optimisation(8, "windows in one batch of one process", low=1)
+    accumulation: int = _optimisation(1, "batches whose gradients are averaged before a step", low=1)
+    learning_rate: float = _optimisation(3e-3, "peak learning rate", low=0)
+    final_learning_rate: float = _optimisation(
+        0.1, "learning rate at the end of the cosine decay, as a part of the peak", low=0
     )
-    warmup_steps: int = _option(30, "steps over which the learning rate rises", group="optimisation", low=0)
-    weight_decay: float = _option(0.1, "AdamW's weight decay, on matrices only", group="optimisation", low=0)
-    beta1: float = _option(0.9, "AdamW's decay of the gradient's mean", group="optimisation", low=0)
-    beta2: float = _option(0.95, "AdamW's decay of the gradient's square", group="optimisation", low=0)
-    clip: float = _option(1.0, "largest norm of the gradient; 0 turns clipping off", group="optimisation", low=0)
-    precision: str = _option(
+    warmup_steps: int = _optimisation(30, "steps over which the learning rate rises", low=0)
+    weight_decay: float = _optimisation(0.1, "AdamW's weight decay, on matrices only", low=0)
+    beta1: float = _optimisation(0.9, "AdamW's decay of the gradient's mean", low=0)
+    beta2: float = _optimisation(0.95, "AdamW's decay of the gradient's square", low=0)
+    clip: float = _optimisation(1.0, "largest norm of the gradient; 0 turns clipping off", low=0)
+    precision: str = _optimisation(
         "auto",
         "arithmetic of the forward pass; auto: bf16 on an accelerator that has it, else fp32",
-        group="optimisation",
         choices=("auto", "fp32", "bf16", "fp16"),
     )
-    device: str = _option(
-        "auto", "auto: the accelerator if there is one", group="optimisation", choices=("auto", "cpu")
-    )
-    memory_budget: str | None = _option(
+    device: str = _optimisation("auto", "auto: the accelerator if there is one", choices=("auto", "cpu"))
+    memory_budget: str | None = _optimisation(
         None,
         "memory the process may take, 8GiB, 8GB, 8000M or auto (what is free): the fastest settings that fit are "
         "chosen among reversible, exact, keep-attention, head-chunks, ff-chunks and loss-chunk-size where they are not "
         "given",
-        group="optimisation",
+        metavar="SIZE",
     )
-    seed: int = _option(0, "seed of weights, batches, dropout and the validation split", group="optimisation", low=0)
+    seed: int = _optimisation(0, "seed of weights, batches, dropout and the validation split", low=0)
 
-    evaluate_every: int = _option(50, "steps between validations", group="watching", low=1)
-    evaluation_windows: int = _option(64, "windows of the fixed validation set", group="watching", low=1)
-    sample_every: int = _option(100, "steps between samples; 0 for none", group="watching", low=0)
-    sample_tokens: int = _option(160, "tokens in a sample", group="watching", low=1)
-    checkpoint_every: int = _option(50, "steps between checkpoints", group="watching", low=1)
-    keep: int = _option(2, "checkpoints kept, the newest; the best is kept besides", group="watching", low=1)
-    tensorboard: bool = _option(False, "write TensorBoard's files to the run directory too", group="watching")
+    evaluate_every: int = _record(50, "steps between validations", low=1)
+    evaluation_windows: int = _record(64, "windows of the fixed validation set", low=1)
+    sample_every: int = _record(100, "steps between samples; 0 for none", low=0)
+    sample_tokens: int = _record(160, "tokens in a sample", low=1)
+    checkpoint_every: int = _record(50, "steps between checkpoints", low=1)
+    keep: int = _record(2, "checkpoints kept, the newest; the best is kept besides", low=1)
+    tensorboard: bool = _record(False, "write TensorBoard's files to the run directory too")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             object.__setattr__(self, field.name, _checked(field, getattr(self, field.name)))
         _check_combination(self)
-
-    @property
-    def batch_tokens(self) -> int:
-        """Tokens that one process trains on in one optimizer step."""
-        return self.batch_size * self.seq_len * self.accumulation
 
     def updated(self, values: Mapping[str, Any]) -> "TrainConfig":
         """A copy with `values` in place. Raises ValueError for an unknown key, with the nearest known one."""
@@ -130,25 +118,8 @@ class TrainConfig:
         return dataclasses.replace(self, **values)
 
 
-def option_type(field: dataclasses.Field) -> tuple[type, bool]:
-    """The type of a field's value and whether None is allowed; `tuple` stands for a tuple of strings.
-
-    Of a switch (`bool`) that has choices too, each of them is a way of being on.
-    """
-    hint = typing.get_type_hints(TrainConfig)[field.name]
-    alternatives = typing.get_args(hint) if isinstance(hint, types.UnionType) else (hint,)
-    plain = [typing.get_origin(kind) or kind for kind in alternatives if kind is not types.NoneType]
-    return plain[0], types.NoneType in alternatives
-
-
 def known_keys() -> list[str]:
     return [field.name for field in dataclasses.fields(TrainConfig)]
-
-
-def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)", or nothing when no known name resembles `name`."""
-    matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)
-    return f" (did you mean {matches[0]}?)" if matches else ""
 
 
 def reject_unknown(values: Mapping[str, Any], *, where: str) -> None:
@@ -187,6 +158,8 @@ def read_values(path: Path | str) -> dict[str, Any]:
 
 def dump_config(config: TrainConfig) -> str:
     """The configuration as TOML, with its help as comments; None is left out, since TOML has no such value."""
+    import tomli_w
+
     lines = [f"format = {FORMAT}"]
     group = None
     for field in dataclasses.fields(config):
@@ -194,24 +167,15 @@ def dump_config(config: TrainConfig) -> str:
             group = field.metadata["group"]
             lines += ["", f"# {group}"]
         value = getattr(config, field.name)
-        text = f"{field.name} = {_toml(value)}" if value is not None else f"# {field.name} ="
+        text = f"# {field.name} =" if value is None else tomli_w.dumps({field.name: value}).rstrip()
         lines.append(f"{text}  # {field.metadata['help']}")
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Any) -> str:
-    if isinstance(value, bool):
-        return str(value).lower()
-    if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(item) for item in value) + "]"
-    # JSON's strings and numbers are TOML's, but for the one control character that JSON leaves bare.
-    return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
-
-
-def _checked(field: dataclasses.Field, value: Any) -> Any:
+def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
     """The value in the field's type, or ValueError."""
-    kind, optional = option_type(field)
-    if value is None and optional:
+    kind = value_type(TrainConfig, field.name)
+    if value is None and field.default is None:
         return None
     if kind is tuple:
         if not isinstance(value, list | tuple) or not all(isinstance(item, str) for item in value):

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+from ..models.config import KNOBS, TransformerConfig
 from ..models.transformer import Transformer
 from .config import TrainConfig
 
@@ -16,24 +17,7 @@ def build_model(config: TrainConfig, num_tokens: int) -> Transformer:
 
 def model_keywords(config: TrainConfig, num_tokens: int) -> dict[str, Any]:
     """The Transformer's keywords; what the configuration leaves open is the Transformer's own default."""
-    return {
-        "num_tokens": num_tokens,
-        "max_seq_len": config.seq_len,
-        "dim": config.dim,
-        "depth": config.depth,
-        "causal": True,
-        "dim_head": config.dim_head,
-        "heads": config.heads,
-        "ff_mult": config.ff_mult,
-        "ff_chunks": config.ff_chunks or 1,
-        "kv_heads": config.kv_heads,
-        "window": None if config.window is None else (config.window, 0),
-        "positions": config.positions,
-        "dropout": config.dropout,
-        "head_chunks": config.head_chunks or 1,
-        "keep_attention": config.keep_attention or False,
-        "reversible": config.reversible is not False,
-        "exact": bool(config.exact),
-        "tie_embeddings": config.tie_embeddings,
-        "loss_chunk_size": config.loss_chunk_size,
-    }
+    given = {name: getattr(config, name) for name in KNOBS if hasattr(config, name)}
+    chosen = {name: getattr(TransformerConfig, name) if value is None else value for name, value in given.items()}
+    window = None if config.window is None else (config.window, 0)
+    return chosen | {"num_tokens": num_tokens, "max_seq_len": config.seq_len, "causal": True, "window": window}

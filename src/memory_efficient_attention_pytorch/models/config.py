@@ -1,0 +1,128 @@
+"""The one description of a Transformer: each knob with its type, default, help and range, for code and command line.
+
+Loads no PyTorch, so that the command line can explain the knobs before it.
+"""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import types
+import typing
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields
+from typing import Any, Concatenate, ParamSpec, TypeVar
+
+from ..common.errors import require, require_positive_int
+
+P = ParamSpec("P")
+C = TypeVar("C")
+M = TypeVar("M")
+
+
+def knob(help: str, *, low: float | None = None, choices: tuple[str, ...] = (), unset: str = "") -> dict[str, Any]:
+    """Metadata of a field: its help, the least value, the values there are, and what None stands for."""
+    return {"help": help, "low": low, "choices": choices, "unset": unset}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TransformerConfig:
+    """What a :class:`Transformer` is built from.
+
+    Raises ValueError for a count below 1 and an unknown kind of positions; the layers check what concerns them alone.
+    """
+
+    num_tokens: int = field(metadata=knob("size of the vocabulary", low=1))
+    max_seq_len: int = field(
+        metadata=knob("longest sequence; binding for learned positions, advisory for the others", low=1)
+    )
+    dim: int = field(metadata=knob("width of the model", low=1))
+    depth: int = field(metadata=knob("number of blocks", low=1))
+    causal: bool = field(
+        default=False, metadata=knob("a language model: a token sees those before it; otherwise all others")
+    )
+    dim_head: int = field(default=64, metadata=knob("width of one head", low=1))
+    heads: int = field(default=8, metadata=knob("attention heads", low=1))
+    ff_mult: int = field(default=4, metadata=knob("width of the feed-forward's hidden layer, in units of dim", low=1))
+    ff_chunks: int = field(default=1, metadata=knob("pieces the feed-forward is computed in", low=1))
+    use_flash_attn: bool = field(
+        default=True, metadata=knob("kept from version 0.1, where it chose between two algorithms; both agree here")
+    )
+    kv_heads: int | None = field(
+        default=None, metadata=knob("key and value heads, a divisor of heads", low=1, unset="as many as heads")
+    )
+    window: int | tuple[int | None, int | None] | None = field(
+        default=None,
+        metadata=knob("tokens before and after it that a token sees: a number for both, or a pair", unset="all"),
+    )
+    positions: str = field(
+        default="learned", metadata=knob("how positions are told", choices=("learned", "rotary", "alibi", "none"))
+    )
+    dropout: float = field(default=0.0, metadata=knob("dropout of the attention's weights", low=0))
+    head_chunks: int = field(default=1, metadata=knob("groups of heads the attention is computed in", low=1))
+    keep_attention: bool | str = field(
+        default=False,
+        metadata=knob(
+            "keep attention's outputs for backward, which is faster and takes memory; cpu: in host memory",
+            choices=("cpu",),
+        ),
+    )
+    reversible: bool = field(default=True, metadata=knob("rebuild activations in backward instead of storing them"))
+    exact: bool = field(default=False, metadata=knob("rebuild activations bit for bit"))
+    tie_embeddings: bool = field(
+        default=False, metadata=knob("use the token embedding for the output layer too, which then has no bias")
+    )
+    loss_chunk_size: int | None = field(
+        default=None,
+        metadata=knob("tokens whose logits exist at once", low=1, unset="by the size of the vocabulary"),
+    )
+    memory_efficient: bool = field(default=True, metadata=knob("kept from version 0.1; both values agree here"))
+    q_bucket_size: int = field(default=512, metadata=knob("queries of an attention tile", low=1))
+    k_bucket_size: int = field(default=1024, metadata=knob("keys of an attention tile", low=1))
+    backend: str = field(default="auto", metadata=knob("way of computing attention, see dot_product_attention"))
+
+    def __post_init__(self) -> None:
+        for name, about in KNOBS.items():
+            value = getattr(self, name)
+            if about["low"] == 1 and not (value is None and about["unset"]):
+                require_positive_int(name, value)
+        choices = KNOBS["positions"]["choices"]
+        require(self.positions in choices, "positions", f"one of {', '.join(choices)}", repr(self.positions))
+
+
+KNOBS = {each.name: each.metadata for each in fields(TransformerConfig)}
+"""What is said of each field of TransformerConfig: a mapping of `help`, `low`, `choices` and `unset`."""
+
+SETTINGS = ("reversible", "exact", "keep_attention", "ff_chunks", "head_chunks", "loss_chunk_size")
+"""The fields that trade memory for time and change no result, which a memory budget may decide."""
+
+TransformerConfig.__doc__ = f"{TransformerConfig.__doc__}\n    Fields:\n" + "\n".join(
+    f"        {name}: {about['help']}{about['unset'] and '; None: '}{about['unset']}." for name, about in KNOBS.items()
+)
+
+
+@functools.cache
+def value_type(config: type, name: str) -> type:
+    """The type of a field's value where it is not None: the first of several, `tuple` for a tuple of strings.
+
+    Of a switch (`bool`) that has choices too, each of them is a way of being on.
+    """
+    hint = typing.get_type_hints(config)[name]
+    kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    return typing.get_origin(kind) or kind
+
+
+def built_from(config: Callable[P, C]) -> Callable[[Callable[[M, C], None]], Callable[Concatenate[M, P], None]]:
+    """Make an ``__init__`` that takes a configuration take the configuration's fields as keywords instead."""
+
+    def decorate(init: Callable[[M, C], None]) -> Callable[Concatenate[M, P], None]:
+        def from_keywords(self: M, /, *args: P.args, **keywords: P.kwargs) -> None:
+            init(self, config(*args, **keywords))
+
+        functools.update_wrapper(from_keywords, init)
+        itself = inspect.Parameter("self", inspect.Parameter.POSITIONAL_ONLY)
+        keywords = inspect.signature(config).parameters.values()
+        from_keywords.__signature__ = inspect.Signature([itself, *keywords])  # type: ignore[attr-defined]
+        return from_keywords
+
+    return decorate
