@@ -22,7 +22,7 @@ _CONTEXT.set_forkserver_preload(
         "matplotlib.figure",
         "torch._dynamo",
         "memory_efficient_attention_pytorch.cli.train",
-        "memory_efficient_attention_pytorch.training.launch",
+        "memory_efficient_attention_pytorch.training.runs",
     ]
 )
 

@@ -1,10 +1,16 @@
-"""What a process that trains holds of the memory that it has freed."""
+"""What is chosen for the machine, and what a process that trains holds of the memory that it has freed."""
 
 import platform
 import subprocess
 import sys
 
 import pytest
+import torch
+
+from memory_efficient_attention_pytorch.training.config import TrainConfig
+from memory_efficient_attention_pytorch.training.resources import memory_now, memory_peak, pick_precision, resolve
+
+CPU = torch.device("cpu")
 
 HELD = """
 import torch
@@ -34,3 +40,36 @@ def test_freed_blocks_are_returned():
     assert held(called=True) < 4
     # What the user said of the allocator stays.
     assert held(called=True, MALLOC_MMAP_THRESHOLD_=str(16 << 20), MALLOC_TRIM_THRESHOLD_=str(64 << 20)) > 20
+
+
+def test_precision_follows_the_machine_and_the_launcher(monkeypatch):
+    monkeypatch.delenv("ACCELERATE_MIXED_PRECISION", raising=False)
+    assert pick_precision(TrainConfig(), CPU) == "fp32"
+    assert pick_precision(TrainConfig(precision="bf16"), CPU) == "bf16"
+    with pytest.raises(ValueError, match="fp16 needs an accelerator"):
+        pick_precision(TrainConfig(precision="fp16"), CPU)
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    assert pick_precision(TrainConfig(), CPU) == "bf16"
+
+
+def test_small_models_are_not_cut_and_large_ones_are():
+    small = resolve(TrainConfig(), CPU)
+    assert (small.head_chunks, small.ff_chunks, small.exact) == (1, 1, False)
+    assert (small.reversible, small.keep_attention) == (True, False)
+    shape = {"dim": 512, "heads": 8, "dim_head": 64, "seq_len": 65536, "batch_size": 1}
+    large = resolve(TrainConfig(**shape), CPU)
+    assert large.ff_chunks == 32
+    assert large.heads % large.head_chunks == 0
+    assert large.heads // large.head_chunks >= torch.get_num_threads()
+    grouped = resolve(TrainConfig(**shape, kv_heads=2), CPU)
+    assert grouped.kv_heads % grouped.head_chunks == 0
+    asked = resolve(TrainConfig(**shape, head_chunks=1, ff_chunks=3, precision="bf16", keep_attention="cpu"), CPU)
+    assert (asked.head_chunks, asked.ff_chunks, asked.exact, asked.keep_attention) == (1, 3, True, "cpu")
+
+
+def test_memory_is_counted():
+    before = memory_now(CPU)
+    block = torch.ones(50 << 18)
+    assert memory_now(CPU) >= before + 40 * (1 << 20)
+    del block
+    assert memory_peak(CPU) >= before + 40 * (1 << 20)

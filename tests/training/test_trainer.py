@@ -15,10 +15,10 @@ from safetensors.torch import load_file
 from memory_efficient_attention_pytorch.training import load_run
 from memory_efficient_attention_pytorch.training.config import TrainConfig
 from memory_efficient_attention_pytorch.training.data import Batches, Corpus
-from memory_efficient_attention_pytorch.training.launch import resume_run, start_run
 from memory_efficient_attention_pytorch.training.model import build_model
+from memory_efficient_attention_pytorch.training.runs import resume_run, start_run
+from memory_efficient_attention_pytorch.training.tracking import Callback, Step
 from memory_efficient_attention_pytorch.training.trainer import learning_rate, make_optimizer
-from memory_efficient_attention_pytorch.training.watching import Watcher
 
 TINY = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "seq_len": 16, "device": "cpu", "evaluation_windows": 4}
 
@@ -37,9 +37,9 @@ def text(tmp_path):
     return str(path)
 
 
-def train(text, out, watcher=None, **options):
+def train(text, out, callback=None, **options):
     config = TrainConfig(**(TINY | {"data": (text,), "sample_every": 0, "steps": 4, "warmup_steps": 2} | options))
-    return start_run(config, out, lambda main: watcher or Watcher())
+    return start_run(config, out, lambda main: callback or Callback())
 
 
 def weights(outcome):
@@ -119,7 +119,7 @@ def test_stored_and_rebuilt_activations_learn_alike(text, tmp_path):
     assert largest_difference(weights(rebuilt), weights(stored)) < 1e-5
 
 
-def test_watching_does_not_change_what_is_learned(text, tmp_path):
+def test_validations_and_samples_do_not_change_what_is_learned(text, tmp_path):
     often = train(
         text, tmp_path / "often", batch_size=2, dropout=0.2, evaluate_every=1, sample_every=1, sample_tokens=4
     )
@@ -137,7 +137,7 @@ def test_the_batches_divided_otherwise_go_on_the_same(text, tmp_path):
     whole = train(text, tmp_path / "whole", batch_size=4, steps=6, warmup_steps=0, final_learning_rate=1.0)
     train(text, tmp_path / "half", batch_size=4, steps=3, warmup_steps=0, final_learning_rate=1.0)
     changes = {"steps": 6, "batch_size": 2, "accumulation": 2}
-    resumed = resume_run(tmp_path / "half", changes, lambda main: Watcher())
+    resumed = resume_run(tmp_path / "half", changes, lambda main: Callback())
     assert largest_difference(weights(whole), weights(resumed)) < 2e-6
 
 
@@ -197,13 +197,13 @@ def test_every_parameter_is_optimised_once_and_only_matrices_decay():
     assert all(p.ndim >= 2 for p in decayed["params"])
 
 
-def test_what_a_watcher_raises_ends_the_run_and_leaves_it_resumable(text, tmp_path):
-    class Failing(Watcher):
-        def step(self, step):
-            if step.step == 3:
+def test_what_a_callback_raises_ends_the_run_and_leaves_it_resumable(text, tmp_path):
+    class Failing(Callback):
+        def log(self, record):
+            if isinstance(record, Step) and record.step == 3:
                 raise KeyError("a bug in a display")
 
     with pytest.raises(KeyError):
         train(text, tmp_path / "run", Failing(), batch_size=2, checkpoint_every=1)
-    resumed = resume_run(tmp_path / "run", {}, lambda main: Watcher())
+    resumed = resume_run(tmp_path / "run", {}, lambda main: Callback())
     assert largest_difference(weights(resumed), weights(train(text, tmp_path / "whole", batch_size=2))) == 0

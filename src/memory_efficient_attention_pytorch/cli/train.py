@@ -15,7 +15,7 @@ import sys
 
 from ..training.config import TrainConfig, known_keys, read_values
 from .parser import add_options, given_options
-from .train_display import make_watcher, summary
+from .train_display import make_display, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -50,14 +50,14 @@ def run(args: argparse.Namespace) -> int:
         _let_waiting_threads_sleep()
     # Only now, when the options are known to be sound, the imports that take seconds.
     from ..training.interruption import Interrupted
-    from ..training.launch import latest_run, resume_run, start_run
+    from ..training.runs import latest_run, resume_run, start_run
 
-    watch = make_watcher(quiet=args.quiet)
+    display = make_display(quiet=args.quiet)
     try:
         if args.resume is not None:
-            outcome = resume_run(args.resume or latest_run(), options, watch)
+            outcome = resume_run(args.resume or latest_run(), options, display)
         else:
-            outcome = start_run(config, args.out, watch)
+            outcome = start_run(config, args.out, display)
     except Interrupted as interrupted:
         if interrupted.main:
             print(f"mea train: {interrupted}", file=sys.stderr)

@@ -6,28 +6,28 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ..training.watching import Step, Validation, Watcher, read_metrics
+from ..training.tracking import Callback, Record, Sample, Step, Validation, read_metrics
 
 if TYPE_CHECKING:
-    from ..training.launch import Outcome
+    from ..training.runs import Outcome
 
 _SECONDS_BETWEEN_LINES = 10.0
 
 
-def make_watcher(*, quiet: bool) -> Callable[[bool], Watcher]:
+def make_display(*, quiet: bool) -> Callable[[bool], Callback]:
     """A function that gives each process the display it needs: only the main one speaks."""
 
-    def watcher(main: bool) -> Watcher:
+    def display(main: bool) -> Callback:
         if not main:
-            return Watcher()
+            return Callback()
         if quiet:
             return Quiet()
         return Live() if sys.stdout.isatty() else Lines()
 
-    return watcher
+    return display
 
 
-class Quiet(Watcher):
+class Quiet(Callback):
     """Says only what the user must know."""
 
     def notice(self, text: str) -> None:
@@ -50,17 +50,15 @@ class Lines(Quiet):
             self._print(f"going on after step {first_step}")
         self.steps = steps
 
-    def budgeted(self, text: str) -> None:
-        self._print(text)
-
-    def step(self, step: Step) -> None:
-        self._now_and_then(f"step {step.step}/{self.steps}  {numbers(step)}")
-
-    def validation(self, validation: Validation) -> None:
-        self._print(validation_line(validation))
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
-        self._print(f"sample at step {step}:\n{indented(prompt)}|{indented(text, first='')}")
+    def log(self, record: Record) -> None:
+        match record:
+            case Step():
+                self._now_and_then(f"step {record.step}/{self.steps}  {numbers(record)}")
+            case Validation():
+                self._print(validation_line(record))
+            case Sample():
+                continued = f"{indented(record.prompt)}|{indented(record.sample, first='')}"
+                self._print(f"sample at step {record.step}:\n{continued}")
 
     def _now_and_then(self, line: str) -> None:
         if time.monotonic() >= self.next_line:
@@ -101,15 +99,17 @@ class Live(Lines):
         super().started(plan, run, first_step, steps)
         self.progress.update(self.task, completed=first_step, total=steps, name=f"{first_step}/{steps}", numbers="")
 
-    def step(self, step: Step) -> None:
-        name = f"{step.step}/{self.steps}"
-        self.progress.update(self.task, completed=step.step, name=name, numbers=numbers(step))
-
-    def sample(self, step: int, prompt: str, text: str) -> None:
+    def log(self, record: Record) -> None:
         from rich.text import Text
 
-        continued = Text.assemble((indented(prompt), "dim"), indented(text, first=""))
-        self.progress.console.print(Text(f"sample at step {step}:", "bold"), continued, sep="\n")
+        if isinstance(record, Step):
+            name = f"{record.step}/{self.steps}"
+            self.progress.update(self.task, completed=record.step, name=name, numbers=numbers(record))
+        elif isinstance(record, Sample):
+            continued = Text.assemble((indented(record.prompt), "dim"), indented(record.sample, first=""))
+            self.progress.console.print(Text(f"sample at step {record.step}:", "bold"), continued, sep="\n")
+        else:
+            super().log(record)
 
     def notice(self, text: str) -> None:
         self.progress.console.print(f"[yellow]note:[/] {text}")

@@ -108,8 +108,9 @@ def value_type(config: type, name: str) -> type:
     Of a switch (`bool`) that has choices too, each of them is a way of being on.
     """
     hint = typing.get_type_hints(config)[name]
-    kind = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
-    return typing.get_origin(kind) or kind
+    first = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint
+    kind: type = typing.get_origin(first) or first
+    return kind
 
 
 def built_from(config: Callable[P, C]) -> Callable[[Callable[[M, C], None]], Callable[Concatenate[M, P], None]]:

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from .watching import read_metrics
+from .tracking import read_metrics
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:

@@ -104,7 +104,8 @@ def memory_now(device: torch.device) -> int:
         return torch.cuda.memory_allocated(device)
     import psutil
 
-    return psutil.Process().memory_info().rss
+    resident: int = psutil.Process().memory_info().rss
+    return resident
 
 
 def memory_peak(device: torch.device) -> int:

@@ -7,7 +7,10 @@ RUN/checkpoints/step-00000100/           model.safetensors, optimizer.safetensor
 RUN/metrics.jsonl, RUN/loss.png          what was measured
 """
 
+import contextlib
 import shlex
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -15,7 +18,8 @@ import torch
 
 from ..models.transformer import Transformer
 from .checkpoints import Checkpoints, load_weights
-from .config import TrainConfig, load_config
+from .config import TrainConfig, dump_config, load_config
+from .files import WRITE_ERRORS, RunError, write_atomically
 from .model import build_model
 from .tokenizers import ByteTokenizer, SubwordTokenizer, Tokenizer
 
@@ -41,6 +45,57 @@ class RunDirectory:
         self.metrics = self.path / "metrics.jsonl"
         self.plot = self.path / "loss.png"
         self.tensorboard = self.path / "tensorboard"
+
+    @classmethod
+    def make(cls, path: Path, config: TrainConfig) -> tuple["RunDirectory", bool]:
+        """The run directory with its configuration in it, and whether it was made here.
+
+        Raises ValueError if it is not empty or cannot be written.
+        """
+        run, made = cls(path), not path.exists()
+        try:
+            if not made and any(path.iterdir()):
+                resume = f"go on with it, mea train --resume {run.quoted}, or" if run.config.exists() else "please"
+                raise ValueError(f"out: {path} is not empty: {resume} choose another --out")
+            path.mkdir(parents=True, exist_ok=True)
+            write_atomically(run.config, dump_config(config))
+        except OSError as error:
+            raise ValueError(
+                f"out: cannot write to {path}: {error.strerror}; choose another place with --out"
+            ) from error
+        return run, made
+
+    def empty(self) -> None:
+        """Take away all that is in it."""
+        for child in self.path.iterdir():
+            shutil.rmtree(child) if child.is_dir() else child.unlink()
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Hold it, so that no second process trains in it. The system lets go when the process ends."""
+        from filelock import FileLock, Timeout
+
+        with contextlib.ExitStack() as stack:
+            with self.clear_about_writing():
+                try:
+                    stack.enter_context(FileLock(self.path / ".lock", timeout=0))
+                except Timeout as error:
+                    message = f"another process is training in {self.path}: wait for it or stop it"
+                    raise ValueError(message) from error
+            yield
+
+    @contextlib.contextmanager
+    def clear_about_writing(self) -> Iterator[None]:
+        """Turn a failed write into a RunError that says how to go on."""
+        try:
+            yield
+        except BrokenPipeError:
+            raise
+        except WRITE_ERRORS as error:
+            raise RunError(
+                f"cannot write to {self.path} ({error}): make room or make it writable, and go on with: "
+                f"mea train --resume {self.quoted}"
+            ) from error
 
     @property
     def quoted(self) -> str:

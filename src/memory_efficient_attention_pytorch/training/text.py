@@ -11,10 +11,10 @@ from .documents import Document, find_documents, naming
 from .files import write_atomically
 from .run_directory import RunDirectory
 from .tokenizers import ByteTokenizer, SubwordTokenizer, Tokenizer, decode_lines, train_tokenizer
-from .watching import Watcher
+from .tracking import Callback
 
 
-def prepare_text(run: RunDirectory, config: TrainConfig, watcher: Watcher) -> None:
+def prepare_text(run: RunDirectory, config: TrainConfig, callback: Callback) -> None:
     """Tokenise the run's text into `run.data`, unless that was done before; see `data.tokenise`.
 
     Standard input is first copied to the run directory, since it can be read only once and training a tokenizer takes
@@ -29,7 +29,7 @@ def prepare_text(run: RunDirectory, config: TrainConfig, watcher: Watcher) -> No
     total = sum(document.size for document in documents)
 
     def report(done: int) -> None:
-        watcher.reading(done, total)
+        callback.reading(done, total)
 
     tokenizer = _make_tokenizer(run, config, documents, report)
     tokenise(

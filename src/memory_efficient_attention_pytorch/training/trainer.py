@@ -3,7 +3,8 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -20,7 +21,10 @@ from .plot import plot_losses
 from .resources import forget_pages, memory_now, memory_peak
 from .run_directory import RunDirectory
 from .tokenizers import Tokenizer
-from .watching import Step, Validation, Watcher
+from .tracking import Callback, Record, Sample, Step, Validation
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 _PROMPT_TOKENS = 48
 
@@ -35,16 +39,16 @@ class Trainer:
 
     def __init__(
         self,
-        accelerator,
+        accelerator: "Accelerator",
         run: RunDirectory,
         config: TrainConfig,
         corpus: Corpus,
         tokenizer: Tokenizer,
-        watcher: Watcher,
+        callbacks: Sequence[Callback],
         checkpoint: Checkpoint | None,
     ):
         self.accelerator, self.run, self.config = accelerator, run, config
-        self.corpus, self.tokenizer, self.watcher = corpus, tokenizer, watcher
+        self.corpus, self.tokenizer, self.callbacks = corpus, tokenizer, callbacks
         self.state = checkpoint.state if checkpoint else TrainState()
         self.saved_step = self.state.step if checkpoint else None
         self.batches = Batches(corpus.train, config, accelerator.num_processes, accelerator.process_index)
@@ -67,7 +71,7 @@ class Trainer:
 
         Raises Interrupted, with everything saved, when a signal asks for it; RunError when the loss is not finite or
         nothing can be written, with the last good checkpoint kept; BrokenPipeError, with everything saved, when a
-        watcher's output was closed.
+        callback's output was closed.
         """
         try:
             with Interruption() as interruption:
@@ -109,7 +113,7 @@ class Trainer:
                     self._check_finite(mean, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
-        self._tell_step(mean, norm, rate, time.perf_counter() - began)
+        self._count_step(mean, norm, rate, time.perf_counter() - began)
 
     def _agree(self, loss: torch.Tensor, norm: torch.Tensor, interruption: Interruption) -> tuple[float, float]:
         """The mean loss of all processes; a signal that reached one of them is noted by all."""
@@ -133,7 +137,7 @@ class Trainer:
             f"mea train --resume {self.run.quoted} --learning-rate {self.config.learning_rate / 3:.1g}"
         )
 
-    def _tell_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
+    def _count_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
         tokens = self.batches.windows_per_step * self.config.seq_len
         self.state = dataclasses.replace(
             self.state,
@@ -149,7 +153,7 @@ class Trainer:
         )
         forget_pages(self.corpus.train)
         now = memory_now(self.accelerator.device)
-        self.watcher.step(
+        self._log(
             Step(
                 step=self.state.step,
                 tokens=self.state.tokens,
@@ -185,7 +189,7 @@ class Trainer:
         best = loss if improved else self.state.best_loss
         self.state = dataclasses.replace(self.state, validation_loss=loss, best_loss=best)
         bits = self._bits_per_byte(loss)
-        self.watcher.validation(Validation(self.state.step, self.state.tokens, loss, bits, improved))
+        self._log(Validation(self.state.step, self.state.tokens, loss, bits, improved))
         self._draw()
         return improved
 
@@ -216,7 +220,11 @@ class Trainer:
             start, self.config.sample_tokens, temperature=0.8, filter_thres=0.9
         )
         text = self.tokenizer.decode(tokens[0].tolist())
-        self.watcher.sample(self.state.step, self.tokenizer.decode(prompt.tolist()), text)
+        self._log(Sample(self.state.step, self.tokenizer.decode(prompt.tolist()), text))
+
+    def _log(self, record: Record) -> None:
+        for callback in self.callbacks:
+            callback.log(record)
 
     def save(self) -> None:
         """Write a checkpoint of this step, unless there is one, and remove those no longer kept."""
@@ -225,9 +233,8 @@ class Trainer:
         if self.accelerator.is_main_process:
             if self.accelerator.scaler is not None:
                 self.state = dataclasses.replace(self.state, scaler=self.accelerator.scaler.state_dict())
-            saved = self.run.checkpoints.save(self.model, self.optimizer.optimizer, self.state)
+            self.run.checkpoints.save(self.model, self.optimizer.optimizer, self.state)
             self.run.checkpoints.prune(self.config.keep)
-            self.watcher.saved(self.state.step, saved.path)
         self.saved_step = self.state.step
         self.accelerator.wait_for_everyone()
 

@@ -4,10 +4,9 @@ import contextlib
 import dataclasses
 import datetime
 import os
-import shutil
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
@@ -16,17 +15,19 @@ from .budget import Memory, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
-from .files import WRITE_ERRORS, RunError, write_atomically
+from .files import write_atomically
 from .model import build_model
 from .resources import PIECE_BYTES, memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
+from .tracking import Callback, MetricsFile, TensorBoardFile
 from .trainer import Trainer
-from .watching import MetricsFile, TensorBoardFile, Watcher, Watchers
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
+
+T = TypeVar("T")
 
 RUNS = Path("runs")
 """Where runs go that are given no place of their own."""
@@ -52,10 +53,10 @@ class Outcome(NamedTuple):
     memory: Memory | None = None
 
 
-def start_run(config: TrainConfig, out: Path | str | None, make_watcher: Callable[[bool], Watcher]) -> Outcome:
+def start_run(config: TrainConfig, out: Path | str | None, make_display: Callable[[bool], Callback]) -> Outcome:
     """Make a run directory and train to the end.
 
-    out: the directory, new or empty; None for the next number under `runs/`. make_watcher: called in each process with
+    out: the directory, new or empty; None for the next number under `runs/`. make_display: called in each process with
     whether it is the main one. Raises what `Trainer.train` raises, and ValueError for what cannot be trained; then no
     directory is left behind.
     """
@@ -66,11 +67,20 @@ def start_run(config: TrainConfig, out: Path | str | None, make_watcher: Callabl
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
     num_tokens = _num_tokens(config) if config.memory_budget else 0
     config, memory = _settle(accelerator, config.updated(text), num_tokens)
-    path, made = _on_main(accelerator, lambda: _make_directory(out, config))
-    return _train(accelerator, RunDirectory(path), config, memory, make_watcher, lambda: _remove(path, made))
+    path = Path(out) if out is not None else _on_main(accelerator, _next_number)
+    run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
+
+    def undo() -> None:
+        run.empty()
+        if made:
+            path.rmdir()
+            with contextlib.suppress(OSError):
+                RUNS.rmdir()
+
+    return _train(accelerator, run, config, memory, make_display, undo)
 
 
-def resume_run(path: Path | str, changes: Mapping[str, Any], make_watcher: Callable[[bool], Watcher]) -> Outcome:
+def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Callable[[bool], Callback]) -> Outcome:
     """Go on with a run from its last sound checkpoint, to the bit as if it had never stopped.
 
     changes: options to change from here on. Raises ValueError if `path` is no run directory of this format or an
@@ -87,7 +97,7 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_watcher: Calla
     accelerator = _make_accelerator(config)
     num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
     config, memory = _settle(accelerator, config, num_tokens, settled=True)
-    return _train(accelerator, run, config, memory, make_watcher)
+    return _train(accelerator, run, config, memory, make_display)
 
 
 def _settle(
@@ -126,58 +136,62 @@ def _train(
     run: RunDirectory,
     config: TrainConfig,
     memory: Memory | None,
-    make_watcher: Callable[[bool], Watcher],
+    make_display: Callable[[bool], Callback],
     refused: Callable[[], None] | None = None,
 ) -> Outcome:
     """refused: called when a new run's text or model is found to be unusable; None when going on with a run."""
     main = accelerator.is_main_process
-    watcher = make_watcher(main)
+    display = make_display(main)
     with contextlib.ExitStack() as stack:
         stack.callback(accelerator.end_training)
-        stack.callback(watcher.close)
+        stack.callback(display.close)
         if main:
-            stack.enter_context(_locked(run.path))
-        with _clear_about_writing(run), _undone(refused):
-            checkpoint = _on_main(accelerator, lambda: _prepare(run, config, watcher, resuming=refused is None))
-            files = _files(run, config, first_step=checkpoint.state.step if checkpoint else -1) if main else []
+            stack.enter_context(run.locked())
+        try:
+            with run.clear_about_writing():
+                checkpoint = _on_main(accelerator, lambda: _prepare(run, config, display, resuming=refused is None))
+                files = _files(run, config, first_step=checkpoint.state.step if checkpoint else -1) if main else []
+        except ValueError:
+            if refused is not None:
+                refused()
+            raise
         for file in files:
             stack.callback(file.close)
-        watcher = Watchers([*files, watcher])
         corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
-        trainer = Trainer(accelerator, run, config, corpus, tokenizer, watcher, checkpoint)
+        trainer = Trainer(accelerator, run, config, corpus, tokenizer, [*files, display], checkpoint)
         if main:
             # Only now is it certain that the run can go on with what has been changed.
-            with _clear_about_writing(run):
+            with run.clear_about_writing():
                 write_atomically(run.config, dump_config(config))
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
         plan = describe(config, accelerator, corpus, parameters)
-        watcher.started(plan, run.path, trainer.state.step, config.steps)
         if memory is not None:
-            watcher.budgeted(memory.announcement())
+            plan += f"\n{memory.announcement()}"
+        display.started(plan, run.path, trainer.state.step, config.steps)
         state = trainer.train()
         if memory is not None:
             memory = dataclasses.replace(memory, measured=memory_peak(accelerator.device))
         return Outcome(run, config, state, parameters, main, memory)
 
 
-def _prepare(run: RunDirectory, config: TrainConfig, watcher: Watcher, *, resuming: bool) -> Checkpoint | None:
+def _prepare(run: RunDirectory, config: TrainConfig, display: Callback, *, resuming: bool) -> Checkpoint | None:
     """Everything on disk that the loop needs; the checkpoint to go on from."""
     with torch.device("meta"):
         build_model(config, num_tokens=256)  # refuses an impossible shape before the text is read
-    prepare_text(run, config, watcher)
+    prepare_text(run, config, display)
     check_length(Corpus(run.data), config.seq_len)
     if not resuming:
         return None
     run.checkpoints.remove_unfinished()
-    checkpoint = run.checkpoints.find("last", watcher.notice)
+    checkpoint = run.checkpoints.find("last", display.notice)
     if checkpoint is None:
-        watcher.notice(f"{run.path} holds no sound checkpoint yet: beginning at step 0")
+        display.notice(f"{run.path} holds no sound checkpoint yet: beginning at step 0")
     run.checkpoints.remove_after(checkpoint.state.step if checkpoint else -1)
     return checkpoint
 
 
-def _files(run: RunDirectory, config: TrainConfig, *, first_step: int) -> list[Watcher]:
-    files: list[Watcher] = [MetricsFile(run.metrics, first_step)]
+def _files(run: RunDirectory, config: TrainConfig, *, first_step: int) -> list[Callback]:
+    files: list[Callback] = [MetricsFile(run.metrics, first_step)]
     if config.tensorboard:
         files.append(TensorBoardFile(run.tensorboard, first_step))
     return files
@@ -218,6 +232,7 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
 
 def _make_accelerator(config: TrainConfig) -> "Accelerator":
     try:
+        import tomli_w  # noqa: F401  what the run's configuration is written with
         from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
     except ImportError as error:
@@ -251,85 +266,16 @@ def _prefer_deterministic_kernels() -> None:
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
-def _on_main(accelerator: "Accelerator", work: Callable[[], Any]) -> Any:
+def _on_main(accelerator: "Accelerator", work: Callable[[], T]) -> T:
     """What `work` returns in the main process, in every process."""
     from accelerate.utils import broadcast_object_list
 
-    result = [work() if accelerator.is_main_process else None]
+    result: list[Any] = [work() if accelerator.is_main_process else None]
     broadcast_object_list(result)
-    return result[0]
-
-
-def _make_directory(out: Path | str | None, config: TrainConfig) -> tuple[Path, bool]:
-    """The run's directory with its configuration in it, and whether it was made here."""
-    path = Path(out) if out is not None else _next_number()
-    made = not path.exists()
-    try:
-        if not made and any(path.iterdir()):
-            hint = (
-                f"go on with it, mea train --resume {RunDirectory(path).quoted}, or"
-                if (path / "config.toml").exists()
-                else "please"
-            )
-            raise ValueError(f"out: {path} is not empty: {hint} choose another --out")
-        path.mkdir(parents=True, exist_ok=True)
-        write_atomically(path / "config.toml", dump_config(config))
-    except OSError as error:
-        raise ValueError(f"out: cannot write to {path}: {error.strerror}; choose another place with --out") from error
-    return path, made
+    found: T = result[0]
+    return found
 
 
 def _next_number() -> Path:
     numbers = [int(path.name) for path in RUNS.glob("*") if path.name.isdecimal()]
     return RUNS / str(max(numbers, default=0) + 1)
-
-
-def _remove(path: Path, made: bool) -> None:
-    """Take a refused run's directory away, or empty it if it was there before."""
-    for child in path.iterdir():
-        shutil.rmtree(child) if child.is_dir() else child.unlink()
-    if made:
-        path.rmdir()
-        with contextlib.suppress(OSError):
-            RUNS.rmdir()
-
-
-@contextlib.contextmanager
-def _undone(undo: Callable[[], None] | None) -> Iterator[None]:
-    try:
-        yield
-    except ValueError:
-        if undo is not None:
-            undo()
-        raise
-
-
-@contextlib.contextmanager
-def _locked(path: Path) -> Iterator[None]:
-    """Hold the run directory, so that no second process trains in it. The system lets go when the process ends."""
-    try:
-        import fcntl
-    except ImportError:  # Windows
-        yield
-        return
-    with _clear_about_writing(RunDirectory(path)):
-        file = (path / ".lock").open("w")
-    with file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ValueError(f"another process is training in {path}: wait for it or stop it") from error
-        yield
-
-
-@contextlib.contextmanager
-def _clear_about_writing(run: RunDirectory) -> Iterator[None]:
-    try:
-        yield
-    except BrokenPipeError:
-        raise
-    except WRITE_ERRORS as error:
-        raise RunError(
-            f"cannot write to {run.path} ({error}): make room or make it writable, and go on with: "
-            f"mea train --resume {run.quoted}"
-        ) from error

@@ -1,0 +1,132 @@
+"""What a run measures while it goes, who is told, and the files that keep it."""
+
+import contextlib
+import dataclasses
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from .files import write_atomically
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """One optimizer step. loss in nats per token; memory in bytes, see `resources`; tokens of all processes so far."""
+
+    step: int
+    tokens: int
+    loss: float
+    bits_per_byte: float
+    learning_rate: float
+    gradient_norm: float
+    tokens_per_second: float
+    seconds_left: float
+    memory_now: int
+    memory_peak: int
+
+
+@dataclasses.dataclass(frozen=True)
+class Validation:
+    """A measurement over the fixed validation set, in nats per token and bits per byte."""
+
+    step: int
+    tokens: int
+    validation_loss: float
+    validation_bits_per_byte: float
+    best: bool
+
+
+@dataclasses.dataclass(frozen=True)
+class Sample:
+    """What the model wrote after a prompt from the validation text."""
+
+    step: int
+    prompt: str
+    sample: str
+
+
+Record = Step | Validation | Sample
+
+
+class Callback:
+    """Is told what happens. Does nothing by itself; override what is of interest."""
+
+    def reading(self, done: int, total: int) -> None:
+        """Text is being tokenised: bytes so far and on the disk (0 if not known)."""
+
+    def started(self, plan: str, run: Path, first_step: int, steps: int) -> None:
+        """Training begins. `plan`: what it uses and why, a line each for the run and its memory budget."""
+
+    def log(self, record: Record) -> None:
+        """Something was measured."""
+
+    def notice(self, text: str) -> None:
+        """Something the user should know, such as a damaged checkpoint that was passed over."""
+
+    def close(self) -> None:
+        """Nothing more will come."""
+
+
+class MetricsFile(Callback):
+    """Appends a JSON object per record to `metrics.jsonl`. A run that goes on drops what lies beyond its first step."""
+
+    def __init__(self, path: Path, first_step: int):
+        if path.exists():
+            kept = [record for record in read_metrics(path) if record["step"] <= first_step]
+            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
+        self.file = path.open("a", encoding="utf-8", buffering=1)
+
+    def log(self, record: Record) -> None:
+        # JSON has no infinity, which a gradient's norm is when the fp16 scaler is too bold.
+        values = dataclasses.asdict(record).items()
+        sound = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values}
+        self.file.write(json.dumps(sound) + "\n")
+
+    def close(self) -> None:
+        # Each line was flushed when it was written: what a full disk refused then has been told.
+        with contextlib.suppress(OSError):
+            self.file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The records of `metrics.jsonl`; a last line that a kill cut short is left out."""
+    records = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            records.append(json.loads(line))
+        except ValueError:
+            continue
+    return records
+
+
+class TensorBoardFile(Callback):
+    """The same numbers for TensorBoard. Raises ValueError if the package is missing."""
+
+    def __init__(self, path: Path, first_step: int):
+        try:
+            from torch.utils.tensorboard import SummaryWriter
+        except ImportError as error:
+            raise ValueError(
+                "tensorboard is not installed: pip install 'memory-efficient-attention-pytorch[tensorboard]'"
+            ) from error
+        self.writer: Any = SummaryWriter(str(path), purge_step=first_step + 1)
+
+    def log(self, record: Record) -> None:
+        if isinstance(record, Sample):
+            self.writer.add_text("sample", record.prompt + record.sample, record.step)
+            return
+        shown = _TRAIN if isinstance(record, Step) else _VALIDATION
+        for tag, name in shown.items():
+            self.writer.add_scalar(tag, getattr(record, name), record.step)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            self.writer.close()
+
+
+_TRAIN = {
+    f"train/{name}": name
+    for name in ("loss", "bits_per_byte", "learning_rate", "gradient_norm", "tokens_per_second", "memory_now")
+}
+_VALIDATION = {f"validation/{name}": f"validation_{name}" for name in ("loss", "bits_per_byte")}
