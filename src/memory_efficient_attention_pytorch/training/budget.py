@@ -1,7 +1,7 @@
 """A memory budget: the settings that keep a run within it, what they should take, and what the run took."""
 
+import contextlib
 import dataclasses
-import io
 from typing import Any
 
 import torch
@@ -11,6 +11,7 @@ from ..planner import Option, Plan, available_memory, format_size, parse_size, p
 from ..planner.measure import warm_up
 from .config import TrainConfig
 from .model import build_model, model_keywords
+from .plot import drawn
 from .resources import memory_now, memory_peak, resolve, return_freed_blocks, trim_heap
 from .trainer import adamw
 
@@ -64,20 +65,9 @@ def prepare(device: torch.device) -> None:
     return_freed_blocks(_HELD_BYTES)
     warm_up(str(device))
     plan({"num_tokens": 2, "dim": 2, "depth": 1, "heads": 1, "dim_head": 2}, batch_size=1, seq_len=2, device=device)
-    _draw_nothing()
+    with contextlib.suppress(ImportError):  # told when there is something to draw
+        drawn([])
     trim_heap()
-
-
-def _draw_nothing() -> None:
-    """What the first picture of a run loads."""
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError:
-        return  # told when there is something to draw
-    figure = Figure(layout="constrained")
-    figure.add_subplot().set_xlabel("nothing")
-    FigureCanvasAgg(figure).print_png(io.BytesIO())
 
 
 def within_budget(

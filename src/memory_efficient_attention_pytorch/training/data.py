@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
+import numpy.typing as npt
 import torch
 
 from .config import TrainConfig
@@ -16,6 +17,8 @@ from .files import directory_written_atomically
 from .tokenizers import Tokenizer
 
 _COPY = 1 << 20
+
+Numbers = npt.NDArray[np.uint64]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -210,7 +213,7 @@ def evaluation_starts(tokens: np.ndarray, config: TrainConfig) -> tuple[np.ndarr
     return np.linspace(0, room, count).astype(np.int64), length
 
 
-def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
+def permute(index: np.ndarray, size: int, keys: Numbers) -> Numbers:
     """A permutation of 0 … size − 1 chosen by `keys`, evaluated at `index`, without a table of `size` entries.
 
     A Feistel network over the least even number of bits that holds `size`; values that fall outside are sent through
@@ -229,7 +232,7 @@ def permute(index: np.ndarray, size: int, keys: np.ndarray) -> np.ndarray:
     return value
 
 
-def _scramble(value: np.ndarray) -> np.ndarray:
+def _scramble(value: Numbers) -> Numbers:
     """SplitMix64's finaliser (Steele, Lea and Flood, 2014); uint64 arithmetic wraps around."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)

@@ -1,16 +1,25 @@
 """The picture of a run: loss against tokens."""
 
+import io
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from .tracking import read_metrics
 
 
 def plot_losses(metrics: Path, picture: Path) -> None:
     """Draw training and validation bits per byte against tokens from `metrics.jsonl` into a PNG."""
+    temporary = picture.with_name(f".{picture.name}.partial")
+    temporary.write_bytes(drawn(read_metrics(metrics)))
+    temporary.replace(picture)
+
+
+def drawn(records: Sequence[Mapping[str, Any]]) -> bytes:
+    """The picture of those records, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    records = read_metrics(metrics)
     train = [(r["tokens"], r["bits_per_byte"]) for r in records if "bits_per_byte" in r]
     validation = [(r["tokens"], r["validation_bits_per_byte"]) for r in records if "validation_bits_per_byte" in r]
     figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
@@ -28,6 +37,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
     axes.grid(alpha=0.3)
     if train or validation:
         axes.legend()
-    temporary = picture.with_name(f".{picture.name}.partial")
-    FigureCanvasAgg(figure).print_png(str(temporary))
-    temporary.replace(picture)
+    png = io.BytesIO()
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.print_png(png)
+    return png.getvalue()

@@ -85,17 +85,18 @@ def return_freed_blocks(at_least: int = 4 << 20) -> None:
 
 def set_returned_size(at_least: int = 4 << 20) -> bool:
     """The same whatever the environment says. False where the C library has no such setting."""
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is None:
-        return False
-    return bool(mallopt(_M_MMAP_THRESHOLD, at_least) and mallopt(_M_TRIM_THRESHOLD, 2 * at_least))
+    return _c("mallopt", _M_MMAP_THRESHOLD, at_least) and _c("mallopt", _M_TRIM_THRESHOLD, 2 * at_least)
 
 
 def trim_heap() -> None:
     """Have the C library give back what its heap has free, where it can."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    _c("malloc_trim", 0)
+
+
+def _c(function: str, *arguments: int) -> bool:
+    """Call a function of the C library, where it has it; whether it was done."""
+    found = getattr(ctypes.CDLL(None), function, None)
+    return found is not None and bool(found(*arguments))
 
 
 def memory_now(device: torch.device) -> int:

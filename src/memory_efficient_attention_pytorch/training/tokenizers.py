@@ -112,7 +112,7 @@ def decode_lines(chunks: Iterable[bytes]) -> Iterator[str]:
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path) -> SubwordTokenizer:
     """Train a byte-level BPE on `texts`, write it to `path` and return it. It may end with fewer tokens than asked."""
-    from tokenizers.implementations import ByteLevelBPETokenizer
+    from tokenizers.implementations.byte_level_bpe import ByteLevelBPETokenizer
 
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], show_progress=False)
