@@ -1,6 +1,6 @@
 """Say before a run what memory a training step of a Transformer needs, on this machine or for another, GPU or not; and
 from a budget, the fastest settings that fit. Nothing is computed: the real code runs on tensors without contents.
-Without options it is the step of `mea train`.
+Without options it is the model and the batch of `mea train`.
 
   mea plan --dim 512 --depth 24 --seq-len 1048576 --batch-size 1 --device cuda
   mea plan --dim 512 --depth 24 --seq-len 65536 --budget 8GiB         settings that fit

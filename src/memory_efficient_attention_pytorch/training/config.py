@@ -168,7 +168,8 @@ def dump_config(config: TrainConfig) -> str:
             lines += ["", f"# {group}"]
         value = getattr(config, field.name)
         text = f"# {field.name} =" if value is None else tomli_w.dumps({field.name: value}).rstrip()
-        lines.append(f"{text}  # {field.metadata['help']}")
+        unset = f"; default: {field.metadata['unset']}" if field.metadata["unset"] else ""
+        lines.append(f"{text}  # {field.metadata['help']}{unset}")
     return "\n".join(lines) + "\n"
 
 
