@@ -68,7 +68,8 @@ class AutoregressiveWrapper(nn.Module):
             _check_mask(mask, x.shape, "x")
             labels = labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), kwargs.get("ignore_index", IGNORED))
             kwargs["mask"] = mask[:, :-1]
-        return self.net(x[:, :-1], labels=labels, **kwargs)
+        loss: Tensor = self.net(x[:, :-1], labels=labels, **kwargs)
+        return loss
 
     def generate(
         self,
@@ -191,7 +192,8 @@ class _Reader:
         if self.cache is not None:
             given["cache"], tokens = self.cache, tokens[:, self.cache.length :]
         with _evaluating(self.net, self.modules):
-            return self.net(tokens, **given)[:, -1]
+            logits: Tensor = self.net(tokens, **given)[:, -1]
+        return logits
 
     def append(self, token: Tensor) -> None:
         self.tokens = torch.cat((self.tokens, token[:, None]), dim=1)
