@@ -17,8 +17,6 @@ from memory_efficient_attention_pytorch import (
     linear_cross_entropy,
 )
 from memory_efficient_attention_pytorch.common import gradients as differentiation
-from memory_efficient_attention_pytorch.common import products
-from memory_efficient_attention_pytorch.layers.linear import Linear
 from memory_efficient_attention_pytorch.loss.function import gradients_wait
 from memory_efficient_attention_pytorch.loss.reversible import normed_sum
 from tests.accumulating import (
@@ -61,21 +59,6 @@ def test_zeros_change_nothing(kind):
     filled(net, 0.0)
     loss_of(net, x).backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), first, strict=True))
-
-
-def test_linear_layers_through_onednn(monkeypatch):
-    if not torch.backends.mkldnn.is_available():
-        pytest.skip("PyTorch was built without oneDNN")
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
-    net, batches = Linear(512, 640), [torch.randn(256, 512) for _ in range(2)]
-    truth = [0.5 + sum(g) for g in zip(*(by_hand(net, [x]) for x in batches), strict=True)]
-    weight, bias = filled(net, 0.5)
-    with FreshTotals() as fresh:
-        for x in batches:
-            loss_of(net, x).backward()
-    assert not fresh.shapes
-    assert net.weight.grad is weight
-    assert_same([weight, bias], truth, TOLERANCE)
 
 
 # One leaf, several passes.

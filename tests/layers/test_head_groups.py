@@ -1,5 +1,6 @@
 """Attention by groups of heads: the numbers of one group, the memory of one group, each recomputed once."""
 
+import contextlib
 import copy
 
 import pytest
@@ -16,7 +17,7 @@ from memory_efficient_attention_pytorch import (
     RotaryEmbedding,
 )
 from memory_efficient_attention_pytorch.layers.head_groups import HeadGroup
-from memory_efficient_attention_pytorch.recompute import linear_pieces
+from memory_efficient_attention_pytorch.recompute import normed
 from tests import reference
 from tests.agreement import assert_same, difference, gradients, one_thread, products, with_seed
 from tests.memory.live_bytes import LiveBytes, saved_bytes
@@ -52,7 +53,7 @@ def tokens(n=NQ, dim=DIM, **kwargs):
 def _slab(request, monkeypatch):
     """Also with slabs that cut both a row of tokens and the batch."""
     if request.param:
-        monkeypatch.setattr(linear_pieces, "SLAB_MINIMUM", request.param)
+        monkeypatch.setattr(normed, "SLAB_MINIMUM", request.param)
 
 
 # The same numbers
@@ -262,22 +263,31 @@ def test_groups_cover_every_head_once_and_read_the_key_heads_that_serve_them():
             assert list(range(kv_heads)[group.kv_heads]) == served
 
 
-@pytest.mark.parametrize("change", ["another class", "forward hook", "pre-hook", "backward hook", "bias"])
-def test_a_projection_that_is_more_than_a_matrix_is_refused_not_bypassed(change):
+@pytest.mark.parametrize("change", ["another class", "forward", "forward hook", "pre-hook", "backward hook", "bias"])
+def test_a_projection_that_is_more_than_a_matrix_runs_itself_for_all_heads_at_once(change):
     _, net = pair(4)
     if change == "another class":
         net.to_q = nn.Sequential(net.to_q, nn.Tanh())
         net.to_q.in_features = DIM
     elif change == "bias":
         net.to_out = nn.Linear(HEADS * WIDTH, DIM).double()
+    elif change == "forward":
+        net.to_out.forward = lambda values, plain=net.to_out.forward: plain(values).tanh()
     elif change == "forward hook":
         net.to_kv.register_forward_hook(lambda module, args, out: 2 * out)
     elif change == "pre-hook":
         net.to_kv.register_forward_pre_hook(lambda module, args: None)
     else:
         net.to_kv.register_full_backward_hook(lambda module, of_in, of_out: None)
-    with pytest.raises(ValueError, match="head_chunks: expected 1 where a projection is replaced or hooked, got 4"):
-        net(tokens())
+    x = tokens(requires_grad=True)
+    for ours in (net, ReversibleSequence([(nn.Identity(), PreNorm(DIM, net).double())])):
+        wanted, found = (x, *ours.parameters()), []
+        for groups in (4, 1):
+            net.head_groups = HeadGroup.split(HEADS, net.kv_heads, groups)
+            with contextlib.nullcontext() if groups == 1 else pytest.warns(match="head_chunks: Attention .* a whole"):
+                out = ours(x)
+                found.append((out, *gradients(out, wanted)))
+        assert_same(*found, 1e-12)
 
 
 @pytest.mark.parametrize("where", ["attention", "block"])
@@ -303,7 +313,7 @@ def test_hooks_on_the_modules_above_the_pieces_run(where):
 
 BIG, LONG = 64, 4096
 UNIT = LONG * BIG * 4  # bytes of one (1, n, dim) tensor
-SLAB = linear_pieces.SLAB_MINIMUM / LONG
+SLAB = normed.SLAB_MINIMUM / LONG
 OF_PARAMETERS = 4 * BIG * BIG * 4
 
 

@@ -209,7 +209,7 @@ def test_a_checkpoint_within_a_block_is_refused_not_given_another_calls_output()
             return checkpoint(self.attention, x, use_reentrant=False)
 
     out = ReversibleSequence([(Checkpointed(), nn.Identity())])(tokens())
-    with pytest.raises(ValueError, match="keep_attention: expected attention to be called in backward as in forward"):
+    with pytest.raises(ValueError, match="keep_attention: expected Attention to be called in backward as in forward"):
         out.sum().backward()
 
 

@@ -136,8 +136,9 @@ def test_cuda_without_a_gpu_takes_fused_attention_where_the_cpu_would_not():
 def test_operations_know_phase_and_module():
     timeline = dry_run(Step(language_model(ff_chunks=2), lambda loss: loss, (TOKENS,), {"labels": TOKENS}), plain())
     found = {(operation.phase, operation.module) for operation in timeline.operations}
-    assert ("forward", "layers.0.0.fn.to_q") in found
-    assert ("backward", "layers.1.0.fn.to_q") in found
+    # A branch that multiplies by itself is known by its last layer.
+    assert ("forward", "layers.0.0.fn.to_out") in found
+    assert ("backward", "layers.1.0.fn.to_out") in found
     assert any(phase == "backward" and module.startswith("layers.0.1.fn.net") for phase, module in found)
     assert {phase for phase, _ in found} == {"forward", "loss", "backward", "optimizer"}
 

@@ -10,6 +10,7 @@ import torch
 from memory_efficient_attention_pytorch import (
     AlibiBias,
     Attention,
+    Chunked,
     FeedForward,
     PreNorm,
     RelativePositionBias,
@@ -23,6 +24,7 @@ from memory_efficient_attention_pytorch import (
 from memory_efficient_attention_pytorch.torch_internals import ALL, Capability, operator, taken_away
 from tests import reference
 from tests.agreement import assert_same
+from tests.branches import TokenMLP
 
 for module in pkgutil.iter_modules(torch_internals.__path__):
     importlib.import_module(f"{torch_internals.__name__}.{module.name}")
@@ -129,7 +131,25 @@ def result_or_refusal(function):
         return str(refusal)
 
 
-@pytest.mark.parametrize("core", [attention, reversal, loss, model, planning], ids=lambda core: core.__name__)
+def hooks():
+    """Of a parameter: they see its gradient once and whole, by hand and in chunks of a module from outside."""
+    found = []
+    for chunks in (1, 3):
+        torch.manual_seed(5)
+        outside = Chunked(TokenMLP(), chunks=chunks).double()
+        ours = PreNorm(8, FeedForward(8, 2, chunks)).double()
+        watched, x = [outside.module.up.weight, ours.fn.net[0].weight], torch.randn(2, 13, 8, dtype=torch.float64)
+        for weight in watched:
+            weight.register_hook(lambda gradient: gradient.square())
+        for _ in range(2):
+            ReversibleSequence([(outside, ours)])(x).sin().sum().backward()
+        found.append([p.grad for net in (outside, ours) for p in net.parameters()])
+    assert_same(found[1], found[0], 1e-9)
+
+
+# Where nobody can tell whether a layer is as it was built, it is computed as a whole.
+@pytest.mark.filterwarnings("ignore:head_chunks")
+@pytest.mark.parametrize("core", [attention, reversal, loss, model, planning, hooks], ids=lambda core: core.__name__)
 @pytest.mark.parametrize("name", NAMES)
 def test_what_serves_instead(name, core):
     torch.manual_seed(0)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from ..common.errors import require
+from ..common.gradients import GradientSums, accumulator
 from .visibility import Tile, canonical_broadcast, narrow_broadcast, slice_broadcast
 
 BiasModule = Callable[..., Tensor]
@@ -86,38 +88,29 @@ class BiasGradient:
     def __init__(self, bias: Bias | None, needed: Sequence[bool], dtype: torch.dtype) -> None:
         leaves = () if bias is None else bias.parameters if bias.tensor is None else (bias.tensor,)
         self.bias = bias
-        self.leaves = leaves
-        self.sums = [
-            torch.zeros_like(leaf, dtype=torch.promote_types(leaf.dtype, dtype)) if need else None
-            for leaf, need in zip(leaves, needed, strict=True)
-        ]
-
-    @property
-    def wanted(self) -> bool:
-        return any(total is not None for total in self.sums)
+        total = accumulator if dtype == torch.float32 else partial(torch.zeros_like, dtype=dtype)
+        self._sums = GradientSums(leaves, needed, total)
+        self.wanted = bool(self._sums.wanted)
 
     def add(self, tile: Tile, batch: slice, heads: slice, grad_scores: Tensor) -> None:
         """Add what the gradient of one tile's scores ``(b, h, i, j)`` contributes."""
         assert self.bias is not None
         if self.bias.tensor is not None:
-            (total,) = self.sums
+            total = self._sums.total(self.bias.tensor)
             assert total is not None
             target = self.bias.with_tensor(total).tile(tile, batch, heads, total.device)
             target += grad_scores.sum_to_size(target.shape)
             return
         with torch.enable_grad():
             values = self.bias.tile(tile, batch, heads, grad_scores.device)
-        wanted = [(leaf, total) for leaf, total in zip(self.leaves, self.sums, strict=True) if total is not None]
-        cotangent = grad_scores.sum_to_size(values.shape).to(values.dtype)
-        found = torch.autograd.grad(values, [leaf for leaf, _ in wanted], cotangent, allow_unused=True)
-        for (_, total), grad in zip(wanted, found, strict=True):
-            if grad is not None:
-                total += grad
+        self._sums.backward(values, grad_scores.sum_to_size(values.shape).to(values.dtype))
 
     @property
     def results(self) -> list[Tensor | None]:
-        """In the dtype of each leaf."""
-        return [t if t is None else t.to(leaf.dtype) for leaf, t in zip(self.leaves, self.sums, strict=True)]
+        """What is left to add for each leaf, in its dtype; zeros where no tile had anything to add."""
+        for leaf in self._sums.wanted:
+            self._sums.total(leaf)
+        return self._sums.results
 
 
 class BiasOfHeads(nn.Module):

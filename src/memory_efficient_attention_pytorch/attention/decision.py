@@ -13,8 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common.autograd import once_differentiable
 from ..common.errors import require
-from ..common.gradients import once_differentiable
 from ..common.precision import full_precision
 from . import cpu_kernel, kernel, naive, onednn, products, sdpa
 from .bias import BiasGradient

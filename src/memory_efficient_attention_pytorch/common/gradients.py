@@ -1,45 +1,19 @@
-"""What the backward passes of this package share: they differentiate once, and add to a leaf's gradient in place."""
+"""Gradients of leaves, summed over the parts of a backward pass; in ``.grad`` itself where nobody could tell."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from contextvars import ContextVar
-from functools import wraps
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
-from torch.autograd.graph import Node, get_gradient_edge
+from torch import Tensor
+from torch.autograd.graph import get_gradient_edge
 
-# Is the pass at work one of create_graph=True? Inside it gradients are off, so that nobody could tell.
-_creates_graph: ContextVar[bool] = ContextVar("creates_graph", default=False)
-
-
-def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
-    """Make the second derivative of an autograd Function an error.
-
-    PyTorch's decorator of this name returns gradients without a graph if the incoming ones have none, so that a penalty
-    on the gradient would count for nothing and nobody would know.
-    """
-
-    @wraps(backward)
-    def wrapped(ctx: Any, *incoming: Tensor) -> tuple[Tensor | None, ...]:
-        if not torch.is_grad_enabled():
-            return backward(ctx, *incoming)
-        before = _creates_graph.set(True)
-        try:
-            with torch.no_grad():
-                gradients = backward(ctx, *incoming)
-        finally:
-            _creates_graph.reset(before)
-        name = backward.__qualname__.split(".")[0].removeprefix("_")
-        message = f"{name} is differentiable once: its gradients cannot be differentiated again"
-        refusal = torch._C._functions.DelayedError(message.encode(), len(gradients))
-        outgoing = [g if g is None else g.detach().requires_grad_() for g in gradients]
-        return refusal(*outgoing)  # type: ignore[arg-type]
-
-    return wrapped
+from ..torch_internals.engine import accumulates
+from ..torch_internals.hooks import node_is_watched, tensor_is_watched
+from ..torch_internals.tensors import are_plain
+from .autograd import creates_graph, vector_jacobian_product
+from .products import add_product
 
 
 def accumulator(leaf: Tensor) -> Tensor:
@@ -59,7 +33,7 @@ def accumulator(leaf: Tensor) -> Tensor:
     Function's own node see what is left to add. A loss that is computed from ``.grad`` itself finds it changed early.
     On a GPU a leaf that several Functions share gets zeros of its size once, which autograd makes of their sum.
     """
-    if may_add_in_place(leaf) and not torch.is_grad_enabled() and not _creates_graph.get() and _will_accumulate(leaf):
+    if may_add_in_place(leaf) and not torch.is_grad_enabled() and not creates_graph() and _will_accumulate(leaf):
         assert leaf.grad is not None
         return leaf.grad
     return fresh_total(leaf)
@@ -83,37 +57,22 @@ def fresh_total(leaf: Tensor) -> Tensor:
 
 
 def may_add_in_place(leaf: Tensor) -> bool:
-    """Has ``leaf`` a gradient that :func:`accumulator` could give, as far as is known before backward?"""
-    if torch.compiler.is_compiling() or torch._C._are_functorch_transforms_active():
+    """True where ``leaf`` has a gradient that :func:`accumulator` could give, as far as is known before backward."""
+    if torch.compiler.is_compiling():
         return False
     grad = leaf.grad if leaf.is_leaf and leaf.requires_grad else None
-    if grad is None or leaf._backward_hooks:
+    if grad is None or tensor_is_watched(leaf):
         return False
     # Tensors of other types may do anything when added to; one with a graph is somebody's to differentiate.
-    plain = all(type(t) in (Tensor, nn.Parameter, FakeTensor) and t.layout == torch.strided for t in (leaf, grad))
+    plain = are_plain(leaf, grad) and all(t.layout == torch.strided for t in (leaf, grad))
     ours = plain and grad.is_contiguous() and not grad.requires_grad and not grad.is_inference()
     return ours and (grad.dtype, grad.device, grad.shape) == (_total_dtype(leaf), leaf.device, leaf.shape)
 
 
 def _will_accumulate(leaf: Tensor) -> bool:
-    """Is a ``.backward()`` at work that will add to ``leaf.grad``, with nobody watching?"""
+    """True inside a ``.backward()`` that will add to ``leaf.grad``, with nobody watching."""
     node = get_gradient_edge(leaf).node
-    try:
-        return torch._C._will_engine_execute_node(node) and not _watched(node) and _on_default_stream(leaf.device)
-    except RuntimeError:  # there is no pass, or it is one of torch.autograd.grad
-        return False
-
-
-def _watched(node: Node) -> bool:
-    """Have hooks been registered on the node itself?"""
-    # Nothing lists them, but a new one is put into one dictionary with the others.
-    for register in (node.register_prehook, node.register_hook):
-        handle: Any = register(lambda *_: None)
-        others = len(handle.hooks_dict_ref()) - 1
-        handle.remove()
-        if others:
-            return True
-    return False
+    return accumulates(node) and not node_is_watched(node) and _on_default_stream(leaf.device)
 
 
 def _on_default_stream(device: torch.device) -> bool:
@@ -127,3 +86,71 @@ def _on_default_stream(device: torch.device) -> bool:
 
 def _total_dtype(leaf: Tensor) -> torch.dtype:
     return torch.promote_types(leaf.dtype, torch.float32)
+
+
+class GradientSums:
+    """The gradients of some leaves, each summed over the parts of one backward pass, in fp32 at least.
+
+    A gradient that comes whole and alone is kept as it is; a second one, a part of one or a product is added to what
+    ``total`` makes.
+
+    Args:
+        leaves: all different, those for which an autograd Function returns :attr:`results`.
+        needed: for each leaf whether its gradient is wanted. Others are not computed, and None.
+        total: makes what a leaf's gradient is summed in: ``.grad`` itself where that can be (:func:`accumulator`,
+            inside a backward pass alone), or zeros (:func:`fresh_total`, anywhere).
+    """
+
+    def __init__(
+        self, leaves: Sequence[Tensor], needed: Sequence[bool], total: Callable[[Tensor], Tensor] = accumulator
+    ) -> None:
+        self._leaves, self._make_total = list(leaves), total
+        self.wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        self._first: dict[Tensor, Tensor] = {}
+        self._totals: dict[Tensor, Tensor] = {}
+        self._needed = set(self.wanted)
+
+    def total(self, leaf: Tensor) -> Tensor | None:
+        """What the leaf's gradient is summed in, to be added to; None where none is wanted."""
+        if leaf not in self._needed:
+            return None
+        if leaf not in self._totals:
+            self._totals[leaf] = self._make_total(leaf)
+            if leaf in self._first:
+                self._totals[leaf].add_(self._first.pop(leaf))
+        return self._totals[leaf]
+
+    def add(self, leaf: Tensor, grad: Tensor | None, place: Any = ..., *, beside: Tensor | None = None) -> None:
+        """Add to a leaf's gradient, at ``place``. One that shares the memory of ``beside`` is copied, not kept."""
+        if grad is None or leaf not in self._needed:
+            return
+        if place is ... and leaf not in self._totals and leaf not in self._first:
+            shared = beside is not None and grad.untyped_storage() is beside.untyped_storage()
+            self._first[leaf] = grad.clone() if shared else grad
+            return
+        total = self.total(leaf)
+        assert total is not None
+        total[place].add_(grad)
+
+    def add_product(self, weight: Tensor, upstream: Tensor, values: Tensor, place: Any = ...) -> None:
+        """Add ``upstreamᵀ values``, over tokens, to the gradient of a linear layer's weight, at ``place``."""
+        total = self.total(weight)
+        if total is not None:
+            add_product(total[place], upstream.flatten(0, -2), values.flatten(0, -2))
+
+    def backward(self, value: Tensor, cotangent: Tensor, inputs: Sequence[Tensor] = ()) -> list[Tensor | None]:
+        """Differentiate ``value``: add the gradients of the leaves and return those of ``inputs``."""
+        found = vector_jacobian_product(value, [*inputs, *self.wanted], cotangent)
+        for leaf in reversed(self.wanted):
+            self.add(leaf, found.pop(), beside=cotangent)
+        return found
+
+    @property
+    def results(self) -> list[Tensor | None]:
+        """What backward returns for each leaf once all is added: what its ``.grad`` has not yet, in its dtype."""
+        return [self._result(leaf) for leaf in self._leaves]
+
+    def _result(self, leaf: Tensor) -> Tensor | None:
+        if leaf in self._totals:
+            return left_to_add(leaf, self._totals[leaf])
+        return self._first[leaf].to(leaf.dtype) if leaf in self._first else None

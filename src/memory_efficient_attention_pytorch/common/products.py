@@ -26,8 +26,6 @@ PART = 2**18
 MULTIPLE = 64
 # By how much oneDNN must be faster to be worth it.
 LEAST_GAIN = 1.5
-# Rows that are few, such as the next token's in a batch.
-FEW = 8
 # Terms of a sum. With fewer, making that memory costs what the product gains; more are split, again for few shapes.
 LEAST_TERMS, MOST_TERMS = 256, 2048
 MOST_COLUMNS = PART // MULTIPLE
@@ -124,18 +122,6 @@ def _parts(length: int, width: int, size: int = PART) -> Iterable[slice]:
     step = max(MULTIPLE, size // max(width, 1) // MULTIPLE * MULTIPLE)
     # Nothing comes into being in a product's first part that would be there in the others.
     return each([slice(start, min(start + step, length)) for start in range(0, length, step)], first=1)
-
-
-def few_rows(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``values (n, k) @ weightᵀ + bias`` of one row or few, for which MKL reads a weight at half the memory's speed."""
-    return _onednn(values, _dense(weight), bias)
-
-
-def worthwhile(rows: int, values: Tensor, weight: Tensor) -> bool:
-    """Is ``values @ weightᵀ`` by oneDNN the faster one, where the values have so many rows?"""
-    if rows < MULTIPLE:
-        return rows <= FEW and weight.numel() >= PART and has_onednn(values, weight)
-    return _worthwhile(weight.shape[1], len(weight)) and has_onednn(values, weight)
 
 
 def _usual(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

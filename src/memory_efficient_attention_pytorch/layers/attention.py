@@ -11,11 +11,11 @@ from ..attention.bias import BiasModule, BiasOfHeads
 from ..attention.functional import BACKENDS, decide, dot_product_attention
 from ..attention.visibility import window_sides
 from ..common.errors import require, require_positive_int, require_probability
-from ..common.recording import Found, Recording
-from ..recompute.pieces import Branch, apply_piecewise, has_hooks
+from ..recompute.by_hand import reason_against, warn_of_whole
+from ..recompute.kept import KeptResults
+from ..recompute.pieces import Branch, apply_piecewise
 from .cache import KVCache
 from .head_groups import HeadGroup, HeadGroupBranch
-from .linear import Linear, is_plain_linear
 from .positions import rotate
 
 
@@ -78,14 +78,14 @@ class Attention(nn.Module):
         fits = not keep_attention or backend != "naive"
         require(fits, "keep_attention", "False with backend 'naive', which keeps every score", repr(keep_attention))
         self.keep_attention = keep_attention
-        self.heads, self.kv_heads, self.dim_head = heads, kv_heads, dim_head
+        self.dim, self.heads, self.kv_heads, self.dim_head = dim, heads, kv_heads, dim_head
         self.dropout, self.causal, self.window, self.backend = dropout, causal, window, backend
         self.memory_efficient = memory_efficient
         self.q_bucket_size, self.k_bucket_size = q_bucket_size, k_bucket_size
         self.head_groups = HeadGroup.split(heads, kv_heads, head_chunks)
-        self.to_q = Linear(dim, heads * dim_head, bias=False)
-        self.to_kv = Linear(dim, 2 * kv_heads * dim_head, bias=False)
-        self.to_out = Linear(heads * dim_head, dim, bias=False)
+        self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
+        self.to_kv = nn.Linear(dim, 2 * kv_heads * dim_head, bias=False)
+        self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
 
     def forward(
         self,
@@ -107,7 +107,7 @@ class Attention(nn.Module):
         positions (see :class:`RotaryEmbedding`), for attention of x to itself. cache: keys and values of earlier
         tokens; mask and document_ids then cover those too.
         """
-        self._check(x, context, rotary, cache)
+        self.check(x, context, rotary, cache)
         given: dict[str, Any] = {
             "context": context,
             "mask": mask,
@@ -117,27 +117,39 @@ class Attention(nn.Module):
             "document_ids": document_ids,
             "rotary": rotary,
         }
-        if len(self.head_groups) > 1 and cache is None:
+        if len(self.head_groups) > 1 and cache is None and self._reason_against_groups() is None:
             return apply_piecewise(self.as_branch({k: v for k, v in given.items() if v is not None}), x)
         del given["context"]
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
         k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
         out = self.attend(q, k, v, cache=cache, **given)
-        return self.to_out(out.transpose(1, 2).flatten(2))
+        merged: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
+        return merged
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
-        """Pieces over groups of heads; a single piece when there is one group or the projections are not plain ones."""
+        """Pieces over groups of heads, or all of it at once where the projections have to run by themselves."""
         kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "memory_efficient"}
-        plain = all(
-            is_plain_linear(p) and p.bias is None and not has_hooks(p) for p in (self.to_q, self.to_kv, self.to_out)
-        )
-        if len(self.head_groups) > 1 and "cache" not in kwargs:
-            require(plain, "head_chunks", "1 where a projection is replaced or hooked", len(self.head_groups))
+        if "cache" not in kwargs and self._reason_against_groups() is None:
             return HeadGroupBranch(self, norm, kwargs)
         if norm is None:
             return Branch(self, [self], kwargs)
         return Branch(lambda x, **kw: self(norm(x), **kw), [norm, self], kwargs)
+
+    def _reason_against_groups(self) -> str | None:
+        """Why the projections cannot be computed for some heads at a time, of which a warning tells who asked for it.
+
+        None: they can.
+        """
+        for name in ("to_q", "to_kv", "to_out"):
+            projection = getattr(self, name)
+            reason = reason_against(projection, nn.Linear) or ("it has a bias" if projection.bias is not None else None)
+            if reason is not None:
+                reason = f"of {name}, {reason}"
+                if len(self.head_groups) > 1:
+                    warn_of_whole(self, "head_chunks", reason)
+                return reason
+        return None
 
     def attend(
         self,
@@ -175,13 +187,15 @@ class Attention(nn.Module):
             "q_bucket_size": self.q_bucket_size if q_bucket_size is None else q_bucket_size,
             "k_bucket_size": self.k_bucket_size if k_bucket_size is None else k_bucket_size,
         }
-        recording = Recording.active() if self.keep_attention else None
-        if recording is None:
-            return dot_product_attention(q, k, v, **options)
+        kept = KeptResults.active() if self.keep_attention else None
+        if kept is None:
+            out: Tensor = dot_product_attention(q, k, v, **options)
+            return out
         decision, *heads = decide(q, k, v, keep=True, **options)
-        compute = lambda: Found(decision.without_tensors(), decision.compute(*heads))  # noqa: E731
-        found = recording.find(self, compute, self.keep_attention == "cpu")
-        return found.by.of_request(decision.request).resume(found.tensors, *heads)
+        how: Any = {"offload": self.keep_attention == "cpu", "option": "keep_attention"}
+        first, results = kept.fetch(self, lambda: (decision.without_tensors(), decision.compute(*heads)), **how)
+        # As decided in the forward pass, whatever would be decided now.
+        return first.of_request(decision.request).resume(results, *heads)
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
         """What is done to projected queries and keys before they meet, and the scale of their products."""
@@ -192,13 +206,15 @@ class Attention(nn.Module):
         """How many keys before its own a query sees."""
         return window_sides(self.window)[0]
 
-    def _check(self, x: Tensor, context: Tensor | None, rotary: Any, cache: KVCache | None) -> None:
+    def check(
+        self, x: Tensor, context: Tensor | None = None, rotary: Any = None, cache: KVCache | None = None, **_: Any
+    ) -> None:
+        """Raise ValueError for arguments of :meth:`forward` that do not go together."""
         for argument, tensor in (("x", x), ("context", context)):
             if tensor is None:
                 continue
-            width = self.to_q.in_features if argument == "x" else self.to_kv.in_features
-            fits = tensor.dim() == 3 and tensor.shape[-1] == width
-            require(fits, argument, f"shape (batch, tokens, {width})", tuple(tensor.shape))
+            fits = tensor.dim() == 3 and tensor.shape[-1] == self.dim
+            require(fits, argument, f"shape (batch, tokens, {self.dim})", tuple(tensor.shape))
         same_batch = context is None or len(context) == len(x)
         require(same_batch, "context", f"batch {len(x)}, that of x", None if context is None else len(context))
         require(context is None or (rotary is None and cache is None), "context", "none beside rotary or cache", "both")
@@ -221,6 +237,8 @@ class FlashAttention(Attention):
 
     def __init__(self, *, dim: int, **kwargs: Any) -> None:
         super().__init__(dim=dim, **{"memory_efficient": True, **kwargs})
+
+    as_branch = Attention.as_branch  # which its forward agrees with
 
     def forward(  # type: ignore[override]
         self,

@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from ..common.dry_run import each
 from ..common.errors import require, require_positive_int
 from ..common.products import Scratch
-from ..recompute.linear_pieces import Gradients, compute_dtype, normed_piece
-from ..recompute.pieces import Add, Branch, ChunkBranch, apply_piecewise, has_hooks, pieces_of
+from ..recompute.by_hand import reason_against
+from ..recompute.normed import Normed, compute_dtype, is_norm_of_tokens
+from ..recompute.pieces import Add, Branch, ChunkBranch, Repetition, apply_piecewise, pieces_of
 from .chunked import chunked_branch
-from .linear import Linear, is_plain_linear
 
 
 class FeedForward(nn.Module):
@@ -28,21 +29,23 @@ class FeedForward(nn.Module):
         for argument, value in (("dim", dim), ("mult", mult), ("chunks", chunks)):
             require_positive_int(argument, value)
         self.chunks = chunks
-        self.net = nn.Sequential(Linear(dim, dim * mult), nn.GELU(), Linear(dim * mult, dim))
+        self.net = nn.Sequential(nn.Linear(dim, dim * mult), nn.GELU(), nn.Linear(dim * mult, dim))
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         require(not kwargs, "FeedForward", "no keyword arguments", ", ".join(kwargs))
-        if self.chunks > 1 and self._plain:
+        if self._plain:
             return FeedForwardBranch(self.net, norm, self.chunks)
         return chunked_branch(self.net, norm, chunks=self.chunks)
 
     @property
     def _plain(self) -> bool:
-        """Is everything as it was built, with nobody watching the layers?"""
-        layers = list(self.net)
-        built = len(layers) == 3 and type(layers[1]) is nn.GELU and all(map(is_plain_linear, layers[::2]))
-        unwatched = not any(has_hooks(module) for module in self.net.modules())
-        return built and unwatched and layers[0].bias is not None and layers[2].bias is not None
+        """True where everything is as it was built, with nobody watching the layers."""
+        if len(self.net) != 3 or reason_against(self.net, nn.Sequential) is not None:
+            return False
+        linear, activation, last = self.net
+        known = ((linear, nn.Linear), (activation, nn.GELU), (last, nn.Linear))
+        plain = all(reason_against(module, kind) is None for module, kind in known)
+        return plain and linear.bias is not None and last.bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) if self.chunks == 1 else apply_piecewise(self.as_branch({}), x)
@@ -57,39 +60,29 @@ class FeedForwardBranch(ChunkBranch):
         self.net: Any = net
         self.norm = norm
 
-    def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
+    def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
+        normed = Normed(x, self.norm)
         net = _Cast(self.net, compute_dtype(x), x.device)
-        for index in self.slices(x):
-            values = x[index] if self.norm is None else self.norm(x[index])
-            hidden, _ = net.hidden(values.to(net.scratch.dtype))
+        for index in each(self.slices(x)):
+            hidden, _ = net.hidden(normed.at(index).to(net.scratch.dtype))
             add(index, net.out(hidden))
 
-    def differentiate(
-        self,
-        x: Tensor,
-        inputs: Sequence[Tensor],
-        needed: Sequence[bool],
-        cotangent: Tensor,
-        add: Add | None,
-        add_gradient: Add | None,
-    ) -> list[Tensor | None]:
+    def compute_again(self, x: Tensor, kwargs: dict[str, Any], again: Repetition) -> None:
+        normed, sums = Normed(x, self.norm), again.sums
         inner, _, outer = self.net
-        grads = Gradients(self.leaves(inputs, needed), needed, add_gradient)
         net = _Cast(self.net, compute_dtype(x), x.device)
-        for index in self.slices(x):
-            piece, normed = normed_piece(x, index, self.norm)
-            values = normed.detach().to(net.scratch.dtype)
+        for index in each(self.slices(x)):
+            values = normed.with_graph(index).to(net.scratch.dtype)
             hidden, before = net.hidden(values)
-            if add is not None:
-                add(index, net.out(hidden))
-            upstream = cotangent[index].to(net.scratch.dtype)
-            grads.add_product(outer.weight, upstream, hidden)
-            grads.add(outer.bias, _over_tokens(upstream))
+            if again.add is not None:
+                again.add(index, net.out(hidden))
+            upstream = again.cotangent[index].to(net.scratch.dtype)
+            sums.add_product(outer.weight, upstream, hidden)
+            sums.add(outer.bias, _over_tokens(upstream))
             upstream = net.through_activation(upstream, before)
-            grads.add_product(inner.weight, upstream, values)
-            grads.add(inner.bias, _over_tokens(upstream))
-            grads.through_norm(index, self.norm, piece, normed, net.through_inner(upstream))
-        return grads.totals
+            sums.add_product(inner.weight, upstream, values)
+            sums.add(inner.bias, _over_tokens(upstream))
+            normed.backward(index, net.through_inner(upstream), again)
 
 
 class _Cast:
@@ -113,7 +106,8 @@ class _Cast:
         """From the output's cotangent to that of ``before``; overwrites the hidden values."""
         inward = self.scratch.linear("hidden", upstream, self.outer[0].t())
         how = self.activation.approximate
-        return torch.ops.aten.gelu_backward.grad_input(inward, before, approximate=how, grad_input=inward)
+        torch.ops.aten.gelu_backward.grad_input(inward, before, approximate=how, grad_input=inward)
+        return inward
 
     def through_inner(self, upstream: Tensor) -> Tensor:
         return self.scratch.linear("out", upstream, self.inner[0].t())
@@ -133,8 +127,9 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def as_branch(self, kwargs: Mapping[str, Any]) -> Branch:
-        offer = pieces_of(self.fn)
+        offer = pieces_of(self.fn) if is_norm_of_tokens(self.norm) else None
         return Branch(self, [self], kwargs) if offer is None else offer(kwargs, norm=self.norm)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
-        return self.fn(self.norm(x), **kwargs)
+        out: Tensor = self.fn(self.norm(x), **kwargs)
+        return out

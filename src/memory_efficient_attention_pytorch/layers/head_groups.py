@@ -6,8 +6,8 @@ projections is applied to a slab of tokens where it is needed, forward and backw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,11 +15,8 @@ from torch import Tensor, nn
 from ..common.dry_run import each
 from ..common.errors import require
 from ..common.products import Scratch, linear_into
-from ..recompute.linear_pieces import Gradients, compute_dtype, normed_piece, slabs
-from ..recompute.pieces import Add, Branch, vector_jacobian_product
-
-if TYPE_CHECKING:
-    from .attention import Attention
+from ..recompute.normed import Normed, compute_dtype, slabs
+from ..recompute.pieces import Add, Branch, Repetition
 
 
 class HeadGroup(NamedTuple):
@@ -42,11 +39,29 @@ class HeadGroup(NamedTuple):
         )
 
 
+class GroupedAttention(Protocol):
+    """What :class:`HeadGroupBranch` asks of an attention module: plain projections, and attention of some heads."""
+
+    to_q: nn.Linear
+    to_kv: nn.Linear
+    to_out: nn.Linear
+    kv_heads: int
+    dim_head: int
+    keep_attention: bool | str
+    head_groups: tuple[HeadGroup, ...]
+
+    def check(self, x: Tensor, **kwargs: Any) -> None:
+        """Raise ValueError for x and keyword arguments that do not go together."""
+
+    @property
+    def attend(self) -> Callable[..., Tensor]:
+        """``attend(q, k, v, group=group, …)`` of heads ``(b, heads, n, d)`` → the same shape."""
+
+
 class _Source(NamedTuple):
     """Tokens that are projected: x after its norm, or a context; with the rows of the weights that project them."""
 
-    tokens: Tensor
-    norm: nn.Module | None
+    tokens: Normed
     rows: tuple[tuple[Tensor, slice], ...]
     is_context: bool = False
 
@@ -58,20 +73,20 @@ class HeadGroupBranch(Branch):
     """``to_out(attend(norm(x)))`` as a sum over groups of heads."""
 
     overlapping = True
-    single_piece = False
 
-    def __init__(self, attention: Attention, norm: nn.Module | None, kwargs: Mapping[str, Any]) -> None:
-        modules = [attention] if norm is None else [norm, attention]
-        super().__init__(attention, modules, kwargs)
+    def __init__(self, attention: GroupedAttention, norm: nn.Module | None, kwargs: Mapping[str, Any]) -> None:
+        modules: Any = [attention] if norm is None else [norm, attention]
+        super().__init__(attention.attend, modules, kwargs)
         self.attention, self.norm = attention, norm
+        self.single_piece = len(attention.head_groups) == 1
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
         # Partial sums over groups are kept in fp32 at least, as one product over all heads would.
         dtype = torch.promote_types(value.dtype, torch.float32)
         return value.new_zeros(*x.shape[:2], value.shape[-1], dtype=dtype)
 
-    def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
-        kwargs = self.kwargs(inputs)
+    def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
+        self.attention.check(x, **kwargs)
         context = kwargs.pop("context", None)
         scratch = Scratch(compute_dtype(x), x.device)
         for group in self._groups():
@@ -80,19 +95,8 @@ class HeadGroupBranch(Branch):
             del heads
             self._emit(out, group, scratch, add)
 
-    def differentiate(
-        self,
-        x: Tensor,
-        inputs: Sequence[Tensor],
-        needed: Sequence[bool],
-        cotangent: Tensor,
-        add: Add | None,
-        add_gradient: Add | None,
-    ) -> list[Tensor | None]:
-        leaves = self.leaves(inputs, needed)
-        kwargs = self.kwargs(leaves)
+    def compute_again(self, x: Tensor, kwargs: dict[str, Any], again: Repetition) -> None:
         context = kwargs.pop("context", None)
-        grads = Gradients(leaves, needed, add_gradient)
         scratch = Scratch(compute_dtype(x), x.device)
         for group in self._groups():
             sources = self._sources(x, context, group)
@@ -100,20 +104,16 @@ class HeadGroupBranch(Branch):
             with torch.enable_grad():
                 out = self.attention.attend(*heads, group=group, **kwargs)
             values = _tokens(out.detach())
-            if add is not None:
-                self._emit(values, group, scratch, add)
-            grad_values = self._through_output(values, cotangent, group, scratch, grads)
+            if again.add is not None:
+                self._emit(values, group, scratch, again.add)
+            grad_values = self._through_output(values, group, scratch, again)
             del values
-            wanted = grads.wanted
-            found = list(vector_jacobian_product(out, [*heads, *wanted], _heads(grad_values, out)))
+            of_heads = again.sums.backward(out, _heads(grad_values, out), heads)
             del out, heads, grad_values
-            while wanted:
-                grads.add(wanted.pop(), found.pop())
-            self._through_projections(sources, found, scratch, grads)
-        return grads.totals
+            self._through_projections(sources, of_heads, scratch, again)
 
     def _groups(self) -> Iterable[HeadGroup]:
-        # What is kept of each group adds up: the last finds that of all others.
+        # What is kept of each group adds up: the last finds that of all others, as in the whole loop.
         return each(self.attention.head_groups, last=1 if self.attention.keep_attention else 0)
 
     def _sources(self, x: Tensor, context: Tensor | None, group: HeadGroup) -> list[_Source]:
@@ -122,20 +122,20 @@ class HeadGroupBranch(Branch):
         q = (attention.to_q.weight, _scaled(group.heads, width))
         k = (attention.to_kv.weight, _scaled(group.kv_heads, width))
         v = (attention.to_kv.weight, _scaled(group.kv_heads, width, half))
+        normed = Normed(x, self.norm)
         if context is None:
-            return [_Source(x, self.norm, (q, k, v))]
-        return [_Source(x, self.norm, (q,)), _Source(context, None, (k, v), is_context=True)]
+            return [_Source(normed, (q, k, v))]
+        return [_Source(normed, (q,)), _Source(Normed(context), (k, v), is_context=True)]
 
     def _project(self, sources: Sequence[_Source], scratch: Scratch) -> tuple[Tensor, ...]:
         """q, k and v of the group's heads ``(b, heads, tokens, d)``, views of one buffer per source."""
         found: list[Tensor] = []
         for number, source in enumerate(sources):
-            tokens = source.tokens
+            x = source.tokens.x
             weight = source.weight(scratch.dtype)
-            buffer = scratch.take(f"projected {number}", *tokens.shape[:2], len(weight))
-            for index in slabs(tokens):
-                normed = tokens[index] if source.norm is None else source.norm(tokens[index])
-                rows = normed.to(scratch.dtype).flatten(0, 1)
+            buffer = scratch.take(f"projected {number}", *x.shape[:2], len(weight))
+            for index in each(slabs(x)):
+                rows = source.tokens.at(index).to(scratch.dtype).flatten(0, 1)
                 linear_into(buffer[index].view(len(rows), len(weight)), rows, weight)
             sizes = [rows.stop - rows.start for _, rows in source.rows]
             found += [t.unflatten(-1, (-1, self.attention.dim_head)).transpose(1, 2) for t in buffer.split(sizes, -1)]
@@ -144,46 +144,44 @@ class HeadGroupBranch(Branch):
     def _emit(self, values: Tensor, group: HeadGroup, scratch: Scratch, add: Add) -> None:
         columns = _scaled(group.heads, self.attention.dim_head)
         weight = self.attention.to_out.weight[:, columns].to(values.dtype)
-        for index in slabs(values):
+        for index in each(slabs(values)):
             add(index, scratch.linear("slab", values[index], weight))
 
-    def _through_output(
-        self, values: Tensor, cotangent: Tensor, group: HeadGroup, scratch: Scratch, grads: Gradients
-    ) -> Tensor:
+    def _through_output(self, values: Tensor, group: HeadGroup, scratch: Scratch, again: Repetition) -> Tensor:
         """Back through the output projection: the gradient of ``values (b, n, heads·d)``."""
         columns = _scaled(group.heads, self.attention.dim_head)
         output = self.attention.to_out.weight
         weight = output[:, columns].to(values.dtype)
         back = scratch.take("back", *values.shape)
-        for index in slabs(values):
-            upstream = cotangent[index].to(values.dtype)
+        for index in each(slabs(values)):
+            upstream = again.cotangent[index].to(values.dtype)
             rows = upstream.flatten(0, 1)
             linear_into(back[index].view(len(rows), weight.shape[1]), rows, weight.t())
-            grads.add_product(output, upstream, values[index], (slice(None), columns))
+            again.sums.add_product(output, upstream, values[index], (slice(None), columns))
         return back
 
     def _through_projections(
-        self, sources: Sequence[_Source], of_heads: list[Any], scratch: Scratch, grads: Gradients
+        self, sources: Sequence[_Source], of_heads: list[Any], scratch: Scratch, again: Repetition
     ) -> None:
         """Back through the projections and the norm, slab by slab; consumes ``of_heads``."""
         for source in sources:
             mine = [of_heads.pop(0).transpose(1, 2) for _ in source.rows]
             weight = source.weight(scratch.dtype)
-            for index in slabs(source.tokens):
-                upstream = scratch.take("joined", *source.tokens[index].shape[:2], len(weight))
+            x = source.tokens.x
+            for index in each(slabs(x)):
+                upstream = scratch.take("joined", *x[index].shape[:2], len(weight))
                 torch.cat([t[index].flatten(2) for t in mine], dim=-1, out=upstream)
-                piece, normed = normed_piece(source.tokens, index, source.norm)
-                values = normed.detach().to(upstream.dtype)
+                values = source.tokens.with_graph(index).to(upstream.dtype)
                 start = 0
                 for matrix, rows in source.rows:
                     stop = start + rows.stop - rows.start
-                    grads.add_product(matrix, upstream[..., start:stop], values, rows)
+                    again.sums.add_product(matrix, upstream[..., start:stop], values, rows)
                     start = stop
                 back = scratch.linear("slab", upstream, weight.t())
                 if source.is_context:
-                    grads.add(source.tokens, back, index)
+                    again.sums.add(x, back, index)
                 else:
-                    grads.through_norm(index, source.norm, piece, normed, back)
+                    source.tokens.backward(index, back, again)
 
 
 def _scaled(heads: slice, width: int, offset: int = 0) -> slice:
@@ -198,4 +196,5 @@ def _tokens(heads: Tensor) -> Tensor:
 
 def _heads(tokens: Tensor, like: Tensor) -> Tensor:
     """``(b, n, heads·d)`` → ``(b, heads, n, d)``."""
-    return tokens.unflatten(-1, (like.shape[1], like.shape[3])).transpose(1, 2)
+    heads: Tensor = tokens.unflatten(-1, (like.shape[1], like.shape[3]))
+    return heads.transpose(1, 2)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import require
-from ..recompute.reversal import Grid, Tape, _advance, _Exit, _OntoGrid
+from ..recompute.reversal import Chain, Grid, OntoGrid, SumOfStreams, advance
 
 Routes = Mapping[str, Sequence[tuple[bool, bool]]]
 
@@ -32,17 +32,17 @@ class ReversibleBlock(nn.Sequential):
         self,
         x1: Tensor,
         x2: Tensor,
-        tape: Tape,
+        chain: Chain,
         f_kwargs: Mapping[str, Any],
         g_kwargs: Mapping[str, Any],
     ) -> tuple[Tensor, Tensor]:
         """Two streams in and out."""
         streams = (x1, x2)
-        tape.enter(*streams)
+        chain.enter(*streams)
         for module, kwargs in ((self.f, f_kwargs), (self.g, g_kwargs)):
-            streams = _advance(module, tape, *streams, kwargs)
-            tape.watch(streams[1])
-        tape.leave(*streams)
+            streams = advance(module, chain, *streams, kwargs)
+            chain.watch(streams[1])
+        chain.leave(*streams)
         return streams
 
 
@@ -103,18 +103,19 @@ class ReversibleSequence(nn.Sequential):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """x ``(…, d)`` → ``(…, d)`` in x's dtype."""
-        tape, y1, y2 = self.streams(x, **kwargs)
+        chain, y1, y2 = self.streams(x, **kwargs)
         if not self.reverses:
             return (y1 + y2).to(x.dtype)
-        return _Exit.apply(tape, y1, y2)
+        out: Tensor = SumOfStreams.apply(chain, y1, y2)
+        return out
 
     @property
     def reverses(self) -> bool:
-        """Will backward rebuild activations: not asked to store them, and there will be a backward."""
+        """True where backward will rebuild activations: there will be one, and nobody asked to store them."""
         return self.reversible and torch.is_grad_enabled()
 
-    def streams(self, x: Tensor, **kwargs: Any) -> tuple[Tape, Tensor, Tensor]:
-        """Both streams after the last block, and what their consumer's backward must :meth:`Tape.begin`."""
+    def streams(self, x: Tensor, **kwargs: Any) -> tuple[Chain, Tensor, Tensor]:
+        """Both streams after the last block, and what their consumer's backward must :meth:`Chain.begin`."""
         for keyword in kwargs:
             require(
                 keyword in self.args_route,
@@ -122,16 +123,16 @@ class ReversibleSequence(nn.Sequential):
                 f"a keyword of args_route ({', '.join(self.args_route)})",
                 "no route",
             )
-        tape = Tape(self.grid if self.exact else None, x.dtype, self.reverses, in_pieces="cache" not in kwargs)
-        stream = _OntoGrid.apply(x, self.grid) if self.exact else x
+        chain = Chain(self.grid if self.exact else None, x.dtype, self.reverses, in_pieces="cache" not in kwargs)
+        stream = OntoGrid.apply(x, self.grid) if self.exact else x
         # Two nodes in the graph: gradients are then added up in one order, whether activations are stored or not.
         streams = (stream.view_as(stream), stream.view_as(stream))
         for i, block in enumerate(self):
             routed = [{k: v for k, v in kwargs.items() if self.args_route[k][i][side]} for side in (0, 1)]
-            streams = block(*streams, tape, *routed)
-        tape.enter(*streams)
-        tape.report(stream.dtype)
-        return tape, *streams
+            streams = block(*streams, chain, *routed)
+        chain.enter(*streams)
+        chain.report(stream.dtype)
+        return chain, *streams
 
 
 def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

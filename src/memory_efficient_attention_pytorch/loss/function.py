@@ -21,10 +21,11 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.autograd import once_differentiable
 from ..common.dry_run import each, working_on
-from ..common.gradients import accumulator, fresh_total, left_to_add, may_add_in_place, once_differentiable
+from ..common.gradients import accumulator, fresh_total, left_to_add, may_add_in_place
 from ..common.precision import full_precision
-from ..recompute.pieces import Replay
+from ..recompute.replay import Replay
 from ..torch_internals.engine import graph_is_kept
 from .chunk import ChunkLoss, full_dtype
 from .rows import Rows, RowSource

@@ -13,35 +13,37 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ..common.gradients import once_differentiable
-from ..recompute.pieces import Totals, vector_jacobian_product
-from ..recompute.reversal import Tape
+from ..common.autograd import once_differentiable
+from ..common.gradients import GradientSums, fresh_total
+from ..recompute.parameters import SeenParameters
+from ..recompute.reversal import Chain
 from .rows import RowSource
 
 
-def normed_sum(norm: nn.Module, tape: Tape, y1: Tensor, y2: Tensor) -> RowSource:
+def normed_sum(norm: nn.Module, chain: Chain, y1: Tensor, y2: Tensor) -> RowSource:
     """``norm(y1 + y2)``: of :meth:`ReversibleSequence.streams` ``(b, n, d)``, by a token-wise norm."""
-    tensors = (_ChainEnd.apply(tape, y1, y2), y2.detach(), *norm.parameters())
-    return RowSource(y1.shape, tape.dtype, tensors, partial(_NormedSum, norm, tape.dtype), random=True)
+    seen = SeenParameters([norm])
+    tensors = (_ChainEnd.apply(chain, y1, y2), y2.detach(), *seen.take())
+    return RowSource(y1.shape, chain.dtype, tensors, partial(_NormedSum, norm, seen, chain.dtype), random=True)
 
 
 class _ChainEnd(torch.autograd.Function):
     """The first stream, whose gradient is that of the sum and so of both: with it the chain's backward starts."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, y1: Tensor, y2: Tensor) -> Tensor:
-        ctx.tape = tape
-        ctx.save_for_backward(*((y1, y2) if tape.rebuild else ()))
+    def forward(ctx: Any, chain: Chain, y1: Tensor, y2: Tensor) -> Tensor:
+        ctx.chain = chain
+        ctx.save_for_backward(*((y1, y2) if chain.rebuild else ()))
         return y1.detach()
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, of_sum: Tensor) -> tuple[None, Tensor, Tensor]:
-        if not ctx.tape.rebuild:
+        if not ctx.chain.rebuild:
             return None, of_sum, of_sum
         # Nobody else has the gradient that the loss made of the sum, so the steps may overwrite it.
         of_both = (of_sum, of_sum.clone())
-        ctx.tape.begin(*ctx.saved_tensors, *of_both)
+        ctx.chain.begin(*ctx.saved_tensors, *of_both)
         return None, *of_both
 
 
@@ -49,30 +51,35 @@ class _NormedSum:
     """Rows ``norm(y1 + y2)``; their gradient goes back through norm to the sum, for which y1 stands."""
 
     def __init__(
-        self, norm: nn.Module, dtype: torch.dtype, needed: Sequence[bool], y1: Tensor, y2: Tensor, *_: Tensor
+        self,
+        norm: nn.Module,
+        seen: SeenParameters,
+        dtype: torch.dtype,
+        needed: Sequence[bool],
+        y1: Tensor,
+        y2: Tensor,
+        *parameters: Tensor,
     ) -> None:
         self.streams = y1.flatten(0, -2), y2.flatten(0, -2)
-        self.norm, self.dtype = norm, dtype
+        self.norm, self.seen, self.dtype = norm, seen, dtype
         self.differentiable = any(needed)
-        # The norm's own parameters: what was kept for backward may be copies of them.
-        self.of_norm = Totals(list(norm.parameters()), needed[2:])
+        self.leaves = seen.leaves(parameters, needed[2:])
+        self.of_norm = GradientSums(self.leaves, needed[2:], fresh_total)
         self.of_sum = torch.empty_like(y1, memory_format=torch.contiguous_format) if needed[0] else None
 
     def forward(self, chunk: slice) -> Tensor:
         first, second = (stream[chunk] for stream in self.streams)
         self.sum = (first + second).to(self.dtype).requires_grad_(self.of_sum is not None)
-        with torch.set_grad_enabled(self.differentiable):
+        with torch.set_grad_enabled(self.differentiable), self.seen.held(self.leaves):
             self.normed = self.norm(self.sum)
         normed: Tensor = self.normed.detach()
         return normed
 
     def backward(self, chunk: slice, cotangent: Tensor) -> None:
-        leaves = [*self.of_norm.leaves, *([] if self.of_sum is None else [self.sum])]
-        found = vector_jacobian_product(self.normed, leaves, cotangent.to(self.normed.dtype))
-        self.of_norm.add(found[: len(self.of_norm.leaves)], cotangent)
-        if self.of_sum is not None and found[-1] is not None:
-            self.of_sum.flatten(0, -2)[chunk] = found[-1]
+        (found,) = self.of_norm.backward(self.normed, cotangent.to(self.normed.dtype), [self.sum])
+        if self.of_sum is not None and found is not None:
+            self.of_sum.flatten(0, -2)[chunk] = found
         del self.sum, self.normed
 
     def gradients(self) -> list[Tensor | None]:
-        return [self.of_sum, None, *self.of_norm.gradients]
+        return [self.of_sum, None, *self.of_norm.results]

@@ -12,13 +12,13 @@ from ..common.errors import require
 from ..layers.attention import Attention, FlashAttention
 from ..layers.cache import KVCache
 from ..layers.feedforward import FeedForward, PreNorm
-from ..layers.linear import Linear, is_plain_linear
 from ..layers.positions import AlibiBias, RotaryEmbedding
 from ..layers.reversible import ReversibleSequence
 from ..loss.linear_cross_entropy import linear_cross_entropy
 from ..loss.reversible import normed_sum
 from ..loss.rows import RowSource
-from ..recompute.pieces import has_hooks
+from ..recompute.by_hand import reason_against
+from ..recompute.normed import is_norm_of_tokens
 from .config import TransformerConfig, built_from
 
 __all__ = ["FeedForward", "PreNorm", "Transformer"]
@@ -62,7 +62,7 @@ class Transformer(nn.Module):
         route = {name: [(True, False)] * depth for name in ("mask", "attn_bias", "rotary", "cache")}
         self.layers = ReversibleSequence(pairs, route, exact=config.exact, reversible=config.reversible)
         norm, tied = nn.LayerNorm(dim), config.tie_embeddings
-        self.to_logits = nn.Sequential(norm) if tied else nn.Sequential(norm, Linear(dim, num_tokens))
+        self.to_logits = nn.Sequential(norm) if tied else nn.Sequential(norm, nn.Linear(dim, num_tokens))
         if tied:
             # Logits of unit variance at the start, where an embedding's usual N(0, 1) would give √dim times that.
             nn.init.normal_(self.token_emb.weight, std=dim**-0.5)
@@ -106,13 +106,13 @@ class Transformer(nn.Module):
     def _plain_head(self) -> bool:
         """Is the last layer as it was built, with nobody watching, so that its weights say it all?"""
         _, *head = self.to_logits
-        return all(is_plain_linear(layer) and not has_hooks(layer) for layer in head) and not has_hooks(self.to_logits)
+        known = ((self.to_logits, nn.Sequential), *((layer, nn.Linear) for layer in head))
+        return all(reason_against(module, kind) is None for module, kind in known)
 
     def _rows(self, tokens: Tensor, given: dict[str, Any]) -> Tensor | RowSource:
         """The last layer's input: made chunk by chunk where the blocks and the norm are as built and nobody watches."""
         norm = self.to_logits[0]
-        token_wise = type(norm) is nn.LayerNorm and len(norm.normalized_shape) == 1
-        if not token_wise or has_hooks(norm) or has_hooks(self.layers):
+        if not is_norm_of_tokens(norm) or reason_against(self.layers) is not None:
             return norm(self._through(self.layers, tokens, given))
         return normed_sum(norm, *self._through(self.layers.streams, tokens, given))
 

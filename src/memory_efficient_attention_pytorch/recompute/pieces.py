@@ -7,71 +7,25 @@ piece's intermediate values live only while that piece is at work, and nothing i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
-from functools import cached_property
-from typing import Any
+import copy
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..common.autograd import once_differentiable
 from ..common.dry_run import each, working_on
 from ..common.errors import require
-from ..common.gradients import once_differentiable
-from ..common.recording import Recording
+from ..common.gradients import GradientSums
+from .by_hand import reason_against
+from .parameters import SeenParameters
+from .replay import Replay
 
 Index = tuple[Any, ...]
 Add = Callable[[Index, Tensor], None]
-
-
-class Replay:
-    """Random state and autocast settings of a forward pass, to be put back when it is computed again.
-
-    And the attentions that are not to be computed again. To be made where gradients are on if there will be a backward.
-    """
-
-    def __init__(self, *tensors: Tensor) -> None:
-        self.cpu_state = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*tensors)
-        self.device_type = tensors[0].device.type
-        kinds = {"cpu", self.device_type} - {"meta"}
-        self.autocast = {
-            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)
-        }
-        self.recording = Recording() if torch.is_grad_enabled() else None
-
-    @contextmanager
-    def settings(self) -> Iterator[None]:
-        """The recorded autocast settings, without its weight cache.
-
-        A weight cast under ``no_grad`` and then found in the cache by the recomputation would get no gradient.
-        """
-        with ExitStack() as stack:
-            for kind, (enabled, dtype) in self.autocast.items():
-                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
-            yield
-
-    @contextmanager
-    def first(self) -> Iterator[None]:
-        """The forward pass."""
-        with self.settings(), nullcontext() if self.recording is None else self.recording.record():
-            yield
-
-    def release(self) -> tuple[Tensor, ...]:
-        """The tensors that :meth:`again` asks for."""
-        return () if self.recording is None else self.recording.release()
-
-    @contextmanager
-    def again(self, kept: Sequence[Tensor]) -> Iterator[None]:
-        """The pass repeated; the caller's random state is put back afterwards."""
-        kind = self.device_type if self.devices else "cuda"
-        recorded = nullcontext() if self.recording is None else self.recording.replay(kept)
-        with torch.random.fork_rng(self.devices, device_type=kind), self.settings(), recorded:
-            torch.set_rng_state(self.cpu_state)
-            set_device_states(self.devices, self.states, device_type=kind)
-            yield
 
 
 class Branch:
@@ -79,8 +33,7 @@ class Branch:
 
     ``inputs`` are the tensors besides x that may be differentiated: those among the keyword arguments (nested ones
     too), then the parameters. They are handed to an autograd Function, which keeps them; the branch itself keeps no
-    tensor but parameters. ``overlapping``: several pieces add to the same slice of the output. ``single_piece``:
-    all of it at once.
+    tensor. ``overlapping``: several pieces add to the same slice of the output. ``single_piece``: all of it at once.
     """
 
     overlapping = False
@@ -90,40 +43,34 @@ class Branch:
         self, function: Callable[..., Tensor], modules: Sequence[nn.Module], kwargs: Mapping[str, Any]
     ) -> None:
         self.function = function
-        flat, self._spec = tree_flatten(dict(kwargs))
-        self._flat = [None if isinstance(leaf, Tensor) else leaf for leaf in flat]
-        self._places = [i for i, leaf in enumerate(flat) if isinstance(leaf, Tensor)]
-        self._tensors = [flat[i] for i in self._places]
-        self._holders = [*modules, *(leaf for leaf in flat if isinstance(leaf, nn.Module))]
+        holders = list(modules)
+        self._tensors: list[Tensor] = []
 
-    @cached_property
-    def parameters(self) -> list[Tensor]:
-        return list(dict.fromkeys(p for module in self._holders for p in module.parameters()))
+        def note(leaf: Any) -> Any:
+            if isinstance(leaf, nn.Module):
+                holders.append(leaf)
+            if not isinstance(leaf, Tensor):
+                return leaf
+            self._tensors.append(leaf)
+            return _Place(len(self._tensors) - 1)
 
-    @property
-    def owner(self) -> object:
-        """Who does its work, for a dry run: what the branch is about has the last parameters, a norm the first."""
-        return self.parameters[-1] if self.parameters else None
+        self._kwargs = _map_leaves(note, dict(kwargs))
+        self._count = len(self._tensors)
+        self._parameters = SeenParameters(holders)
 
     def bound(self) -> tuple[Tensor, ...]:
         """``inputs``, of which the branch then lets go."""
         tensors, self._tensors = self._tensors, []
-        return *tensors, *self.parameters
+        return *tensors, *self._parameters.take()
 
     def kwargs(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """The keyword arguments, with tensors from ``inputs``."""
-        flat = list(self._flat)
-        for place, tensor in zip(self._places, inputs, strict=False):
-            flat[place] = tensor
-        return tree_unflatten(flat, self._spec)
+        found: dict[str, Any] = _map_leaves(
+            lambda leaf: inputs[leaf.number] if isinstance(leaf, _Place) else leaf, self._kwargs
+        )
+        return found
 
-    def leaves(self, inputs: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        """``inputs`` for the recomputation: keyword tensors cut from their history, parameters as they are."""
-        count = len(self._places)
-        cut = [t.detach().requires_grad_(need) for t, need in zip(inputs[:count], needed[:count], strict=True)]
-        return [*cut, *self.parameters]
-
-    def slices(self, x: Tensor) -> Iterable[Index]:
+    def slices(self, x: Tensor) -> Sequence[Index]:
         """The slices of x, and of the output, that the pieces read and add to."""
         return [(...,)]
 
@@ -133,9 +80,8 @@ class Branch:
 
     def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
         """Compute every piece once and hand it to ``add(index, value)``."""
-        kwargs = self.kwargs(inputs)
-        for index in self.slices(x):
-            add(index, self.function(x[index], **kwargs))
+        with self._working(inputs):
+            self.compute(x, self.kwargs(inputs), add)
 
     def differentiate(
         self,
@@ -150,86 +96,67 @@ class Branch:
 
         Returns the gradients of ``inputs``, None where ``needed`` is False.
         """
-        leaves = self.leaves(inputs, needed)
-        kwargs = self.kwargs(leaves)
-        totals = Totals(leaves, needed)
-        for index in self.slices(x):
-            piece = x[index].detach().requires_grad_(add_gradient is not None)
+        count = self._count
+        cut = [t.detach().requires_grad_(need) for t, need in zip(inputs[:count], needed[:count], strict=True)]
+        parameters = self._parameters.leaves(inputs[count:], needed[count:])
+        sums = GradientSums([*cut, *parameters], needed)
+        with self._working(inputs), self._parameters.held(parameters):
+            self.compute_again(x, self.kwargs(cut), Repetition(cotangent, sums, add, add_gradient))
+            return sums.results
+
+    def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
+        """What :meth:`run` does, with the keyword arguments."""
+        for index in each(self.slices(x)):
+            add(index, self.function(x[index], **kwargs))
+
+    def compute_again(self, x: Tensor, kwargs: dict[str, Any], again: Repetition) -> None:
+        """What :meth:`differentiate` does, with keyword arguments and parameters to be differentiated in place."""
+        for index in each(self.slices(x)):
+            piece = x[index].detach().requires_grad_(again.add_gradient is not None)
             with torch.enable_grad():
                 value = self.function(piece, **kwargs)
-            if add is not None:
-                add(index, value.detach())
-            wanted = [*totals.leaves, *([piece] if piece.requires_grad else [])]
-            if not value.requires_grad or not wanted:
-                continue
-            grads = vector_jacobian_product(value, wanted, cotangent[index].to(value.dtype))
+            if again.add is not None:
+                again.add(index, value.detach())
+            (of_piece,) = again.sums.backward(value, again.cotangent[index].to(value.dtype), [piece])
             del value
-            totals.add(grads[: len(totals.leaves)], cotangent)
-            if add_gradient is not None and grads[-1] is not None:
-                add_gradient(index, grads[-1])
-        return totals.gradients
+            if again.add_gradient is not None and of_piece is not None:
+                again.add_gradient(index, of_piece)
+
+    def _working(self, inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
+        """Tell a dry run whose work is done inside: a norm's parameters come first, those of the branch itself last."""
+        return working_on(inputs[-1] if len(inputs) > self._count else None)
 
 
-class Totals:
-    """Gradients of leaves summed over pieces, in fp32 at least when there are several."""
+class Repetition(NamedTuple):
+    """What a branch that is computed again gets: the cotangent of its output, and where all it finds is to go.
 
-    def __init__(self, leaves: Sequence[Tensor], needed: Sequence[bool]) -> None:
-        self._places = [i for i, need in enumerate(needed) if need]
-        self.leaves = [leaves[i] for i in self._places]
-        self._sums: list[Tensor | None] = [None] * len(leaves)
-        self._all = leaves
-        self._pieces = [0] * len(leaves)
-
-    def add(self, grads: Sequence[Tensor | None], cotangent: Tensor) -> None:
-        """Add one gradient (or None) per leaf. One that shares ``cotangent``'s memory is copied, not kept."""
-        for place, grad in zip(self._places, grads, strict=True):
-            if grad is None:
-                continue
-            total, self._pieces[place] = self._sums[place], self._pieces[place] + 1
-            if total is None:
-                self._sums[place] = grad.clone() if same_storage(grad, cotangent) else grad
-            elif self._pieces[place] == 2:
-                self._sums[place] = total.to(torch.promote_types(total.dtype, torch.float32)) + grad
-            else:
-                total += grad
-
-    @property
-    def gradients(self) -> list[Tensor | None]:
-        """One gradient per leaf, in its dtype; None where none came."""
-        pairs = zip(self._all, self._sums, strict=True)
-        return [None if total is None else total.to(leaf.dtype) for leaf, total in pairs]
-
-
-def same_storage(first: Tensor, second: Tensor) -> bool:
-    return first.untyped_storage()._cdata == second.untyped_storage()._cdata
-
-
-def vector_jacobian_product(value: Tensor, wanted: Sequence[Tensor], cotangent: Tensor) -> tuple[Tensor | None, ...]:
-    """Gradients of ``wanted``, as an ordinary backward would find them.
-
-    An ordinary backward runs outside of autocast, so that what the forward kept in fp32 is differentiated in fp32. And
-    it runs the hooks of a parameter once, on the whole gradient: that is left to the pass that receives it.
+    sums: gradients of keyword arguments and parameters. add: the value of each piece. add_gradient: its gradient for x.
     """
-    with autocast_off(value.device.type), hooks_off(wanted):
-        return torch.autograd.grad(value, wanted, cotangent, allow_unused=True)
+
+    cotangent: Tensor
+    sums: GradientSums
+    add: Add | None
+    add_gradient: Add | None
 
 
-def autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else nullcontext()
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a tensor among keyword arguments."""
+
+    number: int
 
 
-@contextmanager
-def hooks_off(tensors: Sequence[Tensor]) -> Iterator[None]:
-    """Tensor hooks (``Tensor.register_hook``) of leaves do not run inside."""
-    held = [(hooks, list(hooks.items())) for t in tensors if (hooks := t._backward_hooks)]
-    for hooks, _ in held:
-        hooks.clear()
-    try:
-        yield
-    finally:
-        for hooks, items in held:
-            hooks.update(items)
+def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
+    """The same tuples, lists and dictionaries, with ``function`` of everything else within."""
+    if isinstance(value, dict):
+        mapped = copy.copy(value)
+        mapped.update({key: _map_leaves(function, item) for key, item in value.items()})
+        return mapped
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_leaves(function, item) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map_leaves(function, item) for item in value)
+    return function(value)
 
 
 def branch_of(module: nn.Module, kwargs: Mapping[str, Any]) -> Branch:
@@ -239,13 +166,17 @@ def branch_of(module: nn.Module, kwargs: Mapping[str, Any]) -> Branch:
 
 
 def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:
-    """``module.as_branch``. None where the module has none or has hooks: pieces do not call the module as a whole."""
-    return None if has_hooks(module) else getattr(module, "as_branch", None)
-
-
-def has_hooks(module: nn.Module) -> bool:
-    kinds = (module._forward_pre_hooks, module._forward_hooks, module._backward_pre_hooks, module._backward_hooks)
-    return any(kinds)
+    """``module.as_branch``, where it says the same as ``module.forward``, which pieces do not call; else None."""
+    order = type(module).__mro__
+    offers, computes = (
+        next((place for place, kind in enumerate(order) if name in vars(kind)), len(order))
+        for name in ("as_branch", "forward")
+    )
+    # A subclass that has a forward of its own has to offer its own pieces, too.
+    if offers > computes or reason_against(module) is not None:
+        return None
+    found: Callable[..., Branch] = module.as_branch  # type: ignore[assignment]
+    return found
 
 
 def refuse_sharded(module: nn.Module) -> None:
@@ -261,8 +192,9 @@ def refuse_sharded(module: nn.Module) -> None:
 
 
 def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
-    """The branch's output for x, keeping x (and attentions that ask for it) for backward; differentiable once."""
-    return _Piecewise.apply(branch, Replay(x), x, *branch.bound())
+    """The branch's output for x, keeping x (and results that ask for it) for backward; differentiable once."""
+    out: Tensor = _Piecewise.apply(branch, Replay(x), x, *branch.bound())
+    return out
 
 
 class _Piecewise(torch.autograd.Function):
@@ -278,7 +210,7 @@ class _Piecewise(torch.autograd.Function):
                 dtype, out = value.dtype, branch.allocate(x, value)
             out[index].add_(value) if branch.overlapping else out[index].copy_(value)
 
-        with replay.first(), working_on(branch.owner):
+        with replay.first():
             branch.run(x, inputs, add)
         ctx.save_for_backward(x, *inputs, *replay.release())
         assert out is not None
@@ -295,7 +227,7 @@ class _Piecewise(torch.autograd.Function):
             assert gradient is not None
             gradient[index].add_(value)
 
-        with ctx.replay.again(kept), working_on(ctx.branch.owner):
+        with ctx.replay.again(kept):
             needed = ctx.needs_input_grad[3:]
             add_to = None if gradient is None else add_gradient
             grads = ctx.branch.differentiate(x, inputs, needed, cotangent, None, add_to)
@@ -318,17 +250,18 @@ class ChunkBranch(Branch):
         self.chunks, self.chunk_size, self.dim = chunks, chunk_size, dim
         self.single_piece = chunks == 1
 
-    def slices(self, x: Tensor) -> Iterable[Index]:
+    def slices(self, x: Tensor) -> Sequence[Index]:
         require(-x.dim() <= self.dim < x.dim(), "dim", f"a dimension of x, {tuple(x.shape)}", self.dim)
-        length = x.shape[self.dim]
-        size = self.chunk_size or max(1, -(-length // (self.chunks or 1)))
+        length, size = x.shape[self.dim], self._size(x)
         before = (slice(None),) * (self.dim % x.dim())
-        starts = range(0, max(length, 1), size)
-        return each([(*before, slice(start, min(start + size, length))) for start in starts])
+        return [(*before, slice(start, min(start + size, length))) for start in range(0, max(length, 1), size)]
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
         dim = self.dim % x.dim()
-        size = min(self.chunk_size or -(-x.shape[dim] // (self.chunks or 1)), x.shape[dim])
+        size = min(self._size(x), x.shape[dim])
         same_rank = value.dim() == x.dim() and value.shape[dim] == size
         require(same_rank, "module", f"a token-wise module, one that keeps dimension {dim}", tuple(value.shape))
         return value.new_empty(*value.shape[:dim], x.shape[dim], *value.shape[dim + 1 :])
+
+    def _size(self, x: Tensor) -> int:
+        return self.chunk_size or max(1, -(-x.shape[self.dim] // (self.chunks or 1)))

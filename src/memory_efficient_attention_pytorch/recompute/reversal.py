@@ -8,17 +8,19 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Mapping, Sequence
+import weakref
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
-from ..common.dry_run import working_on
+from ..common.autograd import once_differentiable
 from ..common.errors import require
-from ..common.gradients import once_differentiable
-from .pieces import Branch, Index, Replay, branch_of, refuse_sharded
+from ..torch_internals.engine import graph_is_kept, version
+from ..torch_internals.tensors import is_fake
+from .pieces import Branch, Index, branch_of, refuse_sharded
+from .replay import Replay
 
 
 class Grid:
@@ -42,7 +44,7 @@ class Grid:
         return self.step * 2 / torch.finfo(dtype).eps
 
 
-class _OntoGrid(torch.autograd.Function):
+class OntoGrid(torch.autograd.Function):
     """Rounding whose gradient is the identity."""
 
     @staticmethod
@@ -55,27 +57,32 @@ class _OntoGrid(torch.autograd.Function):
         return cotangent.to(ctx.dtype), None
 
 
-class Tape:
-    """What one forward call's steps share: the rebuilt streams and the gradients that they may overwrite."""
+class Chain:
+    """What the steps of one forward call share: the rebuilt streams and the gradients that they may overwrite.
+
+    dtype: of what enters and leaves the chain. rebuild: backward will rebuild the streams. in_pieces: branches may be
+    computed in pieces.
+    """
 
     def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool, in_pieces: bool) -> None:
         self.grid, self.dtype, self.rebuild, self.in_pieces = grid, dtype, rebuild, in_pieces
         self.streams: tuple[Tensor, Tensor] | None = None
         self.started = False
-        self.handed: set[int] = set()
-        self.peaks: list[Tensor] = []
-        self.latest: list[tuple[int, int]] = []
+        self._own: list[weakref.ref[torch.UntypedStorage]] = []
+        self._peaks: list[Tensor] = []
+        self._left: list[tuple[weakref.ref[torch.UntypedStorage], int]] = []
 
     def onto_grid(self, value: Tensor) -> Tensor:
         return value if self.grid is None else self.grid.round(value)
 
     def leave(self, *streams: Tensor) -> None:
-        """Note the streams that a step returns."""
-        self.latest = self._marks(streams)
+        """Note the streams that a block returns."""
+        self._left = [(weakref.ref(t.untyped_storage()), version(t)) for t in streams]
 
     def enter(self, *streams: Tensor) -> None:
-        """Raise where something between two steps put other values in their place: they could not be rebuilt."""
-        untouched = not self.latest or self._marks(streams) == self.latest
+        """Raise where something between two blocks put other values in their place: they could not be rebuilt."""
+        pairs = zip(self._left, streams, strict=False)
+        untouched = all(left() is t.untyped_storage() and count == version(t) for (left, count), t in pairs)
         require(
             untouched or not self.rebuild,
             "a reversible block's output",
@@ -83,21 +90,17 @@ class Tape:
             "other values, from a hook perhaps",
         )
 
-    @staticmethod
-    def _marks(streams: Sequence[Tensor]) -> list[tuple[int, int]]:
-        return [(t.untyped_storage()._cdata, 0 if t.is_inference() else t._version) for t in streams]
-
     def watch(self, stream: Tensor) -> None:
         """Remember the stream's largest magnitude, for :meth:`report`."""
-        if self.grid is not None and not isinstance(stream, FakeTensor):
-            self.peaks.append(torch.linalg.vector_norm(stream.detach(), math.inf))
+        if self.grid is not None and not is_fake(stream):
+            self._peaks.append(torch.linalg.vector_norm(stream.detach(), math.inf))
 
     def report(self, dtype: torch.dtype) -> None:
         """Warn when a stream left the range in which its additions are exact."""
-        if self.grid is None or not self.peaks:
+        if self.grid is None or not self._peaks:
             return
-        peak, limit = float(torch.stack(self.peaks).max()), self.grid.limit(dtype)
-        self.peaks.clear()
+        peak, limit = float(torch.stack(self._peaks).max()), self.grid.limit(dtype)
+        self._peaks.clear()
         if peak >= limit:
             warnings.warn(
                 f"a stream reached {peak:.3g}, outside the exact range of {limit:.3g} (grid {self.grid.step:.3g}): "
@@ -105,104 +108,116 @@ class Tape:
                 stacklevel=3,
             )
 
-    def take(self, gradient: Tensor) -> Tensor:
-        """``gradient`` if a step of this chain made it, else a copy: what came from outside is not ours to change."""
-        mine = gradient.untyped_storage()._cdata in self.handed and gradient.is_contiguous()
-        return gradient if mine else gradient.clone(memory_format=torch.contiguous_format)
-
     def begin(self, y1: Tensor, y2: Tensor, *gradients: Tensor) -> None:
         """Start backward from the last block's output. ``gradients``: those that the steps may overwrite."""
-        if torch._C._autograd._get_current_graph_task_keep_graph():
+        if graph_is_kept():
             y1, y2 = y1.clone(), y2.clone()
         self.streams = (y1, y2)
-        self.hand(*gradients)
+        self.own(*gradients)
 
-    def hand(self, *gradients: Tensor | None) -> None:
-        self.handed = {g.untyped_storage()._cdata for g in gradients if g is not None}
+    def own(self, *gradients: Tensor) -> None:
+        """These gradients were made by the chain and by no other: the next step may overwrite them."""
+        self._own = [weakref.ref(g.untyped_storage()) for g in gradients]
+
+    def owns(self, gradient: Tensor) -> bool:
+        storage = gradient.untyped_storage()
+        return any(own() is storage for own in self._own)
+
+    def overwritable(self, gradient: Tensor) -> Tensor:
+        """``gradient`` if it is the chain's own, else a copy."""
+        if self.owns(gradient) and gradient.is_contiguous():
+            return gradient
+        return gradient.clone(memory_format=torch.contiguous_format)
 
 
 class _Step(torch.autograd.Function):
-    """``(a, b) → (b, a + branch(b))``, keeping neither; b, if the tape is not to rebuild; attentions, where asked."""
+    """``(a, b) → (b, a + branch(b))``, keeping neither; b, if the chain is not to rebuild; results, where asked."""
 
     @staticmethod
     def forward(
-        ctx: Any, tape: Tape, branch: Branch, replay: Replay, a: Tensor, b: Tensor, *inputs: Tensor
+        ctx: Any, chain: Chain, branch: Branch, replay: Replay, a: Tensor, b: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
-        ctx.tape, ctx.branch, ctx.replay, ctx.inputs = tape, branch, replay, len(inputs)
-        ctx.first, tape.started = not tape.started, True
+        ctx.chain, ctx.branch, ctx.replay, ctx.inputs = chain, branch, replay, len(inputs)
+        ctx.first, chain.started = not chain.started, True
         c = a.clone(memory_format=torch.contiguous_format)
 
         def add(index: Index, value: Tensor) -> None:
-            c[index].add_(tape.onto_grid(value))
+            c[index].add_(chain.onto_grid(value))
 
-        with replay.first(), working_on(branch.owner):
-            branch.run(b.to(tape.dtype), inputs, add)
-        ctx.save_for_backward(None if tape.rebuild else b, *inputs, *replay.release())
+        with replay.first():
+            branch.run(b.to(chain.dtype), inputs, add)
+        ctx.save_for_backward(None if chain.rebuild else b, *inputs, *replay.release())
         # Detached, b is an output of its own and no view: hooks that FSDP puts on outputs refuse views.
         return b.detach(), c
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_b: Tensor, grad_c: Tensor) -> tuple[Tensor | None, ...]:
-        tape, branch = ctx.tape, ctx.branch
+        chain, branch = ctx.chain, ctx.branch
         b, *rest = ctx.saved_tensors
         inputs, kept = rest[: ctx.inputs], rest[ctx.inputs :]
         c = None
-        if tape.rebuild:
-            assert tape.streams is not None, "a step of a reversible chain ran backward before its end did"
-            b, c = tape.streams
+        if chain.rebuild:
+            assert chain.streams is not None, "a step of a reversible chain ran backward before its end did"
+            b, c = chain.streams
         needs_streams = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        mine = grad_c.untyped_storage()._cdata in tape.handed
-        total = tape.take(grad_b) if needs_streams else None
-        tape.streams = None
+        total = chain.overwritable(grad_b) if needs_streams else None
+        chain.streams = None
 
         def subtract(index: Index, value: Tensor) -> None:
             assert c is not None
-            c[index].sub_(tape.onto_grid(value))
+            c[index].sub_(chain.onto_grid(value))
 
         def add_gradient(index: Index, value: Tensor) -> None:
             assert total is not None
             total[index].add_(value)
 
-        with ctx.replay.again(kept), working_on(branch.owner):
+        with ctx.replay.again(kept):
             grads = branch.differentiate(
-                b.to(tape.dtype),
+                b.to(chain.dtype),
                 inputs,
                 ctx.needs_input_grad[5:],
                 grad_c,
-                subtract if needs_streams and tape.rebuild else None,
+                subtract if needs_streams and chain.rebuild else None,
                 add_gradient if needs_streams else None,
             )
-        if not needs_streams:
+        if total is None:
             return (None, None, None, None, None, *grads)
-        tape.streams = None if ctx.first or c is None else (c, b)
-        tape.hand(grad_c if mine else None, total)
+        chain.streams = None if ctx.first or c is None else (c, b)
+        chain.own(*([grad_c] if chain.owns(grad_c) else []), total)
         return (None, None, None, grad_c, total, *grads)
 
 
-class _Exit(torch.autograd.Function):
-    """The sum of the two streams, which it keeps: backward starts from them."""
+class SumOfStreams(torch.autograd.Function):
+    """The end of a chain: the sum of its two streams, which it keeps. Backward starts from them."""
 
     @staticmethod
-    def forward(ctx: Any, tape: Tape, y1: Tensor, y2: Tensor) -> Tensor:
-        ctx.tape = tape
+    def forward(ctx: Any, chain: Chain, y1: Tensor, y2: Tensor) -> Tensor:
+        ctx.chain = chain
         ctx.save_for_backward(y1, y2)
-        return (y1 + y2).to(tape.dtype)
+        return (y1 + y2).to(chain.dtype)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
         y1, y2 = ctx.saved_tensors
         gradient = gradient.to(y1.dtype)
-        ctx.tape.begin(y1, y2)
+        ctx.chain.begin(y1, y2)
         return None, gradient, gradient
 
 
-def _advance(module: nn.Module, tape: Tape, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """``(a, b) → (b, a + module(b))``. The sum is the same bit for bit whether backward will rebuild it or not."""
-    branch = branch_of(module, kwargs) if tape.in_pieces else None
-    if branch is not None and (tape.rebuild or not branch.single_piece):
+    branch = branch_of(module, kwargs) if chain.in_pieces else None
+    if branch is not None and branch.single_piece:
+        if not chain.rebuild:
+            branch = None
+        elif chain.grid is not None:
+            # Gradients on the grid are those of reversible=False, bit for bit, which come through autograd.
+            branch = Branch(module, [module], kwargs)
+    if branch is not None:
         refuse_sharded(module)
-        return _Step.apply(tape, branch, Replay(b), a, b, *branch.bound())
-    value = module(b.to(tape.dtype), **kwargs)
-    return b, a + (value if tape.grid is None else _OntoGrid.apply(value, tape.grid))
+        streams: tuple[Tensor, Tensor] = _Step.apply(chain, branch, Replay(b), a, b, *branch.bound())
+        return streams
+    value = module(b.to(chain.dtype), **kwargs)
+    return b, a + (value if chain.grid is None else OntoGrid.apply(value, chain.grid))

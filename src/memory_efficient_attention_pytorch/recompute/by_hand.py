@@ -1,0 +1,35 @@
+"""When arithmetic written by hand may stand for a module: one rule, for every layer that is computed by hand."""
+
+from __future__ import annotations
+
+import warnings
+
+from torch import nn
+
+from ..common.dry_run import current
+from ..torch_internals.hooks import all_modules_are_watched, module_is_watched
+from ..torch_internals.tensors import are_plain
+
+
+def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
+    """Why the module's own ``forward`` has to run, in words, or None: what its class says is all that it computes.
+
+    known: the classes whose arithmetic the caller has written out, none of their subclasses. Without any the class is
+    not asked about, only whether somebody has come between the class and this module.
+    """
+    if known and type(module) not in known:
+        return f"it is a {type(module).__name__}, no {' or '.join(kind.__name__ for kind in known)}"
+    if "forward" in vars(module):
+        return "its forward has been replaced"
+    if module_is_watched(module):
+        return "it has hooks"
+    if all_modules_are_watched() and current() is None:  # a dry run's hooks only tell it who runs
+        return "there are hooks on all modules"
+    if not are_plain(*module.parameters(recurse=False)):
+        return "its parameters are tensors of another type, or within a transform of torch.func"
+    return None
+
+
+def warn_of_whole(module: nn.Module, argument: str, reason: str) -> None:
+    """Say that ``module`` is computed as a whole, by its own forward, although ``argument`` asks for pieces."""
+    warnings.warn(f"{argument}: {type(module).__name__} is computed as a whole, not in pieces: {reason}", stacklevel=2)

@@ -1,0 +1,115 @@
+"""What is kept of a forward pass on purpose, so that its repetition in backward need not compute it again."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from ..common.dry_run import keeps
+from ..common.errors import require
+
+D = TypeVar("D")
+_active: ContextVar[KeptResults | None] = ContextVar("kept_results", default=None)
+
+
+class KeptResults:
+    """Results of some calls within one forward pass, in the order of the calls.
+
+    Whoever repeats the pass runs it inside :meth:`keeping`, saves what :meth:`release` returns, and repeats it inside
+    :meth:`repeating`; whoever has a result to be kept asks for it by :meth:`fetch`. They nest: what an inner one has
+    not, it fetches from the outer one if that repeats. A copy in host memory is made and fetched without waiting: it is
+    for the device's stream alone to read.
+    """
+
+    def __init__(self) -> None:
+        self._calls: list[_Call] = []
+        self._tensors: list[Tensor] = []
+        self._repeated: int | None = None
+        self._outer: KeptResults | None = None
+
+    @staticmethod
+    def active() -> KeptResults | None:
+        """The innermost one around the code that runs, if any."""
+        return _active.get()
+
+    @contextmanager
+    def keeping(self) -> Iterator[None]:
+        """Inside, keep every result that is fetched."""
+        self._outer = _active.get()
+        token = _active.set(self)
+        try:
+            yield
+        finally:
+            _active.reset(token)
+            self._outer = None
+
+    def release(self) -> tuple[Tensor, ...]:
+        """The tensors kept, call after call, which are then the caller's alone."""
+        tensors, self._tensors = tuple(self._tensors), []
+        return tensors
+
+    @contextmanager
+    def repeating(self, tensors: Sequence[Tensor]) -> Iterator[None]:
+        """Inside, hand out these tensors, those of :meth:`release`, call by call."""
+        self._tensors, self._repeated = list(tensors), 0
+        try:
+            with self.keeping():
+                yield
+        finally:
+            self._tensors, self._repeated = [], None
+
+    def fetch(
+        self,
+        owner: object,
+        compute: Callable[[], tuple[D, tuple[Tensor, ...]]],
+        *,
+        offload: bool = False,
+        option: str = "results",
+    ) -> tuple[D, tuple[Tensor, ...]]:
+        """``compute()``, computed in the forward pass alone: a description, without tensors in it, and tensors.
+
+        owner: who asks, the same in both passes. offload: keep the tensors in host memory. option: by which the user
+        asked for it, named in errors.
+
+        Raises:
+            ValueError: the repetition asks in another order than the forward pass did.
+        """
+        if self._repeated is None:
+            description, tensors = (
+                compute() if self._outer is None else self._outer.fetch(owner, compute, offload=offload)
+            )
+            kept = [_to_host(t) if offload else t for t in tensors]
+            for tensor in kept:
+                keeps(tensor)
+            self._calls.append(_Call(owner, description, len(self._tensors), [t.device for t in tensors]))
+            self._tensors += kept
+            return description, tensors
+        number, self._repeated = self._repeated, self._repeated + 1
+        known = number < len(self._calls) and self._calls[number].owner is owner
+        expected = f"{type(owner).__name__} to be called in backward as in forward"
+        expected = f"{expected} (no checkpoint inside a reversible block)"
+        require(known, option, expected, f"another call, the {number + 1}. of the repetition")
+        call = self._calls[number]
+        mine = zip(self._tensors[call.start :], call.devices, strict=False)
+        return call.description, tuple(t.to(device, non_blocking=True) for t, device in mine)
+
+
+class _Call(NamedTuple):
+    """A call of :meth:`KeptResults.fetch`: of its tensors the first one's number, and where they were made."""
+
+    owner: object
+    description: Any
+    start: int
+    devices: list[torch.device]
+
+
+def _to_host(tensor: Tensor) -> Tensor:
+    if tensor.device.type == "cpu":
+        return tensor
+    pinned = tensor.is_cuda and torch.cuda.is_available()
+    return torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor, non_blocking=pinned)

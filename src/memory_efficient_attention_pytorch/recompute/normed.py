@@ -1,0 +1,76 @@
+"""What hand-written passes of branches share: slices of a tensor, normed where they are needed, never as a whole.
+
+Through autograd every piece would make its own gradient of every weight before it is added to the others'.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from .by_hand import reason_against
+from .pieces import Index, Repetition
+
+# Normed values and the projections' cotangents are held for one slab of tokens at a time: this part of all of them,
+# but not so few that the matrix products suffer.
+SLAB_PART, SLAB_MINIMUM = 1 / 16, 512
+
+
+def slabs(x: Tensor) -> Sequence[Index]:
+    """Slices of the first two dimensions of ``(b, n, …)``, each contiguous: a slab of tokens."""
+    b, n = x.shape[:2]
+    size = max(SLAB_MINIMUM, math.ceil(b * n * SLAB_PART))
+    if n > size and b:
+        starts = range(0, n, size)
+        return [(slice(i, i + 1), slice(start, min(start + size, n))) for i in range(b) for start in starts]
+    rows = max(1, size // max(n, 1))
+    return [(slice(start, min(start + rows, b)), slice(None)) for start in range(0, max(b, 1), rows)]
+
+
+class Normed:
+    """``norm(x)``, x itself without a norm: a slice at a time, forward and backward.
+
+    norm: computes each token's values from that token alone (see :func:`is_norm_of_tokens`).
+    """
+
+    def __init__(self, x: Tensor, norm: nn.Module | None = None) -> None:
+        self.x, self.norm = x, norm
+
+    def at(self, index: Index) -> Tensor:
+        """The slice ``index``, for a forward pass."""
+        return self.x[index] if self.norm is None else self.norm(self.x[index])
+
+    def with_graph(self, index: Index) -> Tensor:
+        """The same, for :meth:`backward` to be called next."""
+        self._piece = self._value = self.x[index].detach()
+        if self.norm is not None:
+            with torch.enable_grad():
+                self._value = self.norm(self._piece.requires_grad_())
+        return self._value.detach()
+
+    def backward(self, index: Index, upstream: Tensor, again: Repetition) -> None:
+        """From the gradient of the slice to those of the norm's parameters and of x."""
+        piece, value = self._piece, self._value
+        del self._piece, self._value
+        gradient: Tensor | None = upstream.to(value.dtype)
+        if self.norm is not None and gradient is not None:
+            (gradient,) = again.sums.backward(value, gradient, [piece])
+        if again.add_gradient is not None and gradient is not None:
+            again.add_gradient(index, gradient)
+
+
+def is_norm_of_tokens(norm: nn.Module) -> bool:
+    """True for nothing but a norm over the last dimension, which may be taken of some tokens at a time."""
+    known = reason_against(norm, nn.LayerNorm, nn.RMSNorm) is None
+    return known and len(norm.normalized_shape) == 1  # type: ignore[arg-type]
+
+
+def compute_dtype(tokens: Tensor) -> torch.dtype:
+    """What a linear layer computes in: autocast's dtype where it is on, else the tokens' own."""
+    kind = tokens.device.type
+    if kind != "meta" and torch.is_autocast_enabled(kind) and tokens.dtype != torch.float64:
+        return torch.get_autocast_dtype(kind)
+    return tokens.dtype

@@ -1,0 +1,57 @@
+"""A forward pass repeated under the circumstances of the first: random state, autocast, results kept."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, nullcontext
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import get_device_states, set_device_states
+
+from .kept import KeptResults
+
+
+class Replay:
+    """The circumstances of a forward pass: to be made before it, with gradients on if there will be a backward."""
+
+    def __init__(self, *tensors: Tensor) -> None:
+        self.cpu_state = torch.get_rng_state()
+        self.devices, self.states = get_device_states(*tensors)
+        self.device_type = tensors[0].device.type
+        kinds = {"cpu", self.device_type} - {"meta"}
+        self.autocast = {
+            kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)
+        }
+        self._kept = KeptResults() if torch.is_grad_enabled() else None
+
+    @contextmanager
+    def _settings(self) -> Iterator[None]:
+        """The recorded autocast settings, without its weight cache.
+
+        A weight cast under ``no_grad`` and then found in the cache by the repetition would get no gradient.
+        """
+        with ExitStack() as stack:
+            for kind, (enabled, dtype) in self.autocast.items():
+                stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
+            yield
+
+    @contextmanager
+    def first(self) -> Iterator[None]:
+        """The forward pass."""
+        with self._settings(), nullcontext() if self._kept is None else self._kept.keeping():
+            yield
+
+    def release(self) -> tuple[Tensor, ...]:
+        """The tensors that :meth:`again` asks for."""
+        return () if self._kept is None else self._kept.release()
+
+    @contextmanager
+    def again(self, kept: Sequence[Tensor]) -> Iterator[None]:
+        """The pass repeated; the caller's random state is put back afterwards."""
+        kind = self.device_type if self.devices else "cuda"
+        results = nullcontext() if self._kept is None else self._kept.repeating(kept)
+        with torch.random.fork_rng(self.devices, device_type=kind), self._settings(), results:
+            torch.set_rng_state(self.cpu_state)
+            set_device_states(self.devices, self.states, device_type=kind)
+            yield
