@@ -19,6 +19,7 @@ from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicO
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..torch_internals.hooks import bystander
 from .accounting import Accounting
 from .flops import count_flops
 from .timeline import CATEGORIES, Operation, Timeline, as_row
@@ -132,10 +133,12 @@ class Ledger(TorchDispatchMode):
         """
         paths = {module: path for path, module in root.named_modules()}
 
+        @bystander
         def enter(module: nn.Module, args: Any) -> None:
             if module in paths:
                 self._arrive(Place(self.phase, paths[module]))
 
+        @bystander
         def leave(module: nn.Module, args: Any, output: Any) -> None:
             if module in paths:
                 self._leave()

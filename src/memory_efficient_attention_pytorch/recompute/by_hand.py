@@ -6,7 +6,6 @@ import warnings
 
 from torch import nn
 
-from ..common.dry_run import current
 from ..torch_internals.hooks import all_modules_are_watched, module_is_watched
 from ..torch_internals.tensors import are_plain
 
@@ -23,7 +22,7 @@ def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
         return "its forward has been replaced"
     if module_is_watched(module):
         return "it has hooks"
-    if all_modules_are_watched() and current() is None:  # a dry run's hooks only tell it who runs
+    if all_modules_are_watched():
         return "there are hooks on all modules"
     if not are_plain(*module.parameters(recurse=False)):
         return "its parameters are tensors of another type, or within a transform of torch.func"
