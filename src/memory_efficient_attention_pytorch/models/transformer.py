@@ -113,7 +113,8 @@ class Transformer(nn.Module):
         """The last layer's input: made chunk by chunk where the blocks and the norm are as built and nobody watches."""
         norm = self.to_logits[0]
         if not is_norm_of_tokens(norm) or reason_against(self.layers) is not None:
-            return norm(self._through(self.layers, tokens, given))
+            hidden: Tensor = norm(self._through(self.layers, tokens, given))
+            return hidden
         return normed_sum(norm, *self._through(self.layers.streams, tokens, given))
 
     def _through(self, layers: Callable[..., Any], tokens: Tensor, given: dict[str, Any]) -> Any:
