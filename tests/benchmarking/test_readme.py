@@ -1,8 +1,6 @@
 """The figures in the README and the docs are those of the results, and a typed-in one is noticed."""
 
-import importlib.util
 import json
-from pathlib import Path
 
 import pytest
 
@@ -10,22 +8,12 @@ from memory_efficient_attention_pytorch.benchmarking.report import BEGIN, END
 from memory_efficient_attention_pytorch.benchmarking.results import Run, begin
 from memory_efficient_attention_pytorch.benchmarking.schedule import Settings
 from memory_efficient_attention_pytorch.benchmarking.systems import find_systems
-
-SCRIPT = Path(__file__).parents[2] / "benchmarks" / "readme.py"
-
-
-def load_script():
-    if not SCRIPT.exists():
-        pytest.skip("benchmarks/ is only in a checkout")
-    spec = importlib.util.spec_from_file_location("benchmarks_readme", SCRIPT)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+from tests.benchmarking.scripts import load_benchmark
 
 
 @pytest.fixture
 def checkout(tmp_path, monkeypatch):
-    readme = load_script()
+    readme = load_benchmark("readme")
     monkeypatch.setattr(readme, "ROOT", tmp_path)
     for name, path in {"README": tmp_path / "README.md", "DOCS": tmp_path / "docs" / "benchmarks.md"}.items():
         monkeypatch.setattr(readme, name, path)
@@ -35,7 +23,7 @@ def checkout(tmp_path, monkeypatch):
 
 
 def save_results(folder, date, units):
-    results = begin(Settings(), find_systems(["ours"]), Path("nowhere"))
+    results = begin(Settings(), find_systems(["ours"]))
     results.date = date
     shape = results.settings.base
     results.runs = [
@@ -68,7 +56,7 @@ def test_the_newest_results_are_written_and_a_changed_figure_is_noticed(checkout
 
 
 def test_the_published_figures_are_those_of_the_newest_results(capsys):
-    readme = load_script()
+    readme = load_benchmark("readme")
     try:
         readme.newest_results(readme.ROOT / "benchmarks" / "results")
     except ValueError:

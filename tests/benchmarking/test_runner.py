@@ -4,7 +4,6 @@ import json
 import math
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 
@@ -17,7 +16,6 @@ from memory_efficient_attention_pytorch.benchmarking.systems import find_systems
 from memory_efficient_attention_pytorch.cli import main
 
 pytestmark = pytest.mark.skipif(sys.platform != "linux", reason="memory on the CPU is read from /proc")
-NOWHERE = Path("nowhere")
 SYSTEMS = find_systems(["sdpa-stored", "sdpa-checkpoint"])
 SHAPE = Shape(seq_len=512, dim=64, depth=6, heads=4)
 
@@ -29,7 +27,7 @@ def a_job(system, shape=SHAPE, experiment="compare"):
 def test_checkpointing_is_seen_to_take_less_memory_than_storing(tmp_path):
     settings = Settings(base=SHAPE, rounds=1, repeats=2, lengths=(), depths=(), vocabularies=(), threads=1)
     seen = []
-    results = compare(settings, SYSTEMS, NOWHERE, tmp_path / "r.json", seen.append)
+    results = compare(settings, SYSTEMS, tmp_path / "r.json", seen.append)
     stored, checkpointed = results.runs
     assert (stored.outcome, checkpointed.outcome) == ("measured", "measured")
     assert checkpointed.units < stored.units / 2
@@ -45,12 +43,12 @@ def test_checkpointing_is_seen_to_take_less_memory_than_storing(tmp_path):
 def test_what_does_not_fit_is_reported_and_longer_sequences_are_not_tried(monkeypatch):
     monkeypatch.setattr(runner, "_memory_limit", lambda device: 16 * 1024**2)
     settings = Settings(threads=1)
-    run = run_job(a_job("sdpa-stored", Shape(seq_len=4096, dim=128, depth=2, heads=2)), settings, NOWHERE)
+    run = run_job(a_job("sdpa-stored", Shape(seq_len=4096, dim=128, depth=2, heads=2)), settings)
     assert run.outcome == "out_of_memory"
     assert run.peak_bytes is None
     monkeypatch.setattr(runner, "measure_peak", lambda *a, **k: pytest.fail("a longer sequence was tried"))
     longer = a_job("sdpa-stored", Shape(seq_len=8192, dim=128, depth=2, heads=2))
-    assert run_job(longer, settings, NOWHERE, earlier=[run]).outcome == "out_of_memory"
+    assert run_job(longer, settings, earlier=[run]).outcome == "out_of_memory"
 
 
 @pytest.mark.parametrize(
@@ -67,33 +65,27 @@ def test_a_run_that_ends_badly_is_a_result(monkeypatch, error, outcome, note):
         raise error
 
     monkeypatch.setattr(runner, "measure_peak", measure)
-    run = run_job(a_job("sdpa-stored"), Settings(), NOWHERE)
+    run = run_job(a_job("sdpa-stored"), Settings())
     assert (run.outcome, run.note) == (outcome, note)
 
 
-def test_nothing_is_started_for_a_missing_package_or_beyond_the_limit(monkeypatch):
+def test_nothing_is_started_beyond_the_limit(monkeypatch):
     monkeypatch.setattr(runner, "measure_peak", lambda *a, **k: pytest.fail("a process was started"))
-    missing = run_job(a_job("upstream"), Settings(), NOWHERE)
-    assert missing.outcome == "not_installed"
-    assert "pip install --no-deps --target nowhere/" in missing.note
-    slow = run_job(a_job("sdpa-stored"), Settings(step_limit=5), NOWHERE, expected_seconds=6.0)
+    slow = run_job(a_job("sdpa-stored"), Settings(step_limit=5), expected_seconds=6.0)
     assert (slow.outcome, slow.note) == ("too_slow", "a step would take about 6 s; the limit is 5 s")
 
 
 def test_a_device_that_cannot_be_measured_is_refused_before_anything_runs(tmp_path):
     with pytest.raises(ValueError, match="device: expected cpu or cuda, got meta"):
-        compare(Settings(device="meta"), [], NOWHERE, tmp_path / "r.json")
+        compare(Settings(device="meta"), [], tmp_path / "r.json")
 
 
 def test_the_command_measures_and_reports(tmp_path, capsys):
-    arguments = ["bench", "--quick", "--systems", "sdpa-checkpoint", "upstream", "--lengths", "--depths"]
-    options = ["--threads", "1", "--packages", str(tmp_path / "none"), "--output", str(tmp_path / "out")]
-    assert main([*arguments, *options]) == 0
-    printed = capsys.readouterr().out
-    assert "[2/2]" in printed
-    assert "not installed" in printed
+    arguments = ["bench", "--quick", "--systems", "sdpa-checkpoint", "--lengths", "--depths"]
+    assert main([*arguments, "--threads", "1", "--output", str(tmp_path / "out")]) == 0
+    assert "[1/1]" in capsys.readouterr().out
     content = json.loads((tmp_path / "out" / "results.json").read_text())
-    assert [run["outcome"] for run in content["runs"]] == ["measured", "not_installed"]
+    assert [run["outcome"] for run in content["runs"]] == ["measured"]
     assert "| SDPA + checkpointing per layer" in (tmp_path / "out" / "report.md").read_text()
 
 
@@ -102,11 +94,9 @@ def test_the_command_refuses_an_unknown_system(capsys):
     assert "sdpa-checkpoint" in capsys.readouterr().err
 
 
-def test_the_command_lists_what_is_installed(tmp_path, capsys):
-    assert main(["bench", "--list", "--packages", str(tmp_path)]) == 0
-    printed = capsys.readouterr().out
-    assert "not installed: pip install --no-deps --target" in printed
-    assert "ours-window" in printed
+def test_the_command_lists_the_systems(capsys):
+    assert main(["bench", "--list"]) == 0
+    assert "ours-window" in capsys.readouterr().out
 
 
 def test_a_run_of_unknown_outcome_cannot_be_made():

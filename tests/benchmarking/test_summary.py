@@ -2,7 +2,6 @@
 
 import json
 import os
-from pathlib import Path
 
 import pytest
 
@@ -19,7 +18,7 @@ from memory_efficient_attention_pytorch.benchmarking.results import Results, Run
 from memory_efficient_attention_pytorch.benchmarking.schedule import Settings
 from memory_efficient_attention_pytorch.benchmarking.shape import Shape
 from memory_efficient_attention_pytorch.benchmarking.summary import compared, growth, series, step_seconds, units
-from memory_efficient_attention_pytorch.benchmarking.systems import REFERENCE, find_systems
+from memory_efficient_attention_pytorch.benchmarking.systems import REFERENCE, System, find_systems
 
 BASE = Shape(seq_len=8192)
 
@@ -32,7 +31,8 @@ def a_run(system, units_, seconds, *, round_=0, experiment="compare", shape=BASE
 
 @pytest.fixture
 def results():
-    found = begin(Settings(base=BASE), find_systems(["ours", REFERENCE, "upstream"]), Path("nowhere"))
+    other = System("other", "another project's", build=None, versions=lambda: {"other": "2.0"})
+    found = begin(Settings(base=BASE), [*find_systems(["ours", REFERENCE]), other])
     found.runs = [
         *(a_run("ours", 9, [seconds], round_=i) for i, seconds in enumerate((2.0, 3.0, 30.0))),
         *(a_run(REFERENCE, 30, [seconds], round_=i) for i, seconds in enumerate((4.0, 2.0, 20.0))),
@@ -41,28 +41,28 @@ def results():
             for n in (1024, 4096, 16384, 32768)
         ),
         *(a_run(REFERENCE, 2 * d, [1.0], experiment="depth", shape=Shape(seq_len=4096, depth=d)) for d in (2, 8)),
-        Run("compare", 0, "upstream", BASE, "not_installed", "pip install it"),
-        Run("length", 0, "upstream", Shape(seq_len=16384), "too_slow", "a step would take about 300 s"),
+        Run("compare", 0, "other", BASE, "failed", "it broke"),
+        Run("length", 0, "other", Shape(seq_len=16384), "too_slow", "a step would take about 300 s"),
     ]
     return found
 
 
 def test_ratios_are_paired_within_a_round(results):
-    ours, reference, upstream = compared(results)
+    ours, reference, other = compared(results)
     assert ours.figures.seconds == 3.0
     # Rounds give 0.5, 1.5 and 1.5; the ratio of the medians, 0.75, would hide that two rounds of three were slower.
     assert ours.figures.time_ratio == 1.5
     assert ours.figures.memory_ratio == pytest.approx(0.3)
     assert (reference.figures.time_ratio, reference.figures.units) == (1.0, 30.0)
-    assert upstream.figures is None
-    assert upstream.missing == "not installed: pip install it"
+    assert other.figures is None
+    assert other.missing == "failed: it broke"
 
 
 def test_series_join_the_sweep_and_the_compared_shape(results):
     lengths = series(results, "seq_len", step_seconds)
     assert lengths["ours"] == [(1024, 0.125), (4096, 0.5), (8192, 3.0), (16384, 2.0), (32768, 4.0)]
     assert series(results, "depth", units)[REFERENCE] == [(2, 4.0), (8, 16.0)]
-    assert lengths["upstream"] == []
+    assert lengths["other"] == []
 
 
 @pytest.mark.parametrize("exponent", [1.0, 2.0])
@@ -77,7 +77,7 @@ def test_results_survive_the_file_and_name_no_host(results, tmp_path):
     results.save(file)
     assert Results.load(file) == results
     assert {"processor", "cores", "memory_bytes", "device"} <= results.machine.keys()
-    assert {"python", "torch", "ours"} <= results.versions.keys()
+    assert results.versions.keys() == {"python", "torch", "ours", "other"}
     assert os.uname().nodename not in json.dumps([results.machine, results.versions])
     assert [path.name for path in file.parent.iterdir()] == ["results.json"]
     file.write_text('{"format": 99}')
@@ -88,7 +88,7 @@ def test_results_survive_the_file_and_name_no_host(results, tmp_path):
 def test_the_report_says_what_was_left_out_and_why(results):
     text = full(results, ["memory-by-depth.png"])
     assert "![memory by depth](memory-by-depth.png)" in text
-    assert "memory-efficient-attention-pytorch 0.1.6: not installed: pip install it" in text
+    assert "another project's at 8192 tokens, 4 layers, vocabulary 256: failed: it broke" in text
     assert "at 16384 tokens, 4 layers, vocabulary 256: too slow: a step would take about 300 s" in text
     row = next(line for line in comparison(results).splitlines() if line.startswith("| ours"))
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["9.0", "144", "3", "0.30×", "1.50×"]

@@ -29,7 +29,8 @@ class SdpaAttention(nn.Module):
             t.unflatten(-1, (self.heads, -1)).transpose(1, 2) for t in (self.to_q(x), *self.to_kv(x).chunk(2, dim=-1))
         )
         attended = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-        return self.to_out(attended.transpose(1, 2).flatten(2))
+        projected: Tensor = self.to_out(attended.transpose(1, 2).flatten(2))
+        return projected
 
 
 class SdpaLayer(nn.Module):
@@ -45,7 +46,8 @@ class SdpaLayer(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         x = x + self.attention(x)
-        return x + self.feedforward(x)
+        x = x + self.feedforward(x)
+        return x
 
 
 class SdpaTransformer(nn.Module):
@@ -77,8 +79,9 @@ class SdpaTransformer(nn.Module):
         return self._chunked_loss(x.flatten(0, 1), labels.flatten(), self.loss_chunk_size)
 
     def _chunked_loss(self, hidden: Tensor, labels: Tensor, size: int) -> Tensor:
-        pairs = zip(hidden.split(size), labels.split(size), strict=True)
-        return sum(checkpoint(self._summed_loss, *pair, use_reentrant=False) for pair in pairs) / labels.numel()
+        pairs = zip(torch.split(hidden, size), torch.split(labels, size), strict=True)
+        losses = [checkpoint(self._summed_loss, *pair, use_reentrant=False) for pair in pairs]
+        return torch.stack(losses).sum() / labels.numel()
 
     def _summed_loss(self, hidden: Tensor, labels: Tensor) -> Tensor:
         return F.cross_entropy(self.to_logits(hidden), labels, reduction="sum")

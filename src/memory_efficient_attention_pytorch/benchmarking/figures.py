@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from itertools import cycle
 from pathlib import Path
 from typing import Any
 
@@ -51,15 +52,16 @@ def _mib(run: Run) -> float:
     return peak(run) / MIB
 
 
-def _style(name: str) -> dict[str, Any]:
-    """Ours in blues and thick, the others not; a system looks the same in every figure."""
-    order = [system.name for system in SYSTEMS]
-    ours = [system.name for system in SYSTEMS if system.ours]
-    marker = MARKERS[order.index(name) % len(MARKERS)]
-    if name in ours:
-        return {"color": OURS[ours.index(name) % len(OURS)], "marker": marker, "linewidth": 2.4, "zorder": 3}
-    rank = [other for other in order if other not in ours].index(name)
-    return {"color": OTHERS[rank % len(OTHERS)], "marker": marker, "linewidth": 1.3, "zorder": 2}
+def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
+    """How each of a comparison's systems looks in all of its figures: ours in blues and thick, the others not."""
+    known = {system.name for system in SYSTEMS if system.ours}
+    blues, greys = cycle(OURS), cycle(OTHERS)
+    return {
+        name: {"color": next(blues), "marker": marker, "linewidth": 2.4, "zorder": 3}
+        if name in known
+        else {"color": next(greys), "marker": marker, "linewidth": 1.3, "zorder": 2}
+        for name, marker in zip(names, cycle(MARKERS), strict=False)
+    }
 
 
 def _lines(axes: Any, results: Results, axis: str, quantity: Callable[[Run], float], across: str, up: str) -> bool:
@@ -68,8 +70,9 @@ def _lines(axes: Any, results: Results, axis: str, quantity: Callable[[Run], flo
     values = sorted({value for points in lines.values() for value, _ in points})
     if len(values) < 2:
         return False
+    style = styles(results.labels)
     for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), label=results.labels[name], markersize=6, **_style(name))
+        axes.plot(*zip(*points, strict=True), label=results.labels[name], markersize=6, **style[name])
     if axis == "seq_len":
         axes.set_xscale("log", base=2)
         axes.set_yscale("log")
@@ -86,10 +89,11 @@ def _plane(axes: Any, results: Results) -> bool:
     rows = [(row, row.figures) for row in compared(results) if row.figures is not None]
     if len(rows) < 2:
         return False
+    style = styles(results.labels)
     for row, found in rows:
-        style = _style(row.system) | {"linestyle": "none", "markersize": 9}
         memory = found.peak_bytes / MIB
-        axes.plot([found.seconds], [memory], label=row.label, **style)
+        point = style[row.system] | {"linestyle": "none", "markersize": 9}
+        axes.plot([found.seconds], [memory], label=row.label, **point)
         if row.system == REFERENCE:
             axes.axvline(found.seconds, color="#bbbbbb", linewidth=0.8, zorder=1)
             axes.axhline(memory, color="#bbbbbb", linewidth=0.8, zorder=1)

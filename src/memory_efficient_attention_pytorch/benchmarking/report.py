@@ -133,6 +133,5 @@ def _left_out(results: Results) -> str:
     reasons: dict[str, None] = {}
     for run in results.runs:
         if run.outcome != "measured":
-            where = "" if run.outcome == "not_installed" else f" at {run.shape.describe()}"
-            reasons[f"- {results.labels[run.system]}{where}: {describe_outcome(run)}"] = None
+            reasons[f"- {results.labels[run.system]} at {run.shape.describe()}: {describe_outcome(run)}"] = None
     return "**Left out**\n\n" + "\n".join(reasons) if reasons else ""

@@ -16,13 +16,13 @@ import torch
 
 from ..common.errors import require
 from ..training.files import write_atomically
-from .packages import OUR_DISTRIBUTION
 from .schedule import Settings
 from .shape import Shape
 from .systems import System
 
 FORMAT = 1
-OUTCOMES = ("measured", "out_of_memory", "too_slow", "not_installed", "failed")
+DISTRIBUTION = "memory-efficient-attention-pytorch"
+OUTCOMES = ("measured", "out_of_memory", "too_slow", "failed")
 
 
 @dataclass(frozen=True)
@@ -86,16 +86,15 @@ class Results:
         )
 
 
-def begin(settings: Settings, systems: Sequence[System], packages: Path) -> Results:
-    """Results without runs yet, dated now; ``packages`` is where the systems' packages may lie."""
+def begin(settings: Settings, systems: Sequence[System]) -> Results:
+    """Results without runs yet, dated now."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ours": metadata.version(OUR_DISTRIBUTION),
+        "ours": metadata.version(DISTRIBUTION),
     }
-    for package in (system.package for system in systems):
-        if package is not None and (version := package.version(packages)) is not None:
-            versions[package.distribution] = version
+    for system in systems:
+        versions |= system.versions()
     return Results(
         date=datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
         machine=describe_machine(settings.device),

@@ -18,7 +18,6 @@ from ..common.errors import require
 from ..planner.measure import Measurement, measure_peak
 from .results import Results, Run, begin
 from .schedule import Forecast, Job, Settings, schedule
-from .step import TARGET
 from .systems import System
 
 MEMORY_SHARE = 0.9  # of what is available; beyond it an allocation fails, before the machine itself runs out
@@ -39,25 +38,23 @@ class Progress:
 def compare(
     settings: Settings,
     systems: Sequence[System],
-    packages: Path,
     output: Path,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Results:
     """Run everything ``settings`` ask for and return it; ``output`` (JSON) is rewritten after every run.
 
-    ``packages`` is the folder in which other projects' packages may be installed, each in a folder of its own.
-    Systems whose package is missing, that do not fit the memory, would take too long or fail are part of the results.
+    Systems that do not fit the memory, would take too long or fail are part of the results.
 
     Raises:
         ValueError: memory cannot be measured on ``settings.device`` here.
     """
     _require_measurable(settings.device)
-    results = begin(settings, systems, packages)
+    results = begin(settings, systems)
     forecast = Forecast(settings.patience)
     jobs = schedule(settings, systems)
     for done, job in enumerate(jobs, start=1):
         began = time.perf_counter()
-        run = run_job(job, settings, packages, forecast.step_seconds(job), results.runs)
+        run = run_job(job, settings, forecast.step_seconds(job), results.runs)
         if run.outcome == "measured":
             forecast.learn(job, median(run.seconds), 1 + len(run.seconds), time.perf_counter() - began)
         results.runs.append(run)
@@ -67,17 +64,12 @@ def compare(
     return results
 
 
-def run_job(
-    job: Job, settings: Settings, packages: Path, expected_seconds: float | None = None, earlier: Sequence[Run] = ()
-) -> Run:
-    """Run one job in a fresh process, unless its package is missing or it is expected to be beyond the limits."""
+def run_job(job: Job, settings: Settings, expected_seconds: float | None = None, earlier: Sequence[Run] = ()) -> Run:
+    """Run one job in a fresh process, unless it is expected to be beyond the limits."""
 
     def ended(outcome: str, note: str = "", **readings: Any) -> Run:
         return Run(job.experiment, job.round, job.system.name, job.shape, outcome, note, **readings)
 
-    package = job.system.package
-    if package is not None and package.version(packages) is None:
-        return ended("not_installed", f"pip {' '.join(package.pip_arguments(packages))}")
     if expected_seconds is not None and expected_seconds > settings.step_limit:
         return ended(
             "too_slow", f"a step would take about {expected_seconds:.0f} s; the limit is {settings.step_limit:.0f} s"
@@ -85,7 +77,7 @@ def run_job(
     if any(_implies_too_large(run, job) for run in earlier):
         return ended("out_of_memory", "a shorter sequence did not fit")
     try:
-        measurement, readings = _measure(job, settings, packages)
+        measurement, readings = _measure(job, settings)
     except MemoryError as error:
         return ended("out_of_memory", _last_line(error))
     except subprocess.TimeoutExpired as error:
@@ -101,18 +93,17 @@ def run_job(
     )
 
 
-def _measure(job: Job, settings: Settings, packages: Path) -> tuple[Measurement, dict[str, Any]]:
+def _measure(job: Job, settings: Settings) -> tuple[Measurement, dict[str, Any]]:
     with tempfile.TemporaryDirectory() as folder:
         report = Path(folder) / "report.json"
         measurement = measure_peak(
-            TARGET,
+            job.system.target,
             {
                 "system": job.system.name,
                 "shape": asdict(job.shape),
                 "device": settings.device,
                 "repeats": job.repeats,
                 "patience": settings.patience,
-                "packages": str(packages),
                 "report": str(report),
                 "keep_freed": settings.keep_freed,
             },

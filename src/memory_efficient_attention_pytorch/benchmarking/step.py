@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,23 +15,26 @@ from torch import Tensor
 from ..planner.measure import zero_grads
 from ..training.resources import set_returned_size
 from .shape import Shape
-from .systems import find_systems
+from .systems import System, find_systems
 
-TARGET = f"{__name__}:build"
 WARM_UP_TOKENS = 1024
 
 
-def build(
-    system: str,
+def build(system: str, **how: Any) -> Callable[[], None]:
+    """``prepare`` of the system of that name among ours and PyTorch's own; a target of ``measure_peak``."""
+    return prepare(find_systems([system])[0], **how)
+
+
+def prepare(
+    system: System,
     shape: Mapping[str, int],
     device: str,
     repeats: int,
     patience: float,
-    packages: str,
     report: str,
     keep_freed: bool = False,
 ) -> Callable[[], None]:
-    """Build the system with its gradients and return its measured part; the target of ``measure_peak``.
+    """Build the system with its gradients and return its measured part.
 
     The measured part takes a forward and backward, then repeats it ``repeats`` times or until ``patience`` seconds
     have gone, gradients accumulating in place. It writes to the file ``report``: ``first_seconds`` (kernels and
@@ -38,19 +43,18 @@ def build(
     """
     if keep_freed and not set_returned_size():
         raise RuntimeError("this C library does not let the allocator keep freed blocks")
-    chosen = find_systems([system])[0]
     built = Shape(**shape)
     torch.manual_seed(0)
-    model, loss = chosen.build(built, Path(packages))
+    model, loss = system.build(built)
     model.to(device)
     tokens = torch.randint(built.num_tokens, (built.batch_size, built.seq_len), device=device)
     labels = tokens.roll(-1, dims=1)
     parameters = sum(parameter.numel() for parameter in model.parameters())
 
     def train_step(length: int = built.seq_len) -> Tensor:
-        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=chosen.autocast):
+        with torch.autocast(tokens.device.type, torch.bfloat16, enabled=system.autocast):
             value = loss(tokens[:, :length], labels[:, :length])
-        value.backward()
+        torch.autograd.backward(value)
         return value.detach()
 
     # Modules, kernels and workspaces of first use stay for good (checkpointing's 80 MB of modules, some 10 MB of
@@ -80,7 +84,8 @@ def timed(step: Callable[[], Tensor], device: torch.device) -> tuple[float, Tens
         began = time.perf_counter()
         value = step()
         return time.perf_counter() - began, value
-    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    event = partial(torch.cuda.Event, enable_timing=True)
+    start, end = event(), event()
     start.record()
     value = step()
     end.record()

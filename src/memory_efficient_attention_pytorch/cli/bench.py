@@ -1,9 +1,8 @@
 """Measure the memory and speed of a training step on this machine: ours in its settings beside what one would pick
-instead, each in fresh processes, in turn. Writes results.json, report.md and figures.
+instead with PyTorch alone, each in fresh processes, in turn. Writes results.json, report.md and figures.
 
   mea bench --quick           tiny shapes, to see that everything works
-  mea bench --list            what would be compared, and what is installed of it
-  mea bench --install         first install the other projects' packages, apart from this environment
+  mea bench --list            what would be compared
   mea bench --systems ours sdpa-checkpoint --lengths --depths --vocabularies
                               only these two, only at the compared shape
 """
@@ -32,9 +31,7 @@ DEFAULT_OUTPUT = Path("benchmarks") / "results"
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these; the ratios need sdpa-checkpoint")
-    parser.add_argument("--list", action="store_true", help="print the systems and what is installed, and exit")
-    parser.add_argument("--install", action="store_true", help="install missing packages into --packages with pip")
-    parser.add_argument("--packages", default="benchmarks/packages", metavar="DIR", help="their folder (%(default)s)")
+    parser.add_argument("--list", action="store_true", help="print the systems and exit")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help=f"folder of the results (a new one in {DEFAULT_OUTPUT})"
     )
@@ -58,20 +55,24 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..benchmarking.runner import compare
     from ..benchmarking.systems import find_systems
 
-    systems = find_systems(args.systems)
-    packages = Path(args.packages)
-    if args.install:
-        _install(systems, packages)
+    return measure(args, find_systems(args.systems))
+
+
+def measure(args: argparse.Namespace, systems: Sequence[System]) -> int:
+    """Compare these systems as the options say, and report; or list them."""
+    from ..benchmarking.runner import compare
+
     if args.list:
-        return _list(systems, packages)
+        width = max(len(system.name) for system in systems)
+        print(*(f"{system.name:<{width}}  {system.label}" for system in systems), sep="\n")
+        return 0
     settings = _settings(args)
     output = args.output or _new_folder(args.device, args.quick)
     file = output / "results.json"
     try:
-        results = compare(settings, systems, packages, file, _print_progress)
+        results = compare(settings, systems, file, _print_progress)
     except KeyboardInterrupt:
         print(f"stopped; what was measured is in {file}", file=sys.stderr)
         raise
@@ -102,25 +103,6 @@ def _new_folder(device: str, quick: bool) -> Path:
     return DEFAULT_OUTPUT / f"{stamp}-{device.replace(':', '')}{'-quick' if quick else ''}"
 
 
-def _install(systems: Sequence[System], packages: Path) -> None:
-    for system in systems:
-        package = system.package
-        if package is not None and package.extra is None and package.version(packages) is None:
-            print(f"installing {package.distribution} into {package.folder(packages)}")
-            package.install(packages)
-
-
-def _list(systems: Sequence[System], packages: Path) -> int:
-    width = max(len(system.name) for system in systems)
-    for system in systems:
-        print(f"{system.name:<{width}}  {system.label}")
-        if system.package is not None:
-            version = system.package.version(packages)
-            missing = f"not installed: pip {' '.join(system.package.pip_arguments(packages))}"
-            print(f"{'':<{width}}  {f'installed: {version}' if version else missing}")
-    return 0
-
-
 def _print_progress(progress: Progress) -> None:
     from ..benchmarking.summary import describe_outcome, step_seconds
 
@@ -138,11 +120,12 @@ def _duration(seconds: float) -> str:
 def _report(results: Results, output: Path) -> None:
     from ..benchmarking.figures import draw
     from ..benchmarking.report import comparison, full
+    from ..training.files import write_atomically
 
     try:
         figures = [path.name for path in draw(results, output)]
     except ModuleNotFoundError as error:
         figures = []
         print(f"no figures: {error}; pip install matplotlib", file=sys.stderr)
-    (output / "report.md").write_text(full(results, figures) + "\n")
+    write_atomically(output / "report.md", full(results, figures) + "\n")
     print(f"\n{comparison(results)}\n\nresults, report and figures: {output}")
