@@ -1,0 +1,490 @@
+"""What autograd's users may do, and find right or refused: one suite over everything that can be differentiated."""
+
+import re
+from contextlib import ExitStack, contextmanager
+
+import pytest
+import torch
+from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook, save_on_cpu, saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+from tests.agreement import assert_same, gradients, with_seed
+from tests.conformance.cases import result_or_message
+from tests.conformance.subjects import DROPPING, SUBJECTS
+
+EVERYTHING = {**SUBJECTS, **{f"{name}, dropping": make for name, make in DROPPING.items()}}
+SECOND_TIME, ONCE, IN_PLACE = "second time", "differentiable once|derivative", "modified by an inplace operation"
+
+
+# What is known to be wrong: the subject, the tests' names, and why.
+WRONG = [
+    ("bias module, tiled", r"hooks_(see.*(tensor_hook|on_many)|may)", "a tile's gradient runs the parameters' hooks"),
+]
+
+
+@pytest.fixture(params=SUBJECTS)
+def subject(request):
+    for name, tests, reason in WRONG:
+        if request.param == name and re.search(tests, request.node.name):
+            request.applymarker(pytest.mark.xfail(strict=True, reason=reason))
+    return SUBJECTS[request.param]()
+
+
+@pytest.fixture(params=EVERYTHING)
+def any_subject(request):
+    """Also those whose dropout only they themselves can draw."""
+    return EVERYTHING[request.param]()
+
+
+def truth_of(subject, leaves=None):
+    return gradients(subject.truth(*subject.inputs), subject.leaves if leaves is None else leaves)
+
+
+def backward(out, **kwargs):
+    """As `gradients`, into ``.grad``."""
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out.backward(cotangent.to(out.dtype), **kwargs)
+
+
+def filled(leaves, value=0.5):
+    for leaf in leaves:
+        leaf.grad = torch.full_like(leaf, value)
+    return [leaf.grad for leaf in leaves]
+
+
+def plus(found, value=0.5):
+    return [value + g for g in found]
+
+
+# The gradients
+
+
+def test_outputs_and_gradients_are_those_of_storing_everything(subject):
+    ours, truth = subject(), subject.truth(*subject.inputs)
+    assert_same([ours], [truth], subject.tolerance)
+    assert_same(gradients(ours, subject.leaves), gradients(truth, subject.leaves), subject.tolerance)
+
+
+def test_dropout_is_the_same_in_both_passes(any_subject):
+    """With the seed fixed the output is a smooth function of the leaves, and the gradients are its derivatives."""
+    if not any_subject.smooth:
+        pytest.skip("fp32, or rounded to a grid")
+    leaves = tuple(any_subject.leaves)
+    assert torch.autograd.gradcheck(lambda *_: with_seed(any_subject), leaves, fast_mode=True)
+
+
+def test_cotangents_of_any_layout_are_left_alone(subject):
+    ours, truth = subject(), subject.truth(*subject.inputs)
+    strided = torch.randn(*reversed(ours.shape), 2, dtype=ours.dtype)[..., 0].permute(list(reversed(range(ours.ndim))))
+    kept = strided.clone()
+    for given in (strided, torch.tensor(0.7, dtype=ours.dtype).expand(ours.shape)):
+        found = [torch.autograd.grad(out, subject.leaves, given, retain_graph=True) for out in (ours, truth)]
+        assert_same(*found, subject.tolerance)
+        for gradient in found[0]:
+            gradient.zero_()  # what was handed out is the caller's
+    assert strided.equal(kept)
+
+
+def test_the_input_and_the_output_may_be_used_elsewhere(subject):
+    def run(net):
+        inputs = [x.sin() if x.requires_grad else x for x in subject.inputs]
+        out = net(*inputs)
+        return gradients(out * out.sin() + sum(x.sum() for x in inputs), subject.leaves)
+
+    assert_same(run(subject.net), run(subject.truth), 10 * subject.tolerance)
+
+
+# Several passes
+
+
+def test_backward_through_a_kept_graph(any_subject):
+    out = with_seed(any_subject)
+    first = gradients(out, any_subject.leaves, retain_graph=True)
+    kept = [g.clone() for g in first]
+    for gradient in first:
+        gradient.zero_()
+    again = gradients(out, any_subject.leaves, seed=2, retain_graph=True)
+    last = gradients(out, any_subject.leaves)
+    assert_same(last, kept, any_subject.tolerance)
+    assert not all(a.equal(b) for a, b in zip(again, kept, strict=True))
+    with pytest.raises(RuntimeError, match=SECOND_TIME):
+        gradients(out, any_subject.leaves)
+
+
+def test_gradients_are_linear_in_the_cotangent_of_a_kept_graph(subject):
+    out = subject()
+    first, second = (torch.randn(out.shape, dtype=out.dtype) for _ in range(2))
+    one, two, both = (
+        torch.autograd.grad(out, subject.leaves, c, retain_graph=True) for c in (first, second, 3 * first - second / 7)
+    )
+    expected = [3 * a - b / 7 for a, b in zip(one, two, strict=True)]
+    assert_same(both, expected, 10 * subject.tolerance)
+
+
+def test_several_forwards_before_a_backward(any_subject):
+    """Each backward has what its own forward pass used and drew, in any order and together."""
+    leaves, others = any_subject.leaves, any_subject.more_inputs()
+    alone = gradients(with_seed(any_subject, 3), leaves)
+    first, second = with_seed(any_subject, 3), with_seed(lambda: any_subject.net(*others), 4)
+    of_second = gradients(second, leaves, allow_unused=True)
+    assert_same(gradients(first, leaves), alone, any_subject.tolerance)
+    first, second = with_seed(any_subject, 3), with_seed(lambda: any_subject.net(*others), 4)
+    together = gradients(first + second, leaves)
+    expected = [a if b is None else a + b for a, b in zip(alone, of_second, strict=True)]
+    assert_same(together, expected, 10 * any_subject.tolerance)
+
+
+def test_gradients_of_several_passes_are_summed_in_place(subject):
+    """Of a graph that is kept, and of another batch."""
+    leaves, truth = subject.leaves, truth_of(subject)
+    before = filled(leaves)
+    out = subject()
+    backward(out, retain_graph=True)
+    backward(out)
+    backward(subject())
+    assert all(leaf.grad is g for leaf, g in zip(leaves, before, strict=True))
+    assert_same(before, [0.5 + 3 * g for g in truth], 10 * subject.tolerance)
+
+
+def test_a_gradient_that_comes_or_goes_between_forward_and_backward(subject):
+    leaves, truth = subject.leaves, truth_of(subject)
+    filled(leaves)
+    out = subject()
+    for leaf in leaves:
+        leaf.grad = None
+    backward(out)
+    assert_same([leaf.grad for leaf in leaves], truth, subject.tolerance)
+    for leaf in leaves:
+        leaf.grad = None
+    out = subject()
+    filled(leaves)
+    backward(out)
+    assert_same([leaf.grad for leaf in leaves], plus(truth), subject.tolerance)
+
+
+def test_a_second_derivative_is_refused_or_right(subject):
+    leaves = subject.leaves
+
+    def second(out):
+        found = torch.autograd.grad(out.square().sum(), leaves, create_graph=True)
+        for leaf in leaves:
+            leaf.grad = None
+        sum(g.square().sum() for g in found).backward()
+        return [leaf.grad for leaf in leaves]
+
+    ours = result_or_message(lambda: second(subject()))
+    if isinstance(ours, str):
+        assert re.search(ONCE, ours)
+    else:
+        assert not subject.once
+        assert_same(ours, second(subject.truth(*subject.inputs)), 10 * subject.tolerance)
+
+
+@pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
+def test_a_pass_that_makes_a_graph_makes_a_new_gradient(subject):
+    leaves, truth = subject.leaves, truth_of(subject)
+    for retain_graph in (None, False):
+        before = filled(leaves)
+        backward(subject(), create_graph=True, retain_graph=retain_graph)
+        assert all(g.equal(torch.full_like(g, 0.5)) for g in before)
+        assert_same([leaf.grad.detach() for leaf in leaves], plus(truth), subject.tolerance)
+        for leaf in leaves:
+            leaf.grad = None  # a gradient with a graph refers to its leaf, which refers to it
+
+
+# What is asked for
+
+
+def test_autograd_grad_of_any_one_leaf(subject):
+    truth, leaves = truth_of(subject), subject.leaves
+    before, out = filled(leaves), subject()
+    for leaf, true in zip(leaves, truth, strict=True):
+        assert_same(gradients(out, [leaf], retain_graph=True), [true], subject.tolerance)
+    assert all(leaf.grad is g for leaf, g in zip(leaves, before, strict=True))
+    assert all(g.equal(torch.full_like(g, 0.5)) for g in before)
+
+
+def test_backward_of_any_one_leaf_adds_to_no_other(subject):
+    truth, leaves = truth_of(subject), subject.leaves
+    for leaf, true in zip(leaves, truth, strict=True):
+        before = filled(leaves)
+        backward(subject(), inputs=[leaf])
+        assert_same([leaf.grad], [0.5 + true], subject.tolerance)
+        assert all(
+            g.equal(torch.full_like(g, 0.5)) for other, g in zip(leaves, before, strict=True) if other is not leaf
+        )
+
+
+@pytest.mark.parametrize("alone", [True, False], ids=["alone trained", "alone frozen"])
+def test_any_one_leaf(subject, alone):
+    """Every leaf in turn as the only one that wants a gradient, and as the only one that wants none."""
+    truth, leaves = truth_of(subject), subject.leaves
+    for chosen in leaves:
+        for leaf in leaves:
+            leaf.requires_grad_((leaf is chosen) == alone)
+            leaf.grad = None
+        out = subject()
+        if not any(leaf.requires_grad for leaf in leaves):
+            assert not out.requires_grad
+            continue
+        backward(out)
+        for leaf, true in zip(leaves, truth, strict=True):
+            assert (leaf.grad is not None) == leaf.requires_grad
+            if leaf.requires_grad:
+                assert_same([leaf.grad], [true], subject.tolerance)
+    for leaf in leaves:
+        leaf.requires_grad_()
+
+
+def test_inputs_without_a_gradient(subject):
+    """The parameters get theirs all the same, and frozen leaves keep the gradient that they have."""
+    truth = truth_of(subject)
+    before = filled(subject.leaves)
+    for x in subject.inputs:
+        x.requires_grad_(False)
+    out = subject()
+    assert out.requires_grad == any(True for _ in subject.net.parameters())
+    if out.requires_grad:
+        backward(out)
+    expected = [0.5 + t if leaf.requires_grad else g for leaf, g, t in zip(subject.leaves, before, truth, strict=True)]
+    assert_same(before, expected, subject.tolerance)
+
+
+def test_nothing_wants_a_gradient(subject):
+    out = subject()
+    for leaf in subject.leaves:
+        leaf.requires_grad_(False)
+    frozen = subject()
+    assert not frozen.requires_grad
+    assert_same([frozen], [out.detach()], subject.tolerance)
+
+
+@pytest.mark.parametrize("context", [torch.no_grad, torch.inference_mode])
+def test_without_gradients(any_subject, context):
+    out = with_seed(any_subject)
+    with context():
+        without = with_seed(any_subject)
+    assert not without.requires_grad
+    assert_same([without], [out.detach()], any_subject.tolerance)
+
+
+def test_eval_mode(any_subject):
+    """No dropout, and gradients as in training without it."""
+    any_subject.net.eval()
+    out, again = with_seed(any_subject, 1), with_seed(any_subject, 2)
+    if any_subject.truth is not None:
+        assert_same(gradients(out, any_subject.leaves), truth_of(any_subject), any_subject.tolerance)
+    elif any_subject.net.__class__.__name__ != "Function":  # whose dropout is an argument, whatever the mode
+        assert out.equal(again)
+        assert_same(gradients(out, any_subject.leaves), gradients(again, any_subject.leaves), any_subject.tolerance)
+
+
+# Hooks
+
+
+@contextmanager
+def tensor_hook(leaf, seen):
+    with leaf.register_hook(lambda g: seen.append(g.clone())):
+        yield
+
+
+@contextmanager
+def hook_on_many(leaf, seen):
+    with register_multi_grad_hook([leaf], lambda g: seen.append(g[0].clone())):
+        yield
+
+
+@contextmanager
+def hook_before_node(leaf, seen):
+    with get_gradient_edge(leaf).node.register_prehook(lambda g: seen.append(g[0].clone())):
+        yield
+
+
+@contextmanager
+def hook_after_node(leaf, seen):
+    with get_gradient_edge(leaf).node.register_hook(lambda _, g: seen.append(g[0].clone())):
+        yield
+
+
+@pytest.mark.parametrize("hook", [tensor_hook, hook_on_many, hook_before_node, hook_after_node])
+def test_hooks_see_the_whole_gradient_of_this_pass_alone_and_once(subject, hook):
+    leaves, truth = subject.leaves, truth_of(subject)
+    filled(leaves)
+    out = subject()
+    seen = [[] for _ in leaves]
+    with ExitStack() as hooks:
+        for leaf, record in zip(leaves, seen, strict=True):
+            hooks.enter_context(hook(leaf, record))
+        backward(out)
+    assert [len(record) for record in seen] == [1] * len(leaves)
+    assert_same([record[0] for record in seen], truth, subject.tolerance)
+    assert_same([leaf.grad for leaf in leaves], plus(truth), subject.tolerance)
+
+
+def test_hooks_may_change_the_gradient(subject):
+    leaves, truth = subject.leaves, truth_of(subject)
+    for leaf in leaves:
+        leaf.register_hook(lambda g: 3 * g)
+    assert_same(gradients(subject(), leaves), [3 * g for g in truth], subject.tolerance)
+    filled(leaves)
+    backward(subject())
+    assert_same([leaf.grad for leaf in leaves], plus([3 * g for g in truth]), subject.tolerance)
+
+
+def test_hooks_after_accumulation_see_the_sum_once(subject):
+    leaves, truth, seen = subject.leaves, truth_of(subject), []
+    filled(leaves)
+    for leaf in leaves:
+        leaf.register_post_accumulate_grad_hook(lambda leaf: seen.append((leaf, leaf.grad.clone())))
+    backward(subject())
+    assert len(seen) == len(leaves)
+    found = {id(leaf): g for leaf, g in seen}
+    assert_same([found[id(leaf)] for leaf in leaves], plus(truth), subject.tolerance)
+
+
+@pytest.mark.parametrize("set_to_none", [True, False])
+def test_an_optimizer_stepping_in_hooks(request, subject, set_to_none):
+    """Each leaf steps as soon as its gradient is there, while others are still to be found."""
+    other = SUBJECTS[request.node.callspec.params["subject"]]()
+    with torch.no_grad():
+        for mine, theirs in zip(subject.leaves, other.leaves, strict=True):
+            theirs.copy_(mine)
+        for mine, theirs in zip(subject.inputs, other.inputs, strict=True):
+            theirs.copy_(mine)
+    optimizers = {leaf: torch.optim.SGD([leaf], lr=0.01, momentum=0.9) for leaf in subject.leaves}
+
+    def step_now(leaf):
+        optimizers[leaf].step()
+        optimizers[leaf].zero_grad(set_to_none)
+
+    for leaf in subject.leaves:
+        leaf.register_post_accumulate_grad_hook(step_now)
+    after_all = torch.optim.SGD(other.leaves, lr=0.01, momentum=0.9)
+    for _ in range(2):
+        backward(subject())
+        after_all.zero_grad()
+        backward(other.truth(*other.inputs))
+        after_all.step()
+    assert_same(subject.leaves, other.leaves, 100 * subject.tolerance)
+
+
+def test_hooks_on_the_module_run_and_may_change_what_it_returns(subject):
+    seen = []
+    subject.net.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
+    subject.net.register_forward_hook(lambda module, inputs, out: (seen.append("after"), out * out.sin())[1])
+    ours = subject()
+    assert seen == ["before", "after"]
+    truth = subject.truth(*subject.inputs)
+    truth = truth * truth.sin()
+    assert_same([ours], [truth], subject.tolerance)
+    assert_same(gradients(ours, subject.leaves), gradients(truth, subject.leaves), 10 * subject.tolerance)
+    assert seen == ["before", "after"]
+
+
+def test_a_backward_hook_on_the_module_sees_its_cotangent_once(subject):
+    if not any(x.requires_grad for x in subject.inputs):
+        pytest.skip("a full backward hook is about inputs that want a gradient")
+    truth, seen = truth_of(subject), []
+    subject.net.register_full_backward_hook(lambda module, of_in, of_out: seen.append(of_out[0].clone()))
+    out = subject()
+    assert_same(gradients(out, subject.leaves), truth, subject.tolerance)
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    assert_same(seen, [cotangent.to(out.dtype)], 0.0)
+
+
+# What is saved
+
+
+def test_what_is_saved_may_be_kept_elsewhere(any_subject):
+    leaves = any_subject.leaves
+    truth = gradients(with_seed(any_subject), leaves)
+    with saved_tensors_hooks(torch.clone, torch.clone):
+        out = with_seed(any_subject)
+    assert_same(gradients(out, leaves, retain_graph=True), truth, any_subject.tolerance)
+    assert_same(gradients(out, leaves), truth, any_subject.tolerance)
+    with save_on_cpu():
+        out = with_seed(any_subject)
+    assert_same(gradients(out, leaves), truth, any_subject.tolerance)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False])
+def test_inside_a_checkpoint(any_subject, use_reentrant):
+    leaves = any_subject.leaves
+    truth = gradients(with_seed(any_subject), leaves)
+    # What is reentrant differentiates inputs, and parameters on the way.
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in any_subject.inputs]
+    if use_reentrant and not any(x.requires_grad for x in inputs):
+        pytest.skip("a reentrant checkpoint needs an input that wants a gradient")
+    before = filled(leaves)
+    out = with_seed(lambda: checkpoint(any_subject.net, *inputs, use_reentrant=use_reentrant))
+    backward(out)
+    assert all(leaf.grad is g for leaf, g in zip(leaves, before, strict=True))
+    assert_same(before, plus(truth), any_subject.tolerance)
+
+
+def test_a_change_in_place_between_forward_and_backward_is_refused(subject):
+    """Or has nothing to do with what backward needs, and then the gradients are right."""
+    truth, leaves, refused = truth_of(subject), subject.leaves, 0
+    for leaf in leaves:
+        out, before = subject(), leaf.detach().clone()
+        with torch.no_grad():
+            leaf.mul_(2)
+        found = result_or_message(lambda out=out: gradients(out, leaves))
+        with torch.no_grad():
+            leaf.copy_(before)
+        if isinstance(found, str):
+            refused += 1
+            assert IN_PLACE in found
+        else:
+            assert_same(found, truth, subject.tolerance)
+    # A scalar loss has made its gradients in the forward pass, and needs nothing more.
+    assert refused or subject.net.__class__.__name__ == "Head"
+
+
+def test_the_random_state_is_forwards_alone(any_subject):
+    """Draws between the passes change no gradient, and backward makes none."""
+    leaves = any_subject.leaves
+    truth = gradients(with_seed(any_subject), leaves)
+    out = with_seed(any_subject)
+    torch.manual_seed(5)
+    torch.rand(7)
+    state = torch.get_rng_state()
+    found = gradients(out, leaves)
+    assert torch.get_rng_state().equal(state)
+    assert_same(found, truth, any_subject.tolerance)
+
+
+def test_each_forward_draws_anew_and_follows_the_seed(any_subject):
+    if any_subject.truth is not None:
+        state = torch.get_rng_state()
+        any_subject()
+        assert torch.get_rng_state().equal(state), "nothing to draw"
+        return
+    assert with_seed(any_subject).equal(with_seed(any_subject))
+    assert not any_subject().equal(any_subject())
+
+
+# Of these autograd computes products itself, in the precision that it finds in backward.
+AUTOGRADS_OWN = ("function, naive", "bias, naive", "log-sum-exp", "attention, naive", "function, naive, dropping")
+WITH_LAYERS_OF_AUTOGRADS = (
+    *("attention", "attention, memory-efficient", "flash attention", "flash attention, dropping", "cosine"),
+    *("feed-forward", "norm before", "transformer, logits in pieces"),
+)
+
+
+@pytest.mark.parametrize("autocast", [True, False], ids=["forward inside", "forward outside"])
+@pytest.mark.parametrize("name", [name for name in EVERYTHING if name not in AUTOGRADS_OWN])
+def test_precision_is_forwards_wherever_backward_runs(name, autocast):
+    if not autocast and name in WITH_LAYERS_OF_AUTOGRADS:
+        pytest.skip("nn.Linear itself takes backward's autocast")
+    subject = EVERYTHING[name]()
+    subject.dtype = torch.float32
+    subject.__post_init__()
+
+    def run(back):
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            out = with_seed(subject)
+        with torch.autocast("cpu", torch.bfloat16, enabled=back):
+            return [out, *gradients(out, subject.leaves)]
+
+    assert_same(run(True), run(False), 0.0)
