@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test bench lint clean
+.PHONY: setup train test test-torch bench lint clean
 
 setup: $(STAMP)
 
@@ -23,8 +23,17 @@ lint: setup
 test: lint
 	$(BIN)/python -m pytest -n auto
 
+# The tests with another PyTorch, in an environment of its own: make test-torch VERSION=2.11.0
+test-torch: TORCH := .venv-torch-$(VERSION)
+test-torch:
+	@test -n "$(VERSION)" || { echo "usage: make test-torch VERSION=2.11.0"; exit 2; }
+	$(PYTHON) -m venv $(TORCH)
+	sed 's/^torch==.*/torch==$(VERSION)/' constraints.txt > $(TORCH)/constraints.txt
+	$(TORCH)/bin/pip install --quiet --constraint $(TORCH)/constraints.txt --editable '.[train,tensorboard,huggingface,dev]'
+	$(TORCH)/bin/python -m pytest -n auto
+
 bench: setup
 	$(BIN)/mea bench
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info
+	rm -rf $(VENV) .venv-torch-* build dist src/*.egg-info
