@@ -32,18 +32,20 @@ f64 = torch.float64
 
 @dataclass
 class Subject:
-    """`net(*inputs)`, and its `truth`: the same from the same leaves, with nothing computed twice.
+    """`net(*inputs)`, and its `truth`: the same from the same leaves, with nothing computed twice and nothing dropped.
 
-    `once`: a second derivative is refused; else it is right or refused. `smooth`: finite differences can tell.
+    `drops`: it has dropout, which no truth could draw likewise, since pieces draw in an order of their own. `once`: a
+    second derivative is refused; else it is right or refused. `smooth`: finite differences can tell.
     """
 
     net: nn.Module
-    truth: Callable[..., Tensor] | None
+    truth: Callable[..., Tensor]
     make_inputs: Callable[[], tuple[Tensor, ...]]
     once: bool = True
     dtype: torch.dtype = f64
     tolerance: float = 1e-9
     smooth: bool = True
+    drops: bool = False
 
     def __post_init__(self) -> None:
         for module in (self.net, self.truth):
@@ -98,7 +100,7 @@ def function(backend, **kwargs):
     once = {"once": backend != "naive"}
     seen = {"causal": True} if backend == "fused" else SEEN
     net = Function(lambda q, k, v: dot_product_attention(q, k, v, backend=backend, **seen, **BUCKETS, **kwargs))
-    return Subject(net, None if kwargs else lambda q, k, v: reference.attention(q, k, v, **seen), QKV, **once)
+    return Subject(net, lambda q, k, v: reference.attention(q, k, v, **seen), QKV, drops=bool(kwargs), **once)
 
 
 def biased(backend):
@@ -164,12 +166,10 @@ ATTENTION = {"dim": DIM, "heads": HEADS, "dim_head": 4, **BUCKETS}
 
 def attention_layer(kind=Attention, once=True, **kwargs):
     net = kind(**ATTENTION, causal=True, **kwargs)
-    if kwargs.get("dropout"):
-        return Subject(net, None, X)
     weights = net.to_q, net.to_kv, net.to_out
     options = {"heads": HEADS, "causal": True, "kv_heads": net.kv_heads, "window": net.window}
     truth = lambda x: reference.attention_layer(x, *(layer.weight for layer in weights), **options)  # noqa: E731
-    return Subject(net, truth, X, once=once)
+    return Subject(net, truth, X, once=once, drops=net.dropout > 0)
 
 
 def cross_attention():
@@ -209,16 +209,14 @@ def pre_norm(fn):
 
 def chunked(**kwargs):
     net = Chunked(TokenMLP(DIM, hidden=12, **kwargs), chunks=3)
-    return Subject(net, None if kwargs else net.module, X)
+    return Subject(net, net.module, X, drops=bool(kwargs))
 
 
 def reversible(make, whole=None, exact=False, **kwargs):
     """Against the same with activations stored; where branches are in pieces, against the whole branches."""
     net = ReversibleSequence(make(depth=2, **kwargs), exact=exact)
-    if kwargs.get("dropout"):
-        return Subject(net, None, X, smooth=not exact)
     stored = ReversibleSequence((whole or make)(depth=2), exact=exact, reversible=False)
-    return Subject(net, shared(stored, net), X, smooth=not exact)
+    return Subject(net, shared(stored, net), X, smooth=not exact, drops=bool(kwargs))
 
 
 def in_pieces(**kwargs):
@@ -285,11 +283,10 @@ def transformer(**kwargs):
     """
     model = Transformer(**{**SHAPE, **kwargs})
     net, tokens = WithLoss(model), lambda: (torch.randint(VOCABULARY, (B, N)),)
-    if kwargs.get("dropout"):
-        return Subject(net, None, tokens)
     simple = {} if kwargs.get("exact") else {"head_chunks": 1, "ff_chunks": 1, "backend": "naive"}
     stored = Transformer(**{**SHAPE, **kwargs, **simple, "reversible": False, "keep_attention": False})
-    return Subject(net, shared(WithLoss(stored, chunked=False), net), tokens, smooth=not kwargs.get("exact"))
+    flags = {"smooth": not kwargs.get("exact"), "drops": "dropout" in kwargs}
+    return Subject(net, shared(WithLoss(stored, chunked=False), net), tokens, **flags)
 
 
 def logits(**kwargs):
@@ -339,14 +336,13 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     "transformer, attention kept": lambda: transformer(keep_attention=True, head_chunks=2),
     "transformer, stored": lambda: transformer(reversible=False, head_chunks=2, ff_chunks=2),
 }
-# No truth beside these: their pieces draw in an order of their own.
 DROPPING: dict[str, Callable[[], Subject]] = {
     **{f"function, {backend}": lambda b=backend: function(b, dropout=0.3) for backend in ("naive", "tiled", "auto")},
     "attention, head groups": lambda: attention_layer(head_chunks=2, dropout=0.3),
     "flash attention": lambda: attention_layer(FlashAttention, dropout=0.3),
     "chunked": lambda: chunked(dropout=0.5),
     "reversible": lambda: reversible(plain, dropout=0.5),
-    "reversible, pieces": lambda: reversible(in_pieces, dropout=0.3),
+    "reversible, pieces": lambda: reversible(in_pieces, whole, dropout=0.3),
     "exact": lambda: reversible(plain, exact=True, dropout=0.5),
     "transformer": lambda: transformer(dropout=0.3),
     "transformer, pieces": lambda: transformer(dropout=0.3, head_chunks=2, ff_chunks=2),
