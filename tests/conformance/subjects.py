@@ -23,7 +23,7 @@ from memory_efficient_attention_pytorch.flash_attention import FlashAttentionFun
 from memory_efficient_attention_pytorch.memory_efficient_attention import memory_efficient_attention
 from tests import reference
 from tests.branches import IN_PIECES, TokenMLP, layers, plain
-from tests.conformance.cases import LearnedBias, onednn_tiles
+from tests.conformance.cases import PATHS, LearnedBias
 
 B, N, DIM, HEADS, VOCABULARY = 2, 7, 8, 2, 11
 PADDING = torch.arange(N)[None] >= torch.tensor([[0], [2]])
@@ -97,10 +97,12 @@ BUCKETS = {"q_bucket_size": 4, "k_bucket_size": 3}
 
 
 def function(backend, **kwargs):
-    once = {"once": backend != "naive"}
+    flags = {"once": backend != "naive"}
+    if backend == "onednn":  # its tiles are for fp32
+        flags |= {"dtype": torch.float32, "tolerance": 1e-5, "smooth": False}
     seen = {"causal": True} if backend == "fused" else SEEN
     net = Function(lambda q, k, v: dot_product_attention(q, k, v, backend=backend, **seen, **BUCKETS, **kwargs))
-    return Subject(net, lambda q, k, v: reference.attention(q, k, v, **seen), QKV, drops=bool(kwargs), **once)
+    return Subject(net, lambda q, k, v: reference.attention(q, k, v, **seen), QKV, drops=bool(kwargs), **flags)
 
 
 def biased(backend):
@@ -125,17 +127,6 @@ def bias_module(backend):
         QKV,
         once=backend != "naive",
     )
-
-
-def onednn():
-    """oneDNN's tiles are for fp32."""
-
-    def ours(q, k, v):
-        with onednn_tiles():
-            return dot_product_attention(q, k, v, backend="tiled", **SEEN, **BUCKETS)
-
-    truth = lambda q, k, v: reference.attention(q, k, v, **SEEN)  # noqa: E731
-    return Subject(Function(ours), truth, QKV, dtype=torch.float32, tolerance=1e-5, smooth=False)
 
 
 def log_sum_exp():
@@ -296,8 +287,7 @@ def logits(**kwargs):
 
 
 SUBJECTS: dict[str, Callable[[], Subject]] = {
-    **{f"function, {backend}": lambda b=backend: function(b) for backend in ("naive", "tiled", "fused", "auto")},
-    "function, oneDNN": onednn,
+    **{f"function, {backend}": lambda b=backend: function(b) for backend in PATHS},
     **{f"bias, {backend}": lambda b=backend: biased(b) for backend in ("naive", "tiled")},
     "bias module, tiled": lambda: bias_module("tiled"),
     "log-sum-exp": log_sum_exp,
