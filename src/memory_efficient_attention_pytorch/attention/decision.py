@@ -153,7 +153,8 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        tensors, (out, lse, *state) = ctx.saved_tensors[: ctx.inputs], ctx.saved_tensors[ctx.inputs :]
+        saved = ctx.saved_tensors  # asked for once: a checkpoint hands each out a single time
+        tensors, (out, lse, *state) = saved[: ctx.inputs], saved[ctx.inputs :]
         q, k, v, mask, document_ids, bias, *_ = tensors
         request = ctx.decision.request.with_tensors(mask, document_ids, bias)
         saved = Saved(q, k, v, out, lse, state)
