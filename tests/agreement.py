@@ -2,20 +2,10 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
-import pytest
 import torch
 from torch import Tensor
 
 from tests.memory.live_bytes import PRODUCTS, LiveBytes
-
-
-@pytest.fixture
-def one_thread():
-    """Tensors this small gain nothing from threads, and lose much when others use the cores too."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 def gradients(out: Tensor, wanted: Iterable[Tensor], seed: int = 1, **kwargs) -> tuple[Tensor | None, ...]:

@@ -8,7 +8,6 @@ from torch import nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.checkpoint import checkpoint
 
 from memory_efficient_attention_pytorch import (
     Attention,
@@ -31,9 +30,7 @@ from tests.accumulating import (
     loss_of,
     matrices,
 )
-from tests.agreement import assert_same, one_thread
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+from tests.agreement import assert_same
 
 
 @pytest.mark.parametrize("kind", MAKERS)
@@ -62,32 +59,6 @@ def test_zeros_change_nothing(kind):
 
 
 # One leaf, several passes.
-
-
-@pytest.mark.parametrize("kind", MAKERS)
-def test_a_graph_that_is_kept(kind):
-    net, (x,) = MAKERS[kind](), inputs(1)
-    truth = by_hand(net, [x, x], 0.5)
-    filled(net, 0.5)
-    loss = loss_of(net, x)
-    loss.backward(retain_graph=True)
-    loss.backward()
-    assert_same([p.grad for p in net.parameters()], truth, TOLERANCE)
-
-
-def test_a_gradient_that_comes_or_goes_between_forward_and_backward():
-    net, (x,) = Head(), inputs(1)
-    alone = by_hand(net, [x])
-    filled(net, 0.5)
-    loss = loss_of(net, x)
-    net.zero_grad()
-    loss.backward()
-    assert_same([p.grad for p in net.parameters()], alone, TOLERANCE)
-    net.zero_grad()
-    loss = loss_of(net, x)
-    filled(net, 0.5)
-    loss.backward()
-    assert_same([p.grad for p in net.parameters()], [0.5 + g for g in alone], TOLERANCE)
 
 
 class Tied(nn.Module):
@@ -141,18 +112,6 @@ def test_shared_weights_and_gradients_that_are_views_of_one_buffer(make, hooked)
     assert_same([part.view_as(p) for p, part in zip(net.parameters(), parts, strict=True)], truth, TOLERANCE)
     assert all(p.grad.data_ptr() == part.data_ptr() for p, part in zip(net.parameters(), parts, strict=True))
     assert len(calls) == hooked * 3 * len(parts)
-
-
-@pytest.mark.parametrize("use_reentrant", [True, False])
-@pytest.mark.parametrize("kind", ["feed-forward", "attention", "loss", "losses"])
-def test_inside_a_checkpoint(kind, use_reentrant):
-    net, batches = MAKERS[kind](), inputs(requires_grad=True)
-    truth = by_hand(net, batches, 0.5)
-    before = filled(net, 0.5)
-    for x in batches:
-        loss_of(lambda x: checkpoint(net, x, use_reentrant=use_reentrant), x).backward()
-    assert all(p.grad is g for p, g in zip(net.parameters(), before, strict=True))
-    assert_same(before, truth, TOLERANCE)
 
 
 def test_inside_pieces_of_another_branch():

@@ -8,11 +8,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from tests.agreement import difference, one_thread
+from tests.agreement import difference
 from tests.distributed import two_processes
 from tests.distributed.two_processes import CASES, RATE, STEPS, WORLD, build, loss_of
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 @pytest.fixture(scope="module")

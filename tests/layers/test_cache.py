@@ -29,15 +29,6 @@ def make(**kwargs) -> Transformer:
     return Transformer(**{**SHAPE, **kwargs}).double().eval()
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors of a few hundred numbers only lose by being shared among threads, and much when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 def in_calls(model, tokens, lengths, cache, mask=None):
     """The logits of all tokens, read in calls of these lengths."""
     assert sum(lengths) == tokens.shape[1]

@@ -8,9 +8,7 @@ from torch import nn
 
 from memory_efficient_attention_pytorch import FeedForward, PreNorm, ReversibleSequence
 from tests import reference
-from tests.agreement import assert_same, gradients, one_thread
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+from tests.agreement import assert_same, gradients
 
 
 def altered(kind):

@@ -15,10 +15,8 @@ from memory_efficient_attention_pytorch import (
     ReversibleSequence,
     Transformer,
 )
-from tests.agreement import assert_same, gradients, one_thread, with_seed
+from tests.agreement import assert_same, gradients, with_seed
 from tests.memory.live_bytes import LiveBytes
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 B, N, DIM, HEADS, WIDTH = 2, 21, 16, 4, 4
 FORWARD, BACKWARD = (f"_scaled_dot_product_flash_attention_for_cpu{name}" for name in ("", "_backward"))
@@ -190,13 +188,6 @@ def test_nothing_is_kept_without_a_backward():
         out = net(x)
     assert count.live == out.nbytes
     assert_same([out], [block(False, causal=True, head_chunks=2)(x).detach()], 0.0)
-
-
-def test_second_derivatives_are_refused():
-    net, x = block(True, exact=False), tokens()
-    (gradient,) = torch.autograd.grad(net(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        gradient.sum().backward()
 
 
 def test_a_checkpoint_within_a_block_is_refused_not_given_another_calls_output():

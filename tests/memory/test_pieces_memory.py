@@ -5,12 +5,9 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import Chunked, FeedForward, PreNorm, ReversibleSequence
-from tests.agreement import one_thread, products
+from tests.agreement import products
 from tests.branches import TokenMLP
 from tests.memory.live_bytes import LiveBytes, saved_bytes
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
-
 
 # n tokens, d wide, a hidden layer of c·d: what a chunk holds is what falls with the number of chunks.
 

@@ -5,11 +5,9 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import ReversibleSequence
-from tests.agreement import one_thread, products
+from tests.agreement import products
 from tests.branches import DIM, layers, plain, tokens
 from tests.memory.live_bytes import LiveBytes, saved_bytes
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 def unlike(depth, **kwargs):

@@ -15,10 +15,7 @@ import pytest
 import torch
 
 from memory_efficient_attention_pytorch import Transformer
-from tests.agreement import one_thread
 from tests.memory.live_bytes import LiveBytes
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 TOKENS, DIM = 2048, 64
 MANY_PIECES = {"head_chunks": 8, "ff_chunks": 16, "q_bucket_size": 128, "k_bucket_size": 128}

@@ -83,15 +83,6 @@ def drawn(logits, rows=4000, **options):
     return torch.bincount(tokens.flatten(), minlength=len(logits)) / rows
 
 
-@pytest.fixture(autouse=True)
-def _one_thread():
-    """Tensors of a few hundred numbers only lose by being shared among threads, and much when the machine is busy."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # Training
 
 

@@ -6,14 +6,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.autograd.graph import save_on_cpu
 
 from memory_efficient_attention_pytorch import ReversibleSequence, Transformer
 from tests import reference
-from tests.agreement import assert_same, difference, gradients, one_thread, with_seed
+from tests.agreement import assert_same, difference, gradients, with_seed
 from tests.memory.live_bytes import LiveBytes
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 SHAPE = {"num_tokens": 29, "max_seq_len": 24, "dim": 16, "depth": 3, "heads": 4, "dim_head": 4, "causal": True}
 CONFIGURATIONS = [
@@ -145,61 +142,7 @@ def test_another_index_to_ignore():
     )
 
 
-def test_the_loss_may_be_scaled_and_combined():
-    """The gradient is made in the forward pass, but what comes in backward counts."""
-    model, (x, labels, mask) = build(), batch()
-    parameters = list(model.parameters())
-    first = torch.autograd.grad(model(x, labels=labels), parameters)
-    second = torch.autograd.grad(model(x, labels=labels, mask=mask), parameters)
-    total = 3 * model(x, labels=labels) - model(x, labels=labels, mask=mask) / 7
-    truth = [3 * a - b / 7 for a, b in zip(first, second, strict=True)]
-    assert_same(torch.autograd.grad(total, parameters), truth, 1e-9)
-
-
-@pytest.mark.parametrize(
-    "kwargs", [{}, {"exact": True}, {"reversible": False}, {"head_chunks": 2, "ff_chunks": 2}], ids=str
-)
-def test_backward_twice_with_retain_graph(kwargs):
-    model, (x, labels, _) = build(**kwargs), batch()
-    parameters, loss = list(model.parameters()), model(x, labels=labels)
-    first = torch.autograd.grad(loss, parameters, retain_graph=True)
-    again = torch.autograd.grad(loss, parameters, torch.tensor(2.0, dtype=loss.dtype), retain_graph=True)
-    assert_same([gradient / 2 for gradient in again], first, 1e-12)
-    assert_same(torch.autograd.grad(loss, parameters), first, 1e-12)
-    with pytest.raises(RuntimeError, match="second time"):
-        torch.autograd.grad(loss, parameters)
-
-
-def test_double_backward_raises():
-    model, (x, labels, _) = build(), batch()
-    weight = model.layers[0][0].fn.to_q.weight
-    (gradient,) = torch.autograd.grad(model(x, labels=labels), weight, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        gradient.square().sum().backward()
-
-
 # Training it
-
-
-@pytest.mark.parametrize("kwargs", CONFIGURATIONS[:6], ids=str)
-@pytest.mark.parametrize("trained", ["token_emb", "layers.1", "layers.2.1.fn", "to_logits.0", "norm", "to_q"])
-def test_a_part_alone_may_be_trained(trained, kwargs):
-    model, (x, labels, mask) = build(**kwargs), batch()
-    storing = build(**kwargs, reversible=False)
-    for net in (model, storing):
-        for name, parameter in net.named_parameters():
-            parameter.requires_grad_(trained in name)
-        with_seed(lambda net=net: net(x, labels=labels, mask=mask)).backward()
-    for name, parameter in model.named_parameters():
-        assert (parameter.grad is not None) == (trained in name), name
-    trained_ones = [[p.grad for p in net.parameters() if p.requires_grad] for net in (model, storing)]
-    assert_same(*trained_ones, 1e-9)
-
-
-def test_all_frozen():
-    model, (x, labels, _) = build().requires_grad_(False), batch()
-    assert not model(x, labels=labels).requires_grad
-    assert not model(x).requires_grad
 
 
 class LowRank(nn.Module):
@@ -300,44 +243,6 @@ def test_hooks_that_only_watch_the_streams():
         block.register_forward_hook(lambda module, args, out: seen.append([stream.shape for stream in out]))
     assert_same(loss_and_gradients(model, x, labels=labels), truth, 0.0)
     assert seen == 3 * [2 * [(2, 21, 16)]]
-
-
-def test_hooks_on_parameters_run_once_on_the_whole_gradient():
-    model, (x, labels, mask) = build(positions="alibi", head_chunks=2, ff_chunks=3, tie_embeddings=True), batch()
-    truth = loss_and_gradients(model, x, labels=labels, mask=mask)[1:]
-    for parameter in model.parameters():
-        parameter.register_hook(lambda gradient: 5 * gradient)
-    ours = loss_and_gradients(model, x, labels=labels, mask=mask)[1:]
-    assert_same(ours, [5 * gradient for gradient in truth], 1e-9)
-
-
-@pytest.mark.parametrize("kwargs", [{}, {"tie_embeddings": True, "head_chunks": 2, "ff_chunks": 2}], ids=str)
-def test_an_optimizer_stepping_in_hooks(kwargs):
-    model, (x, labels, mask) = build(**kwargs), batch()
-    other = build(**kwargs, reversible=False)
-    optimizers = {p: torch.optim.Adam([p], lr=0.01) for p in model.parameters()}
-
-    def step_now(parameter):
-        optimizers[parameter].step()
-        optimizers[parameter].zero_grad()
-
-    for parameter in model.parameters():
-        parameter.register_post_accumulate_grad_hook(step_now)
-    optimizer = torch.optim.Adam(other.parameters(), lr=0.01)
-    for _ in range(3):
-        model(x, labels=labels, mask=mask).backward()
-        optimizer.zero_grad()
-        other(x, labels=labels, mask=mask).backward()
-        optimizer.step()
-    assert_same([*model.parameters()], [*other.parameters()], 1e-7)
-
-
-def test_saved_tensors_may_be_moved():
-    model, (x, labels, _) = build(head_chunks=2), batch()
-    truth = loss_and_gradients(model, x, labels=labels)
-    with save_on_cpu():
-        loss = model(x, labels=labels)
-    assert_same((loss, *torch.autograd.grad(loss, list(model.parameters()))), truth, 1e-12)
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"exact": True, "head_chunks": 2, "positions": "rotary"}], ids=str)

@@ -5,16 +5,13 @@ import copy
 import pytest
 import torch
 from torch import nn
-from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 
 from memory_efficient_attention_pytorch import Chunked, ReversibleSequence
 from memory_efficient_attention_pytorch.recompute.pieces import ChunkBranch
 from tests import reference
-from tests.agreement import assert_same, difference, gradients, one_thread, products, with_seed
+from tests.agreement import assert_same, difference, gradients, products, with_seed
 from tests.branches import TokenMLP
 from tests.memory.live_bytes import LiveBytes
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 class OverChannels(nn.Module):
@@ -95,19 +92,6 @@ def test_non_contiguous_input_and_cotangent():
     )
 
 
-def test_gradcheck():
-    module = TokenMLP(dim=3, hidden=4).double()
-    x = torch.randn(1, 5, 3, dtype=torch.float64, requires_grad=True)
-
-    def function(x, *parameters):
-        return torch.func.functional_call(module, dict(zip(names, parameters, strict=True)), (x,))
-
-    names, parameters = zip(*module.named_parameters(), strict=True)
-    chunked = Chunked(module, chunk_size=2)
-    assert torch.autograd.gradcheck(lambda x, *_: chunked(x), (x, *parameters), fast_mode=True)
-    assert_same((chunked(x),), (function(x, *parameters),), 1e-13)
-
-
 def test_a_parameters_gradient_never_shares_memory_with_the_cotangent():
     module, x = Shift(1, 6, 4), torch.randn(1, 6, 4, requires_grad=True)
     cotangent = torch.randn(1, 6, 4)
@@ -181,19 +165,6 @@ def test_dropout_is_the_same_in_both_passes():
     assert out.equal(gradient * x)
 
 
-def test_dropout_leaves_the_generator_where_forward_left_it():
-    net, x = Chunked(TokenMLP(dropout=0.5), chunks=4), torch.randn(2, 13, 8, requires_grad=True)
-    before = torch.get_rng_state()
-    first = net(x)
-    after = torch.get_rng_state()
-    assert not after.equal(before), "the forward pass draws from the caller's generator"
-    assert not net(x).equal(first)
-    torch.manual_seed(5)
-    state = torch.get_rng_state()
-    first.sum().backward()
-    assert torch.get_rng_state().equal(state)
-
-
 def test_dropout_follows_the_seed_and_the_mode():
     net, x = Chunked(TokenMLP(dropout=0.5), chunks=4), torch.randn(2, 13, 8)
     assert with_seed(lambda: net(x)).equal(with_seed(lambda: net(x)))
@@ -204,56 +175,12 @@ def test_dropout_follows_the_seed_and_the_mode():
 # What autograd and its users may do with it
 
 
-def test_parameters_frozen_or_not():
-    module, x = TokenMLP(), torch.randn(2, 13, 8, requires_grad=True)
-    module.up.requires_grad_(False)
-    Chunked(module, chunks=3)(x).square().sum().backward()
-    ours = [x.grad, *(p.grad for p in module.parameters())]
-    x.grad = None
-    module.zero_grad()
-    module(x).square().sum().backward()
-    assert module.up.weight.grad is None
-    assert_same(ours, [x.grad, *(p.grad for p in module.parameters())], 1e-5)
-
-
-@pytest.mark.parametrize("of_input", [True, False])
-@pytest.mark.parametrize("of_parameters", [True, False])
-def test_only_what_is_asked_for(of_input, of_parameters):
-    module, x = TokenMLP().requires_grad_(of_parameters), torch.randn(2, 13, 8, requires_grad=of_input)
-    out = Chunked(module, chunks=3)(x)
-    assert out.requires_grad == (of_input or of_parameters)
-    wanted = [t for t in (x, *module.parameters()) if t.requires_grad]
-    if wanted:
-        assert_same(gradients(out, wanted), gradients(module(x), wanted), 1e-5)
-
-
-def test_autograd_grad_of_some_parameters():
-    module, x = TokenMLP(), torch.randn(2, 13, 8, requires_grad=True)
-    wanted = (module.norm.weight, module.down.bias)
-    assert_same(gradients(Chunked(module, chunks=3)(x), wanted), gradients(module(x), wanted), 1e-5)
-    assert all(p.grad is None for p in (x, *module.parameters()))
-
-
 def test_a_parameter_without_use_has_no_gradient():
     module, x = TokenMLP(), torch.randn(2, 13, 8)
     module.spare = nn.Parameter(torch.ones(3))
     Chunked(module, chunks=3)(x).sum().backward()
     assert module.spare.grad is None
     assert module.up.weight.grad is not None
-
-
-def test_hooks_on_parameters_run_once_on_the_whole_gradient():
-    module, x = TokenMLP(), torch.randn(2, 13, 8)
-    (truth,) = gradients(module(x), (module.up.weight,))
-    seen = []
-    module.up.weight.register_hook(lambda gradient: (seen.append(gradient.clone()), 2 * gradient)[1])
-    module.up.weight.register_post_accumulate_grad_hook(lambda parameter: seen.append(parameter.grad.clone()))
-    cotangent = torch.randn(2, 13, 8, generator=torch.Generator().manual_seed(1), dtype=torch.float64).float()
-    Chunked(module, chunks=4)(x).backward(cotangent)
-    assert_same(seen, [truth, 2 * truth], 1e-5)
-    seen.clear()
-    (doubled,) = gradients(Chunked(module, chunks=4)(x), (module.up.weight,))
-    assert_same([*seen, doubled], [truth, 2 * truth], 1e-5)
 
 
 def test_hooks_on_inner_modules_run_for_every_chunk():
@@ -274,80 +201,6 @@ def test_a_forward_hook_may_change_the_output():
     wanted = (x, *module.parameters())
     ours, truth = Chunked(module, chunks=3)(x), module(x)
     assert_same((ours, *gradients(ours, wanted)), (truth, *gradients(truth, wanted)), 1e-5)
-
-
-def test_an_optimizer_stepping_in_hooks():
-    module, x = TokenMLP(), torch.randn(2, 13, 8)
-    other = copy.deepcopy(module)
-    for net, model in ((Chunked(module, chunks=4), module), (other, other)):
-        for parameter in model.parameters():
-            optimizer = torch.optim.SGD([parameter], lr=0.1)
-            parameter.register_post_accumulate_grad_hook(lambda p, o=optimizer: o.step())
-        for _ in range(2):
-            net(x).square().mean().backward()
-    assert_same([*module.parameters()], [*other.parameters()], 1e-5)
-
-
-def test_backward_twice_with_retain_graph():
-    module, x = TokenMLP(dropout=0.5), torch.randn(2, 13, 8, requires_grad=True)
-    out = Chunked(module, chunks=3)(x)
-    wanted = (x, *module.parameters())
-    first = gradients(out, wanted, retain_graph=True)
-    assert_same(gradients(out, wanted), first, 0.0)
-    with pytest.raises(RuntimeError, match="second time"):
-        gradients(out, wanted)
-
-
-def test_two_forwards_before_a_backward():
-    module = TokenMLP(dropout=0.5)
-    x, y = (torch.randn(2, 13, 8, requires_grad=True) for _ in range(2))
-    net, wanted = Chunked(module, chunks=3), (x, y, *module.parameters())
-
-    def by_hand(tokens):
-        return torch.cat([module(tokens[:, start : start + 5]) for start in range(0, 13, 5)], dim=1)
-
-    ours = with_seed(lambda: net(x) * net(y).sin())
-    truth = with_seed(lambda: by_hand(x) * by_hand(y).sin())
-    assert_same((ours, *gradients(ours, wanted)), (truth, *gradients(truth, wanted)), 1e-5)
-
-
-def test_double_backward_raises():
-    x = torch.randn(2, 13, 8, requires_grad=True)
-    (gradient,) = torch.autograd.grad(Chunked(TokenMLP(), chunks=3)(x).square().sum(), x, create_graph=True)
-    with pytest.raises(RuntimeError, match="differentiable once"):
-        gradient.sum().backward()
-
-
-@pytest.mark.parametrize("what", ["input", "parameter"])
-def test_a_change_in_place_before_backward_raises(what):
-    module, leaf = TokenMLP(), torch.randn(2, 13, 8, requires_grad=True)
-    x = leaf * 1
-    out = Chunked(module, chunks=3)(x)
-    with torch.no_grad():
-        (x if what == "input" else module.up.weight).mul_(2)
-    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
-        out.sum().backward()
-
-
-def test_saved_tensor_hooks():
-    module, x = TokenMLP(), torch.randn(2, 13, 8, requires_grad=True)
-    wanted, packed = (x, *module.parameters()), []
-    truth = gradients(module(x), wanted)
-    with saved_tensors_hooks(lambda t: (packed.append(t.shape), t.clone())[1], lambda t: t.clone()):
-        out = Chunked(module, chunks=3)(x)
-    assert x.shape in packed
-    assert_same(gradients(out, wanted), truth, 1e-5)
-    with save_on_cpu():
-        out = Chunked(module, chunks=3)(x)
-    assert_same(gradients(out, wanted), truth, 1e-5)
-
-
-def test_without_gradients_nothing_is_kept():
-    net, x = Chunked(TokenMLP(), chunks=3), torch.randn(2, 13, 8, requires_grad=True)
-    for context in (torch.no_grad(), torch.inference_mode()):
-        with context:
-            assert not net(x).requires_grad
-    assert difference(net(x), net.module(x)) < 1e-6
 
 
 def test_state_dictionary_and_copy():

@@ -7,10 +7,8 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import ReversibleSequence
-from tests.agreement import assert_same, difference, gradients, one_thread, with_seed
+from tests.agreement import assert_same, difference, gradients, with_seed
 from tests.branches import DIM, IN_PIECES, layers, plain, stored, tokens, trainable
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 class Watched(nn.Module):

@@ -5,10 +5,8 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import RelativePositionBias, ReversibleSequence
-from tests.agreement import assert_same, gradients, one_thread
+from tests.agreement import assert_same, gradients
 from tests.branches import DIM, check, layers, plain, stored, tokens
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 
 def test_a_shared_context_gets_its_gradient():
