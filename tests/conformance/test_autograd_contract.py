@@ -19,12 +19,6 @@ SECOND_TIME, ONCE, IN_PLACE = "second time", "differentiable once|derivative", "
 # What is known to be wrong: the subject, the tests' names, whether always, and why.
 WRONG = [
     ("bias module, tiled", "hooks_(see.*(tensor_hook|on_many)|may)", True, "each tile runs the parameters' hooks"),
-    (
-        "reversible no more",
-        "summed",
-        False,
-        "a second pass may take a foreign cotangent at a known address for its own",
-    ),
 ]
 
 

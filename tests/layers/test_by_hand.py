@@ -13,9 +13,7 @@ from torch.nn.utils import parametrizations
 from memory_efficient_attention_pytorch import Attention, FeedForward, PreNorm, ReversibleSequence, Transformer
 from memory_efficient_attention_pytorch.recompute.by_hand import reason_against
 from memory_efficient_attention_pytorch.recompute.pieces import pieces_of
-from tests.agreement import assert_same, gradients, one_thread
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
+from tests.agreement import assert_same, gradients
 
 SHAPE = {"num_tokens": 29, "max_seq_len": 12, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "causal": True}
 PIECES = {"head_chunks": 2, "ff_chunks": 3}

@@ -10,10 +10,8 @@ from torch.ao.quantization import quantize_dynamic
 
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.common import products
-from tests.agreement import assert_same, one_thread
+from tests.agreement import assert_same
 from tests.memory.live_bytes import LiveBytes
-
-pytestmark = pytest.mark.usefixtures(one_thread.__name__)
 
 SHAPE = {"num_tokens": 256, "max_seq_len": 128, "dim": 512, "depth": 2, "causal": True}
 
