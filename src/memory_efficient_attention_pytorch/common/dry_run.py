@@ -17,6 +17,9 @@ from torch import Tensor
 
 T = TypeVar("T")
 
+STAND_IN = torch.device("cpu", 0)
+"""Where tensors lie in a dry run for a device other than the CPU: the CPU by another name, ``cpu`` being the host."""
+
 
 class DryRun(Protocol):
     """Who watches a dry run. ``device_type`` and ``threads``: of the device that is planned for."""
@@ -76,9 +79,9 @@ def keeps(tensor: Tensor) -> None:
 
 
 def device_type(device: torch.device) -> str:
-    """The type of a tensor's device; in a dry run that of the device planned for, which its tensors stand in for."""
+    """The type of a tensor's device; in a dry run that of the device planned for, where another stands in for it."""
     dry_run = current()
-    return device.type if dry_run is None or device.type != "cpu" else dry_run.device_type
+    return device.type if dry_run is None or device != STAND_IN else dry_run.device_type
 
 
 def num_threads() -> int:

@@ -13,6 +13,7 @@ from ..torch_internals.engine import accumulates
 from ..torch_internals.hooks import node_is_watched, tensor_is_watched
 from ..torch_internals.tensors import are_plain
 from .autograd import creates_graph, vector_jacobian_product
+from .dry_run import device_type
 from .products import add_product
 
 
@@ -48,7 +49,7 @@ def left_to_add(leaf: Tensor, total: Tensor) -> Tensor | None:
 
 def _nothing(leaf: Tensor) -> Tensor | None:
     # A device's streams wait for each other at what the engine hands on, so it gets something: zeros without memory.
-    return None if leaf.device.type == "cpu" else leaf.new_zeros(()).expand_as(leaf)
+    return None if device_type(leaf.device) == "cpu" else leaf.new_zeros(()).expand_as(leaf)
 
 
 def fresh_total(leaf: Tensor) -> Tensor:

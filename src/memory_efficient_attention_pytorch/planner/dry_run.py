@@ -6,20 +6,20 @@ import copy
 import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._pytree import tree_leaves, tree_map_only
 
-from ..common.dry_run import watched_by
+from ..common.dry_run import STAND_IN, watched_by
 from ..common.errors import require
-from .absent_device import stand_in
+from ..torch_internals.fake import fake_tensors
 from .accounting import Accounting
 from .ledger import Ledger, Place
+from .stand_in import StandIn
 from .timeline import Timeline
 from .watcher import Watcher
 
@@ -63,27 +63,31 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
 
     Raises NotImplementedError, naming the operation, for a model whose shapes depend on the data or that wants it.
     """
-    device = accounting.device
-    mode = FakeTensorMode(allow_non_fake_inputs=True)
-    model = _fake_copy(step.model, mode, device, step.dtype)
-    args, kwargs, then = tree_map_only(
-        Tensor, lambda tensor: _fake(tensor, mode, device), (step.args, dict(step.kwargs), step.then)
-    )
-    ledger = Ledger(accounting, categorizer(model))
+    kinds = fake_tensors()
+    if kinds is None:
+        raise NotImplementedError("this PyTorch has no fake tensors, without which nothing can be run dry")
+    planned = accounting.device.type
+    device = torch.device("cpu") if planned == "cpu" else STAND_IN
     with ExitStack() as entered:
-        for context in (torch.autograd.set_multithreading_enabled(False), mode, stand_in(device), ledger):
-            entered.enter_context(context)
-        watcher = Watcher(ledger, model, device.type, accounting.threads, abridge)
-        for context in (ledger.watching(model), watched_by(watcher)):
-            entered.enter_context(context)
+        entered.enter_context(torch.autograd.set_multithreading_enabled(False))
+        entered.enter_context(kinds.mode())
+        model = _fake_copy(step.model, device, step.dtype)
+        args, kwargs, then = tree_map_only(
+            Tensor, lambda tensor: _fake(tensor, device), (step.args, dict(step.kwargs), step.then)
+        )
+        ledger = Ledger(accounting, device, categorizer(model))
+        ledger.follow(model)
+        entered.enter_context(ledger)
+        entered.enter_context(nullcontext() if planned == "cpu" else StandIn(planned))
+        entered.enter_context(watched_by(Watcher(ledger, model, planned, accounting.threads, abridge)))
         ledger.learn_the_engine()
-        autocast = torch.autocast(device.type, step.autocast, enabled=step.autocast is not None)
+        autocast = torch.autocast("cpu", step.autocast, enabled=step.autocast is not None)
         ledger.enter("parameters", [*model.parameters(), *model.buffers()])
         ledger.enter("streams", (leaf for leaf in tree_leaves((args, kwargs, then)) if isinstance(leaf, Tensor)))
         if step.loss is None:
             _infer(model, autocast, ledger, [args, then] if then else [args], kwargs)
         else:
-            optimizer = _set_up(model, step, ledger)
+            optimizer = _set_up(model, step, ledger, at_once=planned == "cuda")
             _train(model, step.loss, optimizer, autocast, ledger, args, kwargs)
     return ledger.timeline()
 
@@ -139,15 +143,18 @@ def _contents_asked_for(ledger: Ledger) -> Iterator[None]:
         ) from error
 
 
-def _set_up(model: nn.Module, step: Step, ledger: Ledger) -> torch.optim.Optimizer | None:
-    """Make what exists before a training step besides the model: the optimizer's state and, if kept, gradients."""
+def _set_up(model: nn.Module, step: Step, ledger: Ledger, at_once: bool) -> torch.optim.Optimizer | None:
+    """Make what exists before a training step besides the model: the optimizer's state and, if kept, gradients.
+
+    at_once: the device's optimizers update all parameters at once, unless told otherwise.
+    """
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ledger.during("gradients"):
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)
     optimizer = None
     if step.optimizer is not None and trained:
-        optimizer = _optimizer(step.optimizer, trained)
+        optimizer = _optimizer(step.optimizer, trained, at_once)
         with ledger.during("optimizer"):
             optimizer.step()
     if not step.keep_gradients:
@@ -159,7 +166,7 @@ def _set_up(model: nn.Module, step: Step, ledger: Ledger) -> torch.optim.Optimiz
     return optimizer
 
 
-def _optimizer(choice: str | OptimizerMaker, parameters: list[nn.Parameter]) -> torch.optim.Optimizer:
+def _optimizer(choice: str | OptimizerMaker, parameters: list[nn.Parameter], at_once: bool) -> torch.optim.Optimizer:
     if isinstance(choice, str):
         require(choice in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}, a function or None", repr(choice))
         make: Any = OPTIMIZERS[choice]
@@ -169,24 +176,28 @@ def _optimizer(choice: str | OptimizerMaker, parameters: list[nn.Parameter]) -> 
     for group in optimizer.param_groups:
         # PyTorch's default depends on the type of the parameters, which here is not the one they will have.
         if "foreach" in group and group["foreach"] is None and not group.get("fused"):
-            group["foreach"] = parameters[0].device.type == "cuda"
+            group["foreach"] = at_once
     return optimizer
 
 
-def _fake_copy(model: nn.Module, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A copy with fake parameters and buffers; tied ones stay tied, and nothing of their size is allocated."""
+def _fake_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+    """A copy with fake tensors; tied ones stay tied, and nothing of their size is allocated."""
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        fake = _fake(tensor, mode, device, dtype if tensor.is_floating_point() else None)
+        fake = _fake(tensor, device, dtype if tensor.is_floating_point() else None)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake
+    # What a module holds besides lies where it lay: on the device, unless that is the host.
+    for held in (value for module in model.modules() for value in vars(module).values()):
+        if isinstance(held, Tensor) and held.device.type != "cpu":
+            memo.setdefault(id(held), _fake(held, device))
     return copy.deepcopy(model, memo)
 
 
-def _fake(tensor: Tensor, mode: FakeTensorMode, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
-    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device="meta")
-    return FakeTensor(mode, shape, device).requires_grad_(tensor.requires_grad)
+def _fake(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None) -> Tensor:
+    shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=dtype or tensor.dtype, device=device)
+    return shape.requires_grad_(tensor.requires_grad)
 
 
 def categorizer(model: nn.Module) -> Callable[[str, Place], str]:

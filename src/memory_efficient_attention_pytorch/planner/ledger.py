@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 import bisect
-import sys
 import weakref
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,11 +14,9 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import DataDependentOutputException, DynamicOutputShapeException
-from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from ..torch_internals.hooks import bystander
+from ..torch_internals.fake import around_calls, fake_tensors, graph, holders
 from .accounting import Accounting
 from .flops import count_flops
 from .timeline import CATEGORIES, Operation, Timeline, as_row
@@ -47,23 +44,26 @@ class _Held(NamedTuple):
 class Ledger(TorchDispatchMode):
     """Counts live storages, each once however many tensors share it, from its birth to its finalizer.
 
-    Enter it inside a ``FakeTensorMode``. When a storage is first seen it is charged to ``categorize(phase, place)``,
+    Enter it where tensors are fake. When a storage is first seen it is charged to ``categorize(phase, place)``,
     where place says who runs: in forward and in recomputation the innermost module, in backward the one that ran when
-    the node being differentiated was made. Storages on other devices than the accounting's are not counted.
+    the node being differentiated was made. Storages on other devices than ``device`` are not counted.
 
     Raises NotImplementedError, naming operation and module, where a shape or a number depends on the data.
     """
 
-    def __init__(self, accounting: Accounting, categorize: Callable[[str, Place], str]) -> None:
+    def __init__(self, accounting: Accounting, device: torch.device, categorize: Callable[[str, Place], str]) -> None:
         super().__init__()
         self._operations: list[Operation] = []
         self._rows: list[list[int]] = []
         self._flops = 0.0
         self._weight = 1.0  # how many operations the one at work stands for
-        self._accounting = accounting.anew()
+        self._accounting, self._device = accounting.anew(), device
         self._categorize = categorize
         self._live: Counter[str] = Counter()
         self._storages: dict[int, _Held] = {}
+        kinds = fake_tensors()
+        self._refusals = () if kinds is None else kinds.refusals
+        self._graph, self._holders = graph(), holders()
         self._learning, self._unshared = True, set[tuple[int, ...]]()
         self._places = [Place("setup")]
         # Places that nodes of the autograd graph were made in, by their first sequence number.
@@ -81,12 +81,7 @@ class Ledger(TorchDispatchMode):
 
     def belongs(self, category: str, tensor: Tensor) -> None:
         """From now on the tensor's storage is of this category, whose work it was made by notwithstanding."""
-        key = tensor.untyped_storage()._cdata
-        if key in self._storages:
-            held = self._storages[key]
-            self._count(held, -1)
-            self._storages[key] = held._replace(category=category)
-            self._count(self._storages[key], 1)
+        self._change(tensor, category=category)
 
     @contextmanager
     def weighing(self, factor: float) -> Iterator[None]:
@@ -99,11 +94,13 @@ class Ledger(TorchDispatchMode):
 
     def keep_as_many(self, tensor: Tensor) -> None:
         """From now on the tensor's storage counts as often as the operation at work."""
-        key = tensor.untyped_storage()._cdata
+        self._change(tensor, times=round(self._weight))
+
+    def _change(self, tensor: Tensor, **changes: Any) -> None:
+        key = id(tensor.untyped_storage())
         if key in self._storages:
-            held = self._storages[key]
-            self._count(held, -1)
-            self._storages[key] = held._replace(times=round(self._weight))
+            self._count(self._storages[key], -1)
+            self._storages[key] = self._storages[key]._replace(**changes)
             self._count(self._storages[key], 1)
 
     def start(self) -> None:
@@ -125,28 +122,13 @@ class Ledger(TorchDispatchMode):
         finally:
             self._leave()
 
-    @contextmanager
-    def watching(self, root: nn.Module) -> Iterator[None]:
-        """Follow which of the submodules is running, in recomputation too.
+    def follow(self, root: nn.Module) -> None:
+        """See which of the submodules is running, in recomputation too. ``root``: a copy that nobody else holds."""
+        for path, module in root.named_modules():
+            around_calls(module, partial(self._in_module, path))
 
-        By hooks on every module there is, since a module's own hooks may change how it runs.
-        """
-        paths = {module: path for path, module in root.named_modules()}
-
-        @bystander
-        def enter(module: nn.Module, args: Any) -> None:
-            if module in paths:
-                self._arrive(Place(self.phase, paths[module]))
-
-        @bystander
-        def leave(module: nn.Module, args: Any, output: Any) -> None:
-            if module in paths:
-                self._leave()
-
-        with ExitStack() as handles:
-            handles.callback(register_module_forward_pre_hook(enter).remove)
-            handles.callback(register_module_forward_hook(leave, always_call=True).remove)
-            yield
+    def _in_module(self, path: str) -> AbstractContextManager[None]:
+        return self.during(self.phase, path)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -161,7 +143,7 @@ class Ledger(TorchDispatchMode):
             func, args = self._as_the_engine_adds(func, args)
         try:
             result = func(*args, **kwargs)
-        except (DataDependentOutputException, DynamicOutputShapeException) as error:
+        except self._refusals as error:
             raise NotImplementedError(
                 f"{func} in {place.module or 'the ' + place.phase} cannot be run dry: the shape of its result, or a "
                 "number that the code asks for, depends on the data"
@@ -177,21 +159,23 @@ class Ledger(TorchDispatchMode):
 
     def learn_the_engine(self) -> None:
         """See how a gradient looks to which nobody but the autograd engine holds a reference."""
-        x = torch.empty((), device=self._accounting.device, requires_grad=True)
+        x = torch.empty((), device=self._device, requires_grad=True)
         torch.autograd.grad(x * 1 + x * 1, x)
         self._learning = False
 
     def _as_the_engine_adds(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
         """Two gradients of one tensor: the engine adds in place if it alone holds one of them, but never fake ones."""
-        if torch._C._current_autograd_node() is None or torch.is_grad_enabled():
+        if self._holders is None or self._graph is None or torch.is_grad_enabled():
+            return func, args
+        if self._graph.differentiated() is None:
             return func, args
         first, second, *_ = args
         if not isinstance(second, Tensor):
             return func, args  # a number, which the engine never adds
-        holders = [_holders(first), _holders(second)]
+        held_by = [self._holders(first), self._holders(second)]
         if self._learning:
-            self._unshared.update(holders)
-        for gradient, held, other in ((first, holders[0], second), (second, holders[1], first)):
+            self._unshared.update(held_by)
+        for gradient, held, other in ((first, held_by[0], second), (second, held_by[1], first)):
             same = gradient.shape == other.shape and gradient.dtype == other.dtype
             if held in self._unshared and same and torch.ops.aten.is_non_overlapping_and_dense(gradient):
                 return aten.add_.Tensor, (gradient, other)
@@ -200,11 +184,10 @@ class Ledger(TorchDispatchMode):
     def _place(self) -> Place:
         """Who runs: a module, or in backward the one that made what is being differentiated."""
         here = self._places[-1]
-        node = torch._C._current_autograd_node()
-        if here.module or node is None:
+        number = None if here.module or self._graph is None else self._graph.differentiated()
+        if number is None or self._graph is None:
             return here
-        number = node._sequence_nr()
-        if number > torch.autograd._get_sequence_nr():
+        if number > self._graph.now():
             return here  # the accumulation of a parameter's gradient, which no module made
         return self._made_in[bisect.bisect_right(self._made_from, number) - 1]
 
@@ -217,14 +200,15 @@ class Ledger(TorchDispatchMode):
         self._mark()
 
     def _mark(self) -> None:
-        self._made_from.append(torch.autograd._get_sequence_nr())
-        self._made_in.append(self._place())
+        if self._graph is not None:
+            self._made_from.append(self._graph.now())
+            self._made_in.append(self._place())
 
     def _charge(self, tensor: Tensor, category: str) -> None:
-        if tensor.device.type != self._accounting.device.type:
+        if tensor.device != self._device:
             return
         storage = tensor.untyped_storage()
-        key = storage._cdata
+        key = id(storage)  # the same object for as long as the storage lives
         if key in self._storages:
             return
         held = _Held(weakref.ref(storage, partial(self._discharge, key)), category, storage.nbytes())
@@ -237,13 +221,6 @@ class Ledger(TorchDispatchMode):
     def _count(self, held: _Held, sign: int) -> None:
         self._live[held.category] += sign * held.times * held.nbytes
         self._live["allocator"] += sign * held.times * self._accounting.rounding(held.nbytes)
-
-
-def _holders(tensor: Tensor) -> tuple[int, int, int]:
-    """How many references there are to the Python object, the tensor and its storage."""
-    storage = tensor.untyped_storage()
-    of_storage = torch._C._storage_Use_Count(storage._cdata)
-    return sys.getrefcount(tensor), tensor._use_count(), of_storage  # type: ignore[attr-defined]
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 from torch import Tensor
 
-from ..common.dry_run import keeps
+from ..common.dry_run import device_type, keeps
 from ..common.errors import require
 
 D = TypeVar("D")
@@ -109,7 +109,7 @@ class _Call(NamedTuple):
 
 
 def _to_host(tensor: Tensor) -> Tensor:
-    if tensor.device.type == "cpu":
+    if device_type(tensor.device) == "cpu":
         return tensor
     pinned = tensor.is_cuda and torch.cuda.is_available()
     return torch.empty_like(tensor, device="cpu", pin_memory=pinned).copy_(tensor, non_blocking=pinned)

@@ -1,0 +1,212 @@
+"""A dry run for a device that may be absent: the CPU under another name stands in for it.
+
+PyTorch tells ``cpu:0`` from ``cpu`` as it tells a GPU from the host: it copies between the two and refuses to mix them.
+But autograd, autocast and random numbers ask no driver. What it decides otherwise on a GPU than on a CPU is put right
+here, for this thread and as long as the mode is at work.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from ..common.dry_run import STAND_IN
+from ..torch_internals import attention_kernels
+from ..torch_internals.fake import calls_inside
+
+Arguments = tuple[Any, ...]
+Keywords = dict[str, Any]
+
+
+class StandIn(TorchFunctionMode):
+    """Inside, what is asked to lie on a device of ``device_type`` lies on ``STAND_IN``, and PyTorch chooses as there.
+
+    Raises NotImplementedError for what cannot be told without the device: recurrent networks on CUDA.
+    """
+
+    def __init__(self, device_type: str) -> None:
+        super().__init__()
+        self.device_type = device_type
+        self._running: list[tuple[Any, ...]] = []
+
+    def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Keywords | None = None) -> Any:
+        args, kwargs = self._placed(func, args, dict(kwargs or {}))
+        name = getattr(func, "__name__", "")
+        if func is getattr(Tensor, self.device_type, None):
+            func, args, kwargs = Tensor.to, (args[0], STAND_IN), {}
+        if name == "pin_memory":
+            return args[0]  # the host's memory is not counted, in whichever way it is held
+        if func in (torch.tensor, torch.as_tensor, Tensor.to):
+            return self._there(func(*args, **kwargs), [*args[1:], kwargs.get("device")])
+        if self.device_type == "cuda":
+            if name in _RECURRENT:
+                raise NotImplementedError(f"{name}: what cuDNN keeps of it for backward is not known, so no plan")
+            if func is F.scaled_dot_product_attention:
+                return _attention(*args, **kwargs)
+            if func in (F.dropout, torch.dropout):
+                return _dropout(func, *args, **kwargs)
+            if torch.is_autocast_enabled("cpu") and name in _CASTS:
+                with torch.autocast("cpu", enabled=False):
+                    return _CASTS[name](func, args, kwargs)
+        # Some functions hand themselves on once more, by another name: with the same arguments.
+        call = (func, *map(id, args))
+        inside = None if call in self._running else calls_inside(func)
+        if inside is None:
+            return func(*args, **kwargs)
+        self._running.append(call)
+        try:
+            with self:
+                return inside(*args, **kwargs)
+        finally:
+            self._running.pop()
+
+    def _placed(self, func: Any, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+        """The arguments with every mention of the device put right."""
+        if "device" in kwargs:
+            kwargs["device"] = self._device(kwargs["device"])
+        if kwargs.get("pin_memory"):
+            kwargs["pin_memory"] = False
+        movable = (str, int) if func is Tensor.to else ()
+        return tuple(self._device(x) if isinstance(x, (torch.device, *movable)) else x for x in args), kwargs
+
+    @staticmethod
+    def _there(made: Tensor, wanted: list[Any]) -> Tensor:
+        """Numbers that are known are made on the host by fake tensors, wherever they are wanted."""
+        if made.device == STAND_IN or not any(isinstance(x, torch.device) and x == STAND_IN for x in wanted):
+            return made
+        return torch.empty(made.shape, dtype=made.dtype, device=STAND_IN, requires_grad=made.requires_grad)
+
+    def _device(self, given: Any) -> Any:
+        if given is None or isinstance(given, bool):
+            return given
+        device = torch.device(self.device_type, given) if isinstance(given, int) else torch.device(given)
+        return STAND_IN if device.type == self.device_type else device
+
+
+_RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
+
+
+def _attention(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attn_mask: Tensor | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> Tensor:
+    """``scaled_dot_product_attention`` by the kernel that a CUDA device would take."""
+    if torch.is_autocast_enabled("cpu"):
+        dtype = torch.get_autocast_dtype("cpu")
+        query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
+    half = query.dtype in (torch.float16, torch.bfloat16)
+    widths = query.shape[-1], value.shape[-1]
+    fused = query.dim() == 4 and (half or query.dtype == torch.float32)
+    flash, efficient = attention_kernels.flash_kernel(), attention_kernels.efficient_kernel()
+    with torch.autocast("cpu", enabled=False):
+        if fused and half and attn_mask is None and widths[0] == widths[1] <= 256 and flash is not None:
+            return flash.forward(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
+        aligned = all(width % (8 if half else 4) == 0 for width in widths)
+        if fused and aligned and query.shape[1] == key.shape[1] and efficient is not None:
+            if attn_mask is not None:
+                attn_mask = _additive(attn_mask, query).expand(*query.shape[:3], key.shape[2])
+            keeps = torch.is_grad_enabled()
+            return efficient.forward(query, key, value, attn_mask, keeps, dropout_p, is_causal, scale=scale)[0]
+        if enable_gqa:
+            group = query.shape[-3] // key.shape[-3]
+            key, value = (tensor.repeat_interleave(group, -3) for tensor in (key, value))
+        scores = query @ key.mT
+        if is_causal:
+            attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
+        if attn_mask is not None:
+            scores = scores + _additive(attn_mask, query)
+        return _dropout(F.dropout, scores.softmax(-1), dropout_p) @ value
+
+
+def _additive(mask: Tensor, query: Tensor) -> Tensor:
+    if mask.dtype != torch.bool:
+        return mask
+    return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
+
+
+def _dropout(func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+    """CUDA's kernel keeps a mask of bool, where the CPU's operators keep one in the tensor's dtype."""
+    if inplace or not training or not 0 < p < 1:
+        return tensor if not inplace and (not training or p == 0) else func(tensor, p, training, inplace)
+    return torch.native_dropout(tensor, p, True)[0]
+
+
+# Autocast casts other operators' arguments on CUDA than on the CPU. These lists are those of PyTorch's documentation
+# ("Automatic Mixed Precision: CUDA op-specific behavior"), less what both have; names as of PyTorch 2.13.
+
+
+def _low(tensor: Any) -> bool:
+    return isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
+
+
+def _to(dtype: torch.dtype, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
+    """Floating-point tensors among the arguments in ``dtype``, those of fp64 left alone."""
+
+    def cast(tensor: Tensor) -> Tensor:
+        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
+
+    return tree_map_only(Tensor, cast, (args, kwargs))
+
+
+def _in_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    args, kwargs = _to(torch.float32, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _into_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """The result in fp32, unless the caller says otherwise."""
+    if kwargs.get("dtype") is None and _low((*args, *kwargs.values())[0]):
+        kwargs["dtype"] = torch.float32
+    return func(*args, **kwargs)
+
+
+def _in_autocasts(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    args, kwargs = _to(torch.get_autocast_dtype("cpu"), args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _in_the_widest(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
+    if any(tensor.dtype == torch.float32 for tensor in given):
+        args, kwargs = _to(torch.float32, args, kwargs)
+    return func(*args, **kwargs)
+
+
+def _as_they_are(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """The CPU's list has these in fp32, CUDA's does not have them."""
+    return func(*args, **kwargs)
+
+
+Cast = Callable[[Any, Arguments, Keywords], Any]
+_CASTS: Mapping[str, Cast] = {
+    name: cast
+    for cast, names in (
+        (
+            _in_single,
+            "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ "
+            "float_power square softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm "
+            "cosine_similarity dist pdist renorm logsumexp upsample interpolate",
+        ),
+        (_into_single, "softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum"),
+        (_in_autocasts, "addmv addr mv chain_matmul multi_dot linalg_multi_dot lstm_cell gru_cell"),
+        (_in_the_widest, "addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put tensordot scatter_add"),
+        (
+            _as_they_are,
+            "adaptive_avg_pool3d adaptive_max_pool3d avg_pool3d max_pool3d fractional_max_pool2d pad quantile "
+            "nanquantile polar stft trace view_as_complex",
+        ),
+    )
+    for name in names.split()
+}

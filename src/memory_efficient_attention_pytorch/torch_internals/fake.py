@@ -1,0 +1,107 @@
+"""Tensors without contents, and whose work an operation on them is: what a dry run of a step cannot do without."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
+from functools import cache
+from types import FunctionType
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from .capabilities import capability
+
+T = TypeVar("T")
+
+
+class FakeTensors(NamedTuple):
+    """``mode()``: a context in which tensors come without contents; ``refusals``: its errors where these are wanted."""
+
+    mode: Callable[[], AbstractContextManager[Any]]
+    refusals: tuple[type[Exception], ...]
+
+
+@capability
+def fake_tensors() -> FakeTensors | None:
+    from torch._subclasses import fake_tensor
+
+    def mode() -> AbstractContextManager[Any]:
+        return fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
+
+    return FakeTensors(mode, (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException))
+
+
+class Graph(NamedTuple):
+    """``now()``: the number that the next node of this thread's autograd graph will have; ``differentiated()``: that
+    of the node at work in backward, None outside of one."""
+
+    now: Callable[[], int]
+    differentiated: Callable[[], int | None]
+
+
+@capability
+def graph() -> Graph | None:
+    """Without it nobody knows in backward whose work is being differentiated."""
+    now, node_at_work = torch.autograd._get_sequence_nr, torch._C._current_autograd_node
+
+    def differentiated() -> int | None:
+        node = node_at_work()
+        return None if node is None else node._sequence_nr()
+
+    differentiated()
+    now()
+    return Graph(now, differentiated)
+
+
+@capability
+def holders() -> Callable[[Tensor], tuple[int, int, int]] | None:
+    """How many references there are to the Python object of a tensor, the tensor and its storage.
+
+    By these the autograd engine decides to add two gradients in place. Without them a sum is taken to be a new tensor.
+    """
+    of_storage = torch._C._storage_Use_Count
+
+    def count(tensor: Tensor) -> tuple[int, int, int]:
+        storage = tensor.untyped_storage()
+        return sys.getrefcount(tensor), tensor._use_count(), of_storage(storage._cdata)  # type: ignore[attr-defined]
+
+    count(torch.empty(()))
+    return count
+
+
+def around_calls(module: nn.Module, work: Callable[[], AbstractContextManager[None]]) -> None:
+    """Have every call of ``module``, a copy that nobody else holds, run inside ``work()``.
+
+    Not by its hooks, which would be taken for its owner's.
+    """
+    if not hasattr(module, "_compiled_call_impl") or not hasattr(module, "_call_impl"):
+        raise NotImplementedError("this PyTorch calls modules in a way that a dry run does not know")
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with work():
+            return module._call_impl(*args, **kwargs)
+
+    module.__dict__["_compiled_call_impl"] = call
+
+
+_IN_PYTHON = ("torch.nn.functional", "torch.functional", "torch.autograd", "torch._tensor")
+
+
+@cache
+def calls_inside(function: Callable[..., T]) -> Callable[..., T] | None:
+    """``function`` of PyTorch's, written in Python, as one that a ``TorchFunctionMode`` at work sees the inside of.
+
+    Such functions begin by handing themselves to the mode. This one, a copy, goes on. None for all others.
+    """
+    if not isinstance(function, FunctionType) or function.__module__ not in _IN_PYTHON:
+        return None
+    names = ("has_torch_function", "has_torch_function_unary", "has_torch_function_variadic")
+    names_of_copy = {**function.__globals__, **dict.fromkeys(names, lambda *_: False)}
+    copy = FunctionType(
+        function.__code__, names_of_copy, function.__name__, function.__defaults__, function.__closure__
+    )
+    copy.__kwdefaults__ = function.__kwdefaults__
+    return copy
