@@ -9,14 +9,23 @@ from torch import nn
 
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.planner import CATEGORIES, max_seq_len, plan, workload
+from memory_efficient_attention_pytorch.planner.candidates import candidates
 from memory_efficient_attention_pytorch.planner.dry_run import dry_run
-from memory_efficient_attention_pytorch.planner.ladder import ladder
 
 CONFIG = {"num_tokens": 256, "dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "causal": True}
 
 
 def planned(config=CONFIG, **options):
     return plan(config, **{"batch_size": 1, "seq_len": 2048, "device": "cpu", "threads": 2, **options})
+
+
+def ways(*arguments, **options):
+    """The candidates' names and settings, each with those of all before it."""
+    settings, found = {}, []
+    for name, changes in candidates(*arguments, **options):
+        settings = {**settings, **changes}
+        found.append((name, settings))
+    return found
 
 
 def test_a_plan_tells_where_its_peak_is_and_what_it_consists_of():
@@ -169,23 +178,19 @@ def test_what_the_configuration_says_is_kept():
     assert "reversible" not in tight.settings
     pinned = {**CONFIG, "reversible": True, "ff_chunks": 2, "head_chunks": 2, "loss_chunk_size": 64, "exact": False}
     pinned["keep_attention"] = True
-    assert [rung.settings for rung in ladder(pinned, 1, 2048, mixed_precision=False)] == [{}]
+    assert [settings for _, settings in ways(pinned, 1, 2048, mixed_precision=False)] == [{}]
 
 
-def test_reversal_that_was_asked_for_is_exact_under_mixed_precision_on_every_rung():
-    rungs = list(ladder({**CONFIG, "reversible": True}, 1, 2048, mixed_precision=True))
-    assert rungs[0].name == "reversible, in one piece"
-    assert all(rung.settings["exact"] is True for rung in rungs)
-    stored = list(ladder({**CONFIG, "reversible": False}, 1, 2048, mixed_precision=True))
-    assert all(rung.settings["exact"] is False for rung in stored)
-
-
-def way(rung):
-    return rung.settings.get("reversible"), rung.settings.get("keep_attention")
+def test_reversal_that_was_asked_for_is_exact_under_mixed_precision_in_every_candidate():
+    reversible = ways({**CONFIG, "reversible": True}, 1, 2048, mixed_precision=True)
+    assert reversible[0][0] == "reversible, in one piece"
+    assert all(settings["exact"] is True for _, settings in reversible)
+    stored = ways({**CONFIG, "reversible": False}, 1, 2048, mixed_precision=True)
+    assert all(settings["exact"] is False for _, settings in stored)
 
 
 @pytest.mark.parametrize(
-    ("changes", "offload", "ways"),
+    ("changes", "offload", "expected"),
     [
         ({}, False, [(False, False), (True, True), (True, False)]),
         ({}, True, [(False, False), (True, True), (True, "cpu"), (True, False)]),
@@ -197,20 +202,21 @@ def way(rung):
     ],
     ids=str,
 )
-def test_attention_is_kept_before_it_is_computed_again(changes, offload, ways):
-    rungs = list(ladder({**CONFIG, **changes}, 1, 2048, mixed_precision=False, offload=offload))
-    assert list(dict.fromkeys(way(rung) for rung in rungs)) == ways
-    names = [rung.name for rung in rungs]
+def test_attention_is_kept_before_it_is_computed_again(changes, offload, expected):
+    found = ways({**CONFIG, **changes}, 1, 2048, mixed_precision=False, offload=offload)
+    kept = [(settings.get("reversible"), settings.get("keep_attention")) for _, settings in found]
+    assert list(dict.fromkeys(kept)) == expected
+    names = [name for name, _ in found]
     assert ("reversible with attention kept" in names) == (changes.get("keep_attention") == "cpu" or changes == {})
     assert len(set(names)) == len(names)
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_ladder_leads_from_fast_to_lean(device):
+def test_the_candidates_lead_from_fast_to_lean(device):
     config, options = {**CONFIG, "depth": 4}, {"device": device, "autocast": "bf16"}
-    rungs = [rung.settings for rung in ladder(config, 1, 2048, mixed_precision=True, offload=device == "cuda")]
-    places = [i for i, rung in enumerate(rungs) if rung["reversible"]][: 2 + (device == "cuda")]
-    stored, *reversible = (planned({**config, **rungs[i]}, **options) for i in (places[0] - 1, *places))
+    found = [settings for _, settings in ways(config, 1, 2048, mixed_precision=True, offload=device == "cuda")]
+    places = [i for i, settings in enumerate(found) if settings["reversible"]][: 2 + (device == "cuda")]
+    stored, *reversible = (planned({**config, **found[i]}, **options) for i in (places[0] - 1, *places))
     assert [made.peak_bytes for made in (stored, *reversible)] == sorted(
         (made.peak_bytes for made in (stored, *reversible)), reverse=True
     )
@@ -240,8 +246,23 @@ def test_a_cuda_device_has_host_memory_to_keep_attention_in():
 
 
 def test_a_batch_of_short_sequences_has_chunks_too():
-    names = [rung.name for rung in ladder(CONFIG, 32, 64, mixed_precision=False)]
+    names = [name for name, _ in ways(CONFIG, 32, 64, mixed_precision=False)]
     assert "feed-forward in 8 chunks" in names
+
+
+def test_what_saves_nothing_is_not_chosen():
+    """Whatever the peak is about, more of what does not lower it costs time alone."""
+    config = {**CONFIG, "num_tokens": 4096, "depth": 1, "heads": 4}
+    made = planned(config, seq_len=256, budget="1MiB")
+    peaks = [option.peak_bytes for option in made.options]
+    assert peaks == sorted(set(peaks), reverse=True)
+    names = [name for name, _ in ways(config, 1, 256, mixed_precision=False)]
+    considered = [option.name for option in made.options if option.name in names]
+    passed_over = set(names) - set(considered)
+    assert passed_over, "the loss takes the most here, with or without head groups"
+    assert considered == [name for name in names if name in considered]
+    assert made.settings == made.options[-1].settings
+    assert made.remedies["budget"] == made.peak_bytes
 
 
 def test_gradients_that_are_freed_between_steps_come_into_being_in_backward():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -13,8 +13,8 @@ from ..common.errors import require
 from ..models.config import TransformerConfig
 from ..models.transformer import Transformer
 from .accounting import Accounting, accounting_for
+from .candidates import Candidate, candidates
 from .dry_run import OptimizerMaker
-from .ladder import Rung, ladder
 from .search import GRANULE, largest
 from .sizes import format_size, parse_size
 from .timeline import CATEGORIES, Operation, Timeline
@@ -236,26 +236,39 @@ def _planned(workload: Workload, accounting: Accounting, budget: int | None = No
 
 
 def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Plan:
-    """The first rung of the ladder that fits, or else the leanest with what would."""
+    """The fastest candidate that fits, or else the leanest with what would. One that saves nothing is passed over."""
     options: list[Option] = []
-    leanest: Plan | None = None
-    for rung, changed in _rungs(workload, accounting.device):
-        made = replace(_planned(changed, accounting, budget), settings=rung.settings)
-        options.append(Option(rung.name, rung.settings, made.peak_bytes, made.flops))
-        if leanest is None or made.peak_bytes < leanest.peak_bytes:
-            leanest = made
-        if made.fits():
-            return replace(made, options=tuple(options))
-    assert leanest is not None
-    remedies = _remedies(workload, accounting, leanest, options[-1].peak_bytes)
-    return replace(leanest, options=tuple(options), remedies=remedies)
+    chosen: Plan | None = None
+
+    def considered(name: str, changes: Mapping[str, Any]) -> int:
+        nonlocal chosen
+        settings = changes if chosen is None else {**chosen.settings, **changes}
+        made = replace(_planned(_with(workload, settings), accounting, budget), settings=settings)
+        if chosen is None or made.peak_bytes < chosen.peak_bytes:
+            options.append(Option(name, settings, made.peak_bytes, made.flops))
+            chosen = replace(made, options=tuple(options))
+        return made.peak_bytes
+
+    for candidate in _candidates(workload, accounting.device):
+        if considered(*candidate) <= budget:
+            break
+    assert chosen is not None
+    if chosen.fits():
+        return chosen
+    # Two that save nothing each, since the other holds as much, may save together.
+    leanest = considered("all that may save", _leanest_settings(workload, accounting.device))
+    return chosen if chosen.fits() else replace(chosen, remedies=_remedies(workload, accounting, chosen, leanest))
 
 
-def _rungs(workload: Workload, device: torch.device) -> Iterator[tuple[Rung, Workload]]:
+def _candidates(workload: Workload, device: torch.device) -> list[Candidate]:
     assert isinstance(workload.subject, Mapping)
-    offload = device.type == "cuda"
-    for rung in ladder(workload.subject, *workload.token_shape, workload.autocast is not None, offload):
-        yield rung, replace(workload, subject={**workload.subject, **rung.settings})
+    mixed_precision = workload.autocast is not None
+    return candidates(workload.subject, *workload.token_shape, mixed_precision, offload=device.type == "cuda")
+
+
+def _leanest_settings(workload: Workload, device: torch.device) -> dict[str, Any]:
+    """With all changes: where these fit, a candidate does."""
+    return {key: value for _, changes in _candidates(workload, device) for key, value in changes.items()}
 
 
 def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes: int) -> dict[str, int]:
@@ -268,7 +281,10 @@ def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes
 
     def most(name: str, now: int) -> dict[str, int]:
         def need(size: int) -> int:
-            return _peak(_leanest(_with(workload, name, size), accounting.device), accounting)
+            sized = _sized(workload, name, size)
+            if isinstance(sized.subject, Mapping):
+                sized = _with(sized, _leanest_settings(sized, accounting.device))
+            return _peak(sized, accounting)
 
         # Near enough for advice, which should not take longer than the plan.
         found = largest(need, budget, now - 1, beyond=peak_bytes, fraction=32, granule=4)
@@ -286,18 +302,15 @@ def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes
     return found | {"budget": made.peak_bytes}
 
 
-def _with(workload: Workload, name: str, size: int) -> Workload:
-    if name == "batch_size":
-        return replace(workload, batch_size=size)
-    if name == "seq_len":
-        return replace(workload, seq_len=size)
+def _sized(workload: Workload, name: str, size: int) -> Workload:
+    if name == "depth":
+        return _with(workload, {name: size})
+    return replace(workload, batch_size=size) if name == "batch_size" else replace(workload, seq_len=size)
+
+
+def _with(workload: Workload, settings: Mapping[str, Any]) -> Workload:
     assert isinstance(workload.subject, Mapping)
-    return replace(workload, subject={**workload.subject, name: size})
-
-
-def _leanest(workload: Workload, device: torch.device) -> Workload:
-    """The last rung of the ladder: where that fits, a rung does."""
-    return list(_rungs(workload, device))[-1][1] if isinstance(workload.subject, Mapping) else workload
+    return replace(workload, subject={**workload.subject, **settings})
 
 
 _LONG = 4096

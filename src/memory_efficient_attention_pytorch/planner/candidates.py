@@ -1,10 +1,9 @@
-"""From a budget to settings: the ways of running a Transformer, from the fastest to the leanest."""
+"""Settings of a Transformer that trade speed for memory, from the fastest to the leanest."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from ..models.config import TransformerConfig
 
@@ -12,31 +11,29 @@ LEAST_TOKENS = 128
 """The tokens of a feed-forward's chunk below which its matrix products would suffer."""
 
 
-@dataclass(frozen=True)
-class Rung:
-    """A way of running the step: what is new in it, and all settings that make it."""
+class Candidate(NamedTuple):
+    """A way of running the step, by what is new in it and how it changes the settings of those before."""
 
     name: str
-    settings: Mapping[str, Any]
+    changes: Mapping[str, Any]
 
 
-def ladder(
+def candidates(
     config: Mapping[str, Any], batch_size: int, seq_len: int, mixed_precision: bool, offload: bool = False
-) -> Iterator[Rung]:
-    """The rungs in the order in which each trades some speed for memory. What the configuration says stays as it is.
+) -> list[Candidate]:
+    """In the order in which each trades some speed for memory. What the configuration says stays as it is.
 
     Under mixed precision reversal is exact, since rounding in low precision would grow from block to block.
     ``offload``: whether host memory is another than the device's, so that moving kept attention there saves any.
     """
     settings: dict[str, Any] = {}
-    rungs = 0
+    found: list[Candidate] = []
     for name, changes in _changes(config, batch_size * seq_len, seq_len, mixed_precision, offload):
         free = {key: value for key, value in changes.items() if key not in config}
-        new = any(key not in settings or settings[key] != value for key, value in free.items())
-        if new or not rungs:
+        if not found or free.items() - settings.items():
+            found.append(Candidate(name if free else "as configured", free))
             settings |= free
-            rungs += 1
-            yield Rung(name if free else "as configured", dict(settings))
+    return found
 
 
 def _changes(
@@ -55,7 +52,7 @@ def _changes(
     if kept:
         yield "reversible with attention kept", {**blocks, "keep_attention": True}
         if offload:
-            yield "attention kept in host memory", {"keep_attention": "cpu"}
+            yield "attention kept in host memory", {**blocks, "keep_attention": "cpu"}
     yield "reversible blocks", {**blocks, "keep_attention": False}
     for groups in _head_groups(config):
         yield f"heads in {groups} groups", {"head_chunks": groups}
