@@ -14,7 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor
 
-aten = torch.ops.aten
 KIB, MIB = 2**10, 2**20
 PAGE = 4 * KIB
 
@@ -56,51 +55,57 @@ class CpuAccounting(Accounting):
         return -nbytes % PAGE + PAGE if nbytes >= 64 * KIB else 64
 
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
-        packet, tensors = operation._overloadpacket, [x for x in arguments if isinstance(x, Tensor)]
+        name, tensors = operator_name(operation), [x for x in arguments if isinstance(x, Tensor)]
         half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
-        if half and packet in _KEPT:
+        if half and name in _KEPT:
             layout = tuple((tensor.shape, tensor.is_contiguous()) for tensor in tensors)
-            self.kept[packet, layout] = _KEPT[packet]
-        onednn_product = packet._qualified_op_name == "mkldnn::_linear_pointwise"
-        if packet._qualified_op_name in _KEPT_IN_SINGLE:
-            self.kept[packet, tuple(tensor.shape for tensor in tensors)] = _KEPT_IN_SINGLE[packet._qualified_op_name]
-        if packet._qualified_op_name == "mkldnn::_convolution_pointwise_":
-            self.kept[packet] = _TILE_BUFFERS * self.threads
+            self.kept[name, layout] = _KEPT[name]
+        if name in _KEPT_IN_SINGLE:
+            self.kept[name, tuple(tensor.shape for tensor in tensors)] = _KEPT_IN_SINGLE[name]
+        if name == _TILE_PRODUCT:
+            self.kept[name] = _TILE_BUFFERS * self.threads
         taken = _RESIDENT + sum(self.kept.values())
-        if packet in _BUFFERS:
-            taken += self.threads * _BUFFERS[packet][half]
-        if packet is aten._scaled_dot_product_flash_attention_for_cpu_backward:
-            taken += 0 if tensors[0].transpose(1, 2).is_contiguous() else _nbytes(tensors[0])
-        elif onednn_product:
-            taken += 0 if tensors[0].is_contiguous() else _nbytes(tensors[0])
-        elif packet is aten.logsumexp:
-            taken += _nbytes(tensors[0])
-        elif packet in _REDUCTIONS and keywords.get("dtype") not in (None, tensors[0].dtype):
+        if name in _BUFFERS:
+            taken += self.threads * _BUFFERS[name][half]
+        if name == _CPU_ATTENTION + "_backward":
+            taken += 0 if tensors[0].transpose(1, 2).is_contiguous() else tensors[0].nbytes
+        elif name == _PRODUCT:
+            taken += 0 if tensors[0].is_contiguous() else tensors[0].nbytes
+        elif name == "aten::logsumexp":
+            taken += tensors[0].nbytes
+        elif name in ("aten::sum", "aten::mean") and keywords.get("dtype") not in (None, tensors[0].dtype):
             taken += tensors[0].numel() * keywords["dtype"].itemsize
-        elif torch.Tag.pointwise in operation.tags and packet is not aten.copy_:
+        elif torch.Tag.pointwise in operation.tags and name != "aten::copy_":
             taken += _converted(tensors)
         return taken
 
 
+def operator_name(operation: Any) -> str:
+    """``"aten::add"`` of any of its overloads."""
+    return operation.name().partition(".")[0]
+
+
+_CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+# oneDNN's, which not every build has.
+_PRODUCT, _TILE_PRODUCT = "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise_"
 # What matrix products and the C library's heap keep once they have run.
 _RESIDENT = 2 * MIB
 # What oneDNN keeps of each shape and layout that it has compiled a kernel for, in half precision.
 _KEPT = {
-    **dict.fromkeys((aten.mm, aten.addmm, aten.addmm_, aten.bmm, aten.baddbmm), 540 * KIB),
-    aten._scaled_dot_product_flash_attention_for_cpu: 1750 * KIB,
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: 2150 * KIB,
+    **dict.fromkeys(("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"), 540 * KIB),
+    _CPU_ATTENTION: 1750 * KIB,
+    _CPU_ATTENTION + "_backward": 2150 * KIB,
 }
-# The same of each shape in single precision, by the names of operators that not every build has.
-_KEPT_IN_SINGLE = {"mkldnn::_linear_pointwise": 590 * KIB, "mkldnn::_convolution_pointwise_": 170 * KIB}
+# The same of each shape in single precision.
+_KEPT_IN_SINGLE = {_PRODUCT: 590 * KIB, _TILE_PRODUCT: 170 * KIB}
 # What oneDNN's products of attention tiles keep per thread.
 _TILE_BUFFERS = 1500 * KIB
 # Per thread, in single and in half precision.
 _BUFFERS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: (500 * KIB, 700 * KIB),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (950 * KIB, 1600 * KIB),
-    **dict.fromkeys((aten.mm, aten.addmm, aten.addmm_), (0, 1250 * KIB)),
+    _CPU_ATTENTION: (500 * KIB, 700 * KIB),
+    _CPU_ATTENTION + "_backward": (950 * KIB, 1600 * KIB),
+    **dict.fromkeys(("aten::mm", "aten::addmm", "aten::addmm_"), (0, 1250 * KIB)),
 }
-_REDUCTIONS = {aten.sum, aten.mean}
 
 
 def _converted(tensors: list[Tensor]) -> int:
@@ -117,8 +122,7 @@ class CudaAccounting(Accounting):
         return -nbytes % 512
 
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
-        packet = operation._overloadpacket
-        if packet in _ATTENTION_BACKWARD:
+        if operator_name(operation) in _ATTENTION_BACKWARD:
             b, h, n, d = arguments[1].shape
             rows = b * h * math.ceil(n / 128) * 128
             # The gradient of the queries is summed in fp32, beside one number for each row.
@@ -126,12 +130,8 @@ class CudaAccounting(Accounting):
         return _CUBLAS
 
 
-_ATTENTION_BACKWARD = {
-    aten._scaled_dot_product_flash_attention_backward,
-    aten._scaled_dot_product_efficient_attention_backward,
-}
+_ATTENTION_BACKWARD = (
+    "aten::_scaled_dot_product_flash_attention_backward",
+    "aten::_scaled_dot_product_efficient_attention_backward",
+)
 _CUBLAS = 32 * MIB  # the workspace that PyTorch gives cuBLAS on current devices
-
-
-def _nbytes(tensor: Tensor) -> int:
-    return tensor.numel() * tensor.element_size()

@@ -7,31 +7,24 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import flop_registry
 
-aten = torch.ops.aten
+from .accounting import operator_name
 
 
 def count_flops(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> int:
     """Two for each multiply-add of a matrix product, convolution or fused attention; 0 for anything else.
 
-    PyTorch's own counting, extended by the CPU's fused attention. Causality is not deducted, as is usual there.
+    PyTorch's own counting, extended by fused attention of any device. Causality is not deducted, as is usual there.
     """
-    packet = operation._overloadpacket
-    if packet in _ATTENTION_PRODUCTS:
-        of_query, of_value, first = _ATTENTION_PRODUCTS[packet]
-        q, k, v = arguments[first : first + 3]
+    _, attention, kernel = operator_name(operation).partition("aten::_scaled_dot_product_")
+    if attention and kernel.removesuffix("_backward") in _ATTENTION:
+        # Matrix products with the width of q and with that of v; backward's first argument is the gradient.
+        backward = kernel.endswith("_backward")
+        of_query, of_value = (3, 2) if backward else (1, 1)
+        q, k, v = arguments[backward : backward + 3]
         return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (of_query * q.shape[3] + of_value * v.shape[3])
-    formula = flop_registry.get(_OUT_OF_PLACE.get(packet, packet))
+    formula = flop_registry.get(_OUT_OF_PLACE.get(operation.overloadpacket, operation.overloadpacket))
     return 0 if formula is None else formula(*arguments, **keywords, out_val=result)
 
 
-_OUT_OF_PLACE = {aten.addmm_: aten.addmm, aten.baddbmm_: aten.baddbmm}
-
-# Matrix products with the width of q, with that of v, and where q stands among the arguments.
-_ATTENTION_PRODUCTS = {
-    aten._scaled_dot_product_flash_attention_for_cpu: (1, 1, 0),
-    aten._scaled_dot_product_flash_attention: (1, 1, 0),
-    aten._scaled_dot_product_efficient_attention: (1, 1, 0),
-    aten._scaled_dot_product_flash_attention_for_cpu_backward: (3, 2, 1),
-    aten._scaled_dot_product_flash_attention_backward: (3, 2, 1),
-    aten._scaled_dot_product_efficient_attention_backward: (3, 2, 1),
-}
+_ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention")
+_OUT_OF_PLACE = {torch.ops.aten.addmm_: torch.ops.aten.addmm, torch.ops.aten.baddbmm_: torch.ops.aten.baddbmm}

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..torch_internals.fake import around_calls, fake_tensors, graph, holders
-from .accounting import Accounting
+from .accounting import Accounting, operator_name
 from .flops import count_flops
 from .timeline import CATEGORIES, Operation, Timeline, as_row
 
@@ -136,7 +136,7 @@ class Ledger(TorchDispatchMode):
         kwargs = kwargs or {}
         if func.namespace == "prim":
             return func(*args, **kwargs)
-        if func is aten._local_scalar_dense.default and self.phase == "optimizer":
+        if self.phase == "optimizer" and operator_name(func) == "aten::_local_scalar_dense":
             return 1.0  # a step counter: what an update takes does not depend on how many came before
         place = self._place()
         if func is aten.add.Tensor:
