@@ -82,7 +82,7 @@ class CpuAccounting(Accounting):
 
 def operator_name(operation: Any) -> str:
     """``"aten::add"`` of any of its overloads."""
-    return operation.name().partition(".")[0]
+    return str(operation.name()).partition(".")[0]
 
 
 _CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
@@ -123,7 +123,7 @@ class CudaAccounting(Accounting):
 
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
         if operator_name(operation) in _ATTENTION_BACKWARD:
-            b, h, n, d = arguments[1].shape
+            b, h, n, d = map(int, arguments[1].shape)
             rows = b * h * math.ceil(n / 128) * 128
             # The gradient of the queries is summed in fp32, beside one number for each row.
             return _CUBLAS + 4 * rows * (math.ceil(d / 32) * 32 + 1)

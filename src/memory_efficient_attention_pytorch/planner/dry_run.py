@@ -170,7 +170,7 @@ def _optimizer(choice: str | OptimizerMaker, parameters: list[nn.Parameter], at_
     if isinstance(choice, str):
         require(choice in OPTIMIZERS, "optimizer", f"one of {', '.join(OPTIMIZERS)}, a function or None", repr(choice))
         make: Any = OPTIMIZERS[choice]
-        optimizer = make(parameters, lr=1e-3)
+        optimizer: torch.optim.Optimizer = make(parameters, lr=1e-3)
     else:
         optimizer = choice(parameters)
     for group in optimizer.param_groups:

@@ -21,9 +21,10 @@ def count_flops(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, 
         backward = kernel.endswith("_backward")
         of_query, of_value = (3, 2) if backward else (1, 1)
         q, k, v = arguments[backward : backward + 3]
-        return 2 * q.shape[0] * q.shape[1] * q.shape[2] * k.shape[2] * (of_query * q.shape[3] + of_value * v.shape[3])
+        b, h, n, d = map(int, q.shape)
+        return 2 * b * h * n * int(k.shape[2]) * (of_query * d + of_value * int(v.shape[3]))
     formula = flop_registry.get(_OUT_OF_PLACE.get(operation.overloadpacket, operation.overloadpacket))
-    return 0 if formula is None else formula(*arguments, **keywords, out_val=result)
+    return 0 if formula is None else int(formula(*arguments, **keywords, out_val=result))
 
 
 _ATTENTION = ("flash_attention_for_cpu", "flash_attention", "efficient_attention")

@@ -52,7 +52,7 @@ class Ledger(TorchDispatchMode):
     """
 
     def __init__(self, accounting: Accounting, device: torch.device, categorize: Callable[[str, Place], str]) -> None:
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self._operations: list[Operation] = []
         self._rows: list[list[int]] = []
         self._flops = 0.0

@@ -142,14 +142,21 @@ def _load(target: str) -> Callable[..., Callable[[], Any]]:
     if not module or not function:
         raise ValueError(f"target must be 'module:function' or 'file.py:function', got {target!r}")
     if not module.endswith(".py"):
-        return getattr(importlib.import_module(module), function)
+        imported: Any = importlib.import_module(module)
+    else:
+        imported = _from_file(module)
+    found: Callable[..., Callable[[], Any]] = getattr(imported, function)
+    return found
+
+
+def _from_file(module: str) -> Any:
     spec = importlib.util.spec_from_file_location(Path(module).stem, module)
     if spec is None or spec.loader is None:
         raise ValueError(f"target names a file that cannot be imported: {module!r}")
     loaded = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = loaded
     spec.loader.exec_module(loaded)
-    return getattr(loaded, function)
+    return loaded
 
 
 class _CudaGauge:

@@ -101,7 +101,7 @@ def _attention(
     is_causal: bool = False,
     scale: float | None = None,
     enable_gqa: bool = False,
-) -> Tensor:
+) -> Any:
     """``scaled_dot_product_attention`` by the kernel that a CUDA device would take."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
@@ -143,49 +143,44 @@ def _dropout(func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, i
     return torch.native_dropout(tensor, p, True)[0]
 
 
-# Autocast casts other operators' arguments on CUDA than on the CPU. These lists are those of PyTorch's documentation
-# ("Automatic Mixed Precision: CUDA op-specific behavior"), less what both have; names as of PyTorch 2.13.
+# Autocast casts other operators' arguments on CUDA than on the CPU. What follows is where the two differ, by the names of
+# PyTorch's functions and methods, as of PyTorch 2.13 (its list for CUDA stands in ATen/autocast_mode.h).
 
 
-def _low(tensor: Any) -> bool:
-    return isinstance(tensor, Tensor) and tensor.dtype in (torch.float16, torch.bfloat16)
-
-
-def _to(dtype: torch.dtype, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
-    """Floating-point tensors among the arguments in ``dtype``, those of fp64 left alone."""
+def _in_dtype(dtype: torch.dtype, func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """With floating-point tensors in ``dtype``, those of fp64 left alone."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
 
-    return tree_map_only(Tensor, cast, (args, kwargs))
+    args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
+    return func(*args, **kwargs)
 
 
 def _in_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    args, kwargs = _to(torch.float32, args, kwargs)
-    return func(*args, **kwargs)
-
-
-def _into_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """The result in fp32, unless the caller says otherwise."""
-    if kwargs.get("dtype") is None and _low((*args, *kwargs.values())[0]):
-        kwargs["dtype"] = torch.float32
-    return func(*args, **kwargs)
+    return _in_dtype(torch.float32, func, args, kwargs)
 
 
 def _in_autocasts(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    args, kwargs = _to(torch.get_autocast_dtype("cpu"), args, kwargs)
-    return func(*args, **kwargs)
+    return _in_dtype(torch.get_autocast_dtype("cpu"), func, args, kwargs)
 
 
 def _in_the_widest(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    if any(tensor.dtype == torch.float32 for tensor in given):
-        args, kwargs = _to(torch.float32, args, kwargs)
+    single = any(tensor.dtype == torch.float32 for tensor in given)
+    return _in_single(func, args, kwargs) if single else func(*args, **kwargs)
+
+
+def _into_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
+    """The result in fp32, unless the caller says otherwise."""
+    first = next(iter((*args, *kwargs.values())))
+    if kwargs.get("dtype") is None and first.dtype in (torch.float16, torch.bfloat16):
+        kwargs["dtype"] = torch.float32
     return func(*args, **kwargs)
 
 
 def _as_they_are(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """The CPU's list has these in fp32, CUDA's does not have them."""
+    """In fp32 by the CPU's list, not in CUDA's."""
     return func(*args, **kwargs)
 
 

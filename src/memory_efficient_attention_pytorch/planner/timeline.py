@@ -48,7 +48,7 @@ class Timeline:
     @property
     def totals(self) -> NDArray[np.int64]:
         """Bytes live during each operation."""
-        return self.live.sum(axis=1)
+        return np.asarray(self.live.sum(axis=1))
 
     @property
     def peak(self) -> int:

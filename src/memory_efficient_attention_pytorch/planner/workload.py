@@ -84,8 +84,9 @@ class Workload:
     @property
     def _depth(self) -> int:
         if isinstance(self.subject, Mapping):
-            require_positive_int("depth", self.subject.get("depth"))
-            return self.subject["depth"]
+            depth = self.subject.get("depth")
+            require_positive_int("depth", depth)
+            return int(depth or 0)
         return len(self.subject.layers)  # type: ignore[arg-type]
 
     @property

@@ -45,7 +45,8 @@ class Graph(NamedTuple):
 @capability
 def graph() -> Graph | None:
     """Without it nobody knows in backward whose work is being differentiated."""
-    now, node_at_work = torch.autograd._get_sequence_nr, torch._C._current_autograd_node
+    now: Callable[[], int] = getattr(torch.autograd, "_get_sequence_nr")  # noqa: B009  the type checker does not know it
+    node_at_work = torch._C._current_autograd_node
 
     def differentiated() -> int | None:
         node = node_at_work()
