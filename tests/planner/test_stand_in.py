@@ -3,13 +3,14 @@
 import pytest
 import torch
 import torch.nn.functional as F
+import torch.utils.checkpoint
 from torch import nn
 
 from memory_efficient_attention_pytorch.common.dry_run import STAND_IN
 from memory_efficient_attention_pytorch.planner import plan
 from memory_efficient_attention_pytorch.planner.accounting import Accounting
 from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
-from memory_efficient_attention_pytorch.planner.stand_in import StandIn
+from memory_efficient_attention_pytorch.planner.stand_in import standing_in
 from memory_efficient_attention_pytorch.torch_internals import taken_away
 from memory_efficient_attention_pytorch.torch_internals.fake import fake_tensors
 
@@ -36,7 +37,7 @@ def run_dry(function, device=CUDA, autocast=None):
 
 
 def stand_in():
-    return StandIn("cuda")
+    return standing_in("cuda")
 
 
 @pytest.mark.parametrize(
@@ -205,6 +206,19 @@ def test_recurrent_networks_are_refused_by_name(network):
     with pytest.raises(NotImplementedError, match="cuDNN"):
         plan(network(8, 8), device="cuda", **options)
     assert plan(network(8, 8), device="cpu", **options).peak_bytes > 0
+
+
+@pytest.mark.filterwarnings("ignore:CUDA is not available")
+def test_a_modules_own_autocast_for_the_device_is_refused():
+    def casts_itself(x, weight):
+        with torch.autocast("cuda", torch.bfloat16):
+            return x @ weight
+
+    with pytest.raises(NotImplementedError, match=r"own torch\.autocast"):
+        run_dry(casts_itself)
+    before = torch.get_autocast_dtype("cuda")
+    run_dry(lambda x, weight: torch.utils.checkpoint.checkpoint(F.linear, x, weight, use_reentrant=False))
+    assert torch.get_autocast_dtype("cuda") == before
 
 
 @pytest.mark.parametrize("part", ["graph", "holders"])

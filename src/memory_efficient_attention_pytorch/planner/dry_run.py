@@ -19,7 +19,7 @@ from ..common.errors import require
 from ..torch_internals.fake import fake_tensors
 from .accounting import Accounting
 from .ledger import Ledger, Place
-from .stand_in import StandIn
+from .stand_in import standing_in
 from .timeline import Timeline
 from .watcher import Watcher
 
@@ -78,7 +78,7 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
         ledger = Ledger(accounting, device, categorizer(model))
         ledger.follow(model)
         entered.enter_context(ledger)
-        entered.enter_context(nullcontext() if planned == "cpu" else StandIn(planned))
+        entered.enter_context(nullcontext() if planned == "cpu" else standing_in(planned))
         entered.enter_context(watched_by(Watcher(ledger, model, planned, accounting.threads, abridge)))
         ledger.learn_the_engine()
         autocast = torch.autocast("cpu", step.autocast, enabled=step.autocast is not None)

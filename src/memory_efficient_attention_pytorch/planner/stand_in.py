@@ -7,7 +7,8 @@ here, for this thread and as long as the mode is at work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -36,6 +37,11 @@ class StandIn(TorchFunctionMode):
         self._running: list[tuple[Any, ...]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Keywords | None = None) -> Any:
+        if torch.is_autocast_enabled(self.device_type) or torch.get_autocast_dtype(self.device_type) != _UNTOUCHED:
+            raise NotImplementedError(
+                f"the module's own torch.autocast({self.device_type!r}) cannot be planned: leave it out and give the "
+                "dtype to plan(autocast=…)"
+            )
         args, kwargs = self._placed(func, args, dict(kwargs or {}))
         name = getattr(func, "__name__", "")
         if func is getattr(Tensor, self.device_type, None):
@@ -51,9 +57,10 @@ class StandIn(TorchFunctionMode):
                 return _attention(*args, **kwargs)
             if func in (F.dropout, torch.dropout):
                 return _dropout(func, *args, **kwargs)
-            if torch.is_autocast_enabled("cpu") and name in _CASTS:
+            cast = _CASTS.get(name, _as_they_are if name.startswith(("fft_", "linalg_")) else None)
+            if cast is not None and torch.is_autocast_enabled("cpu"):
                 with torch.autocast("cpu", enabled=False):
-                    return _CASTS[name](func, args, kwargs)
+                    return cast(func, args, kwargs)
         # Some functions hand themselves on once more, by another name: with the same arguments.
         call = (func, *map(id, args))
         inside = None if call in self._running else calls_inside(func)
@@ -89,6 +96,20 @@ class StandIn(TorchFunctionMode):
         return STAND_IN if device.type == self.device_type else device
 
 
+@contextmanager
+def standing_in(device_type: str) -> Iterator[None]:
+    """Inside, :class:`StandIn` is at work, and would notice if autocast for the device itself were turned on."""
+    before = torch.get_autocast_dtype(device_type)
+    torch.set_autocast_dtype(device_type, _UNTOUCHED)
+    try:
+        with StandIn(device_type):
+            yield
+    finally:
+        torch.set_autocast_dtype(device_type, before)
+
+
+# Where the device is absent autocast for it turns itself off, but leaves behind which dtype it was asked for.
+_UNTOUCHED = torch.float64
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
 
@@ -143,8 +164,8 @@ def _dropout(func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, i
     return torch.native_dropout(tensor, p, True)[0]
 
 
-# Autocast casts other operators' arguments on CUDA than on the CPU. What follows is where the two differ, by the names of
-# PyTorch's functions and methods, as of PyTorch 2.13 (its list for CUDA stands in ATen/autocast_mode.h).
+# Autocast casts other operators' arguments on CUDA than on the CPU. What follows is where the two differ, by the names
+# of PyTorch's functions and methods, as of PyTorch 2.13 (its list for CUDA stands in ATen/autocast_mode.h).
 
 
 def _in_dtype(dtype: torch.dtype, func: Any, args: Arguments, kwargs: Keywords) -> Any:
