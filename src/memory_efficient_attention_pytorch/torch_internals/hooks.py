@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any, TypeVar
+from collections.abc import Mapping
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -11,8 +11,6 @@ from torch.autograd.graph import Node
 
 from .capabilities import capability
 
-Hook = TypeVar("Hook", bound=Callable[..., Any])
-_BYSTANDER = "__bystander__"
 _OF_MODULES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
 
 
@@ -44,15 +42,9 @@ def module_is_watched(module: nn.Module) -> bool:
 
 
 def all_modules_are_watched() -> bool:
-    """True where there are hooks on all modules, other than bystanders', and where PyTorch does not tell."""
+    """True where there are hooks on all modules, and where PyTorch does not tell."""
     kinds = hooks_of_all_modules()
-    return kinds is None or any(not hasattr(hook, _BYSTANDER) for hooks in kinds for hook in hooks.values())
-
-
-def bystander(hook: Hook) -> Hook:
-    """Decorate a hook on all modules that asks for none of them to run, but follows those that do."""
-    setattr(hook, _BYSTANDER, True)
-    return hook
+    return kinds is None or any(kinds)
 
 
 def tensor_is_watched(tensor: Tensor) -> bool:
