@@ -121,9 +121,11 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def _processor() -> str:
+    """The processor's name, and its family and model, since chips of one name differ in kind."""
     info = Path("/proc/cpuinfo")
-    if info.exists():
-        for line in info.read_text().splitlines():
-            if line.startswith("model name"):
-                return line.partition(":")[2].strip()
-    return platform.processor() or "unknown"
+    if not info.exists():
+        return platform.processor() or "unknown"
+    first = info.read_text().partition("\n\n")[0]
+    facts = {key.strip(): value.strip() for key, _, value in (line.partition(":") for line in first.splitlines())}
+    name = facts.get("model name", platform.processor() or "unknown")
+    return f"{name}, family {facts['cpu family']}, model {facts['model']}" if "cpu family" in facts else name
