@@ -19,9 +19,9 @@ from typing import Any
 import torch
 
 from memory_efficient_attention_pytorch import Transformer
+from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.benchmarking.report import table
 from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
-from memory_efficient_attention_pytorch.planner.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.training.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent

@@ -25,9 +25,9 @@ import torch
 from torch import Tensor, nn
 
 from memory_efficient_attention_pytorch import Transformer
+from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.planner import format_size, max_seq_len, parse_size, plan
 from memory_efficient_attention_pytorch.planner.dry_run import OPTIMIZERS
-from memory_efficient_attention_pytorch.planner.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.planner.plan import DTYPES
 
 RESULTS = Path(__file__).parent / "results" / "planner-accuracy"

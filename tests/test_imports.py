@@ -37,7 +37,7 @@ FLOORS = (
 PORCHES = FLOORS[-1]
 OPTIONAL = {"accelerate", "rich", "matplotlib", "tensorboard", "tokenizers", "tomli_w", "transformers"}
 # The pipe from a measuring process to the one that started it.
-PIPES = {("planner/measure.py", "sys.stdout.write")}
+PIPES = {("benchmarking/measure.py", "sys.stdout.write")}
 
 
 def module_name(path: Path) -> str:

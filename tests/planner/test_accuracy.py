@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import Transformer
+from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.planner import max_seq_len, plan
-from memory_efficient_attention_pytorch.planner.measure import measure_peak, zero_grads
 
 MIB = 2**20
 THREADS = 1

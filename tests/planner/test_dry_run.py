@@ -159,7 +159,7 @@ def test_loops_cut_short_have_the_peak_of_the_whole(changes, tokens, device):
     x = torch.zeros(1, tokens, dtype=torch.long, device="meta")
     model = language_model(max_seq_len=tokens, depth=1, **changes)
     step = Step(model, lambda loss: loss, (x,), {"labels": x}, optimizer=None, autocast=torch.bfloat16)
-    short, whole = (dry_run(step, plain(device), abridge=abridge) for abridge in (True, False))
+    short, whole = (dry_run(step, plain(device), every_part=every_part) for every_part in (False, True))
     assert len(short.operations) < len(whole.operations)
     assert short.totals.max() == whole.totals.max()
     assert short.breakdown(short.peak) == whole.breakdown(whole.peak)
@@ -174,7 +174,7 @@ def test_attention_kept_of_every_group_and_block_counts(groups, autocast, width,
     keywords = {"max_seq_len": tokens, "heads": heads, "depth": depth, "head_chunks": groups}
     model = language_model(keep_attention=keep_attention, exact=autocast is not None, **keywords)
     step = Step(model, lambda loss: loss, (x,), {"labels": x}, optimizer=None, autocast=autocast)
-    short, whole = (dry_run(step, plain(device), abridge=abridge) for abridge in (True, False))
+    short, whole = (dry_run(step, plain(device), every_part=every_part) for every_part in (False, True))
     assert short.totals.max() == whole.totals.max()
     assert short.breakdown(short.peak) == whole.breakdown(whole.peak)
     assert short.flops == whole.flops

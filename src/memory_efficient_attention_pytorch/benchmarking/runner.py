@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from ..common.errors import require
-from ..planner.measure import Measurement, measure_peak
+from .measure import Measurement, measure_peak
 from .results import Results, Run, begin
 from .schedule import Forecast, Job, Settings, schedule
 from .systems import System

@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..planner.measure import zero_grads
 from ..training.resources import set_returned_size
+from .measure import zero_grads
 from .shape import Shape
 from .systems import System, find_systems
 

@@ -55,11 +55,11 @@ class Step:
     keep_gradients: bool = True
 
 
-def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Timeline:
+def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> Timeline:
     """Record a training step as all but the first are: the optimizer's state exists when it begins.
 
-    The model is not touched: a copy gets fake parameters and buffers. ``abridge``: cut this package's loops over equal
-    parts short, which changes nothing but the time.
+    The model is not touched: a copy gets fake parameters and buffers. ``every_part``: go through all of
+    this package's loops over equal parts, which changes nothing but the time.
 
     Raises NotImplementedError, naming the operation, for a model whose shapes depend on the data or that wants it.
     """
@@ -79,7 +79,7 @@ def dry_run(step: Step, accounting: Accounting, *, abridge: bool = True) -> Time
         ledger.follow(model)
         entered.enter_context(ledger)
         entered.enter_context(nullcontext() if planned == "cpu" else standing_in(planned))
-        entered.enter_context(watched_by(Watcher(ledger, model, planned, accounting.threads, abridge)))
+        entered.enter_context(watched_by(Watcher(ledger, model, planned, accounting.threads, every_part)))
         ledger.learn_the_engine()
         autocast = torch.autocast("cpu", step.autocast, enabled=step.autocast is not None)
         ledger.enter("parameters", [*model.parameters(), *model.buffers()])

@@ -21,18 +21,20 @@ T = TypeVar("T")
 class Watcher:
     """The :class:`common.dry_run.DryRun` of a plan; tells the ledger what it learns.
 
-    abridge: cut loops short, which changes nothing but the time.
+    every_part: cut no loop short, which changes nothing but the time.
     """
 
-    def __init__(self, ledger: Ledger, model: nn.Module, device_type: str, threads: int, abridge: bool = True) -> None:
+    def __init__(
+        self, ledger: Ledger, model: nn.Module, device_type: str, threads: int, every_part: bool = False
+    ) -> None:
         self.device_type, self.threads = device_type, threads
-        self._ledger, self._abridge = ledger, abridge
+        self._ledger, self._every_part = ledger, every_part
         self._owners: dict[object, str] = {
             parameter: path for path, module in model.named_modules() for parameter in module.parameters(recurse=False)
         }
 
     def few_of(self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int) -> Iterable[T]:
-        return self._few_of(parts, size, first, last) if self._abridge else parts
+        return parts if self._every_part else self._few_of(parts, size, first, last)
 
     def _few_of(self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int) -> Iterator[T]:
         kept = representatives(len(parts), first, last)

@@ -8,11 +8,10 @@ import torch
 
 from ..models.config import SETTINGS
 from ..planner import Option, Plan, available_memory, format_size, parse_size, plan
-from ..planner.measure import warm_up
 from .config import TrainConfig
 from .model import build_model, model_keywords
 from .plot import drawn
-from .resources import memory_now, memory_peak, resolve, return_freed_blocks, trim_heap
+from .resources import memory_now, memory_peak, resolve, return_freed_blocks, trim_heap, warm_up
 from .trainer import adamw
 
 _MIB = 1 << 20

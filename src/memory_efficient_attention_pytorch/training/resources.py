@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import torch
+from torch import nn
 
 from .config import TrainConfig
 
@@ -118,3 +119,14 @@ def memory_peak(device: torch.device) -> int:
     unit = 1 if sys.platform == "darwin" else 1024
     # The kernel brings its peak up to date later than the present size.
     return max(memory_now(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
+
+
+def warm_up(device: str = "cpu") -> None:
+    """Run a tiny step, so that modules, threads and handles loaded on first use do not count as the model's."""
+    for dtype in (torch.float32, torch.bfloat16):
+        x = torch.ones(1, 4, 64, 64, device=device, dtype=dtype, requires_grad=True)
+        weight = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
+        hidden = nn.functional.layer_norm(nn.functional.gelu(x @ weight), (64,))
+        attended = nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)
+        nn.functional.cross_entropy(attended.flatten(0, 2).float(), torch.zeros(256, device=device).long()).backward()
+        torch.optim.AdamW([weight]).step()

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 import importlib
 import importlib.util
 import json
@@ -18,6 +17,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from ..training.resources import trim_heap, warm_up
 
 _CHILD = f"from {__name__} import _run_child; _run_child()"
 _RESULT = "measured-peak:"
@@ -104,17 +105,6 @@ def zero_grads(model: nn.Module) -> nn.Module:
             # zeros come from untouched pages, which are not resident until something is written to them.
             parameter.grad = torch.empty_like(parameter).fill_(0)
     return model
-
-
-def warm_up(device: str = "cpu") -> None:
-    """Run a tiny step, so that modules, threads and handles loaded on first use do not count as the model's."""
-    for dtype in (torch.float32, torch.bfloat16):
-        x = torch.ones(1, 4, 64, 64, device=device, dtype=dtype, requires_grad=True)
-        weight = torch.ones(64, 64, device=device, dtype=dtype, requires_grad=True)
-        hidden = nn.functional.layer_norm(nn.functional.gelu(x @ weight), (64,))
-        attended = nn.functional.scaled_dot_product_attention(hidden, hidden, hidden)
-        nn.functional.cross_entropy(attended.flatten(0, 2).float(), torch.zeros(256, device=device).long()).backward()
-        torch.optim.AdamW([weight]).step()
 
 
 def _run_child() -> None:
@@ -211,9 +201,7 @@ class _ResidentSet:
 
 def _process_bytes(field: str) -> int:
     """A size from this process's status, after returning to the system what the C library's heap does not use."""
-    trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
-    if trim is not None:
-        trim(0)
+    trim_heap()
     status = Path("/proc/self/status")
     if not status.exists():
         raise RuntimeError("CPU memory is measured from /proc, which Linux alone has")

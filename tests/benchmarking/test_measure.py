@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from memory_efficient_attention_pytorch.planner.measure import measure_peak, zero_grads
+from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 
 MIB = 2**20
 
