@@ -5,8 +5,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, dot_product_attention, select_backend
-from memory_efficient_attention_pytorch.attention.decision import WAYS
-from memory_efficient_attention_pytorch.attention.functional import decide
+from memory_efficient_attention_pytorch.attention.decision import WAYS, decide
 from tests import reference
 from tests.agreement import assert_same
 from tests.memory.live_bytes import LiveBytes
@@ -89,7 +88,7 @@ def test_kept_results_stand_for_the_forward_pass(arguments):
 
     truth = both(lambda decision, *heads: decision.attend(*heads)[0])
     with LiveBytes() as count:
-        kept = both(lambda decision, *heads: decision.resume(decision.compute(*heads), *heads))
+        kept = both(lambda decision, *heads: decision.attend(*heads, results=decision.compute(*heads))[0])
     assert_same(kept, truth, 0.0)
     assert count.products > 0 or count.calls["_scaled_dot_product_flash_attention_for_cpu_backward"] > 0
 
@@ -98,14 +97,16 @@ def test_resuming_computes_nothing_of_the_forward_pass():
     decision, *heads = decide(*qkv(), keep=True, causal=True)
     results = decision.compute(*heads)
     with FlopCounterMode(display=False) as count, LiveBytes() as live:
-        decision.resume(results, *heads)
+        decision.attend(*heads, results=results)
     assert count.get_total_flops() == 0
     assert not live.calls["_scaled_dot_product_flash_attention_for_cpu"]
 
 
-def test_a_kept_decision_holds_no_tensor():
+def test_the_decision_that_autograd_holds_has_no_tensor():
     mask, ids = torch.ones(2, 9, dtype=torch.bool), torch.zeros(2, 9, dtype=torch.long)
-    decision, *_ = decide(*qkv(), mask=mask, document_ids=ids, attn_bias=torch.zeros(9, 9), keep=True)
-    alone = decision.without_tensors()
-    assert alone.request.tensors == (None, None, None)
-    assert alone.of_request(decision.request) == decision
+    decision, *heads = decide(*qkv(), mask=mask, document_ids=ids, attn_bias=torch.zeros(9, 9), keep=True)
+    out, _ = decision.attend(*heads)
+    held = out.grad_fn.decision.request
+    assert held.tensors == (None, None)
+    assert held.bias.values is None
+    assert held.with_tensors(*decision.request.tensors) == decision.request

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ..common.errors import require
 from ..common.gradients import GradientSums, accumulator
-from .visibility import Tile, canonical_broadcast, narrow_broadcast, slice_broadcast
+from .visibility import Tile, canonical_broadcast, narrow_broadcast
 
 BiasModule = Callable[..., Tensor]
 """Called with the positions of queries ``(i,)`` and keys ``(j,)``; returns what broadcasts to ``(b, h, i, j)``."""
@@ -55,9 +55,11 @@ class Bias:
         return self.values if isinstance(self.values, Tensor) else None
 
     @property
-    def parameters(self) -> tuple[Tensor, ...]:
-        """A module's parameters; none of a tensor or a plain function."""
-        return tuple(self.values.parameters()) if isinstance(self.values, nn.Module) else ()
+    def leaves(self) -> tuple[Tensor, ...]:
+        """What gradients reach: the tensor, or a module's parameters; nothing of a plain function."""
+        if isinstance(self.values, nn.Module):
+            return tuple(self.values.parameters())
+        return () if self.tensor is None else (self.tensor,)
 
     def with_tensor(self, tensor: Tensor | None) -> Bias:
         """The same bias by another tensor; a module stays what it is."""
@@ -66,7 +68,7 @@ class Bias:
     def tile(self, tile: Tile, batch: slice, heads: slice, device: torch.device) -> Tensor:
         """The bias of one tile, broadcastable to ``(b, h, i, j)`` of a part of the batch and the heads."""
         if isinstance(self.values, Tensor):
-            return slice_broadcast(narrow_broadcast(self.values, batch, heads), tile.queries, tile.keys)
+            return narrow_broadcast(self.values, batch, heads, tile.queries, tile.keys)
         assert self.values is not None
         b, h, n, m = self.shape
         queries = torch.arange(tile.i0 + m - n, tile.i1 + m - n, device=device)
@@ -82,14 +84,13 @@ class Bias:
 class BiasGradient:
     """The gradient of a bias, summed over tiles in the bias's own broadcast shape.
 
-    needed: of the tensor, or of each of a module's parameters. dtype: of the sums, where the leaf's is not wider.
+    needed: of each of the bias's leaves. dtype: of the sums, where the leaf's is not wider.
     """
 
     def __init__(self, bias: Bias | None, needed: Sequence[bool], dtype: torch.dtype) -> None:
-        leaves = () if bias is None else bias.parameters if bias.tensor is None else (bias.tensor,)
         self.bias = bias
         total = accumulator if dtype == torch.float32 else partial(torch.zeros_like, dtype=dtype)
-        self._sums = GradientSums(leaves, needed, total)
+        self._sums = GradientSums(() if bias is None else bias.leaves, needed, total)
         self.wanted = bool(self._sums.wanted)
 
     def add(self, tile: Tile, batch: slice, heads: slice, grad_scores: Tensor) -> None:

@@ -8,22 +8,18 @@ from __future__ import annotations
 from torch import Tensor
 
 from ..torch_internals import attention_kernels
-from . import tiles
-from .bias import BiasGradient
 from .products import Products
 from .request import AttentionRequest
-from .tiles import WHOLE_BATCH, QueryBucket, Saved, Scores, TileGradients, Upstream, parts
-from .way import Way
+from .tiles import QueryBucket, Scores, Tiled, TileGradients
+from .way import BackwardInputs
 
 
-class CpuKernel(Way):
+class CpuKernel(Tiled):
     """The kernel holds no scores, so a part is the whole batch."""
 
-    name, backend = "cpu_kernel", "tiled"
+    name = "cpu_kernel"
     merit = "PyTorch's fused kernel computes each tile, in linear memory"
-
-    def __init__(self) -> None:
-        self._products = Products()
+    elements = 2**62
 
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if request.device_type != "cpu":
@@ -34,19 +30,12 @@ class CpuKernel(Way):
             return f"q and v differ in width ({request.d} and {request.e})"
         return "this PyTorch does not have it" if attention_kernels.cpu_kernel() is None else None
 
-    def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return tiles.attend(self, parts(request, WHOLE_BATCH), request, q, k, v)
-
-    def backward(
-        self, request: AttentionRequest, saved: Saved, upstream: Upstream, bias_gradient: BiasGradient
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        if upstream.lse is not None or bias_gradient.wanted:
-            # It takes no gradient of the log-sum-exp and gives none of the scores.
-            return self._products.backward(request, saved, upstream, bias_gradient)
-        return tiles.differentiate(self, parts(request, WHOLE_BATCH), request, saved, upstream, bias_gradient)
+    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        # The kernel takes no gradient of the log-sum-exp and gives none of the scores.
+        by_products = given.grad_lse is not None or given.bias_gradient.wanted
+        return Products().backward(request, given) if by_products else super().backward(request, given)
 
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`tiles.TileKernel`."""
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         dtype = scores.request.compute_dtype
@@ -58,7 +47,6 @@ class CpuKernel(Way):
         return out.to(dtype), lse
 
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
-        """See :class:`tiles.TileKernel`."""
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         added = scores.added(scores.request.compute_dtype)

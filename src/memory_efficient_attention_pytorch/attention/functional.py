@@ -4,22 +4,15 @@ from __future__ import annotations
 
 import inspect
 from dataclasses import dataclass, field
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypedDict, Unpack, overload
 
-import torch
 from torch import Tensor
 
 from ..common.errors import require
-from . import decision
 from .bias import BiasModule
-from .decision import BACKENDS, Decision
+from .decision import WAYS, decide
 from .request import build_request
-
-__all__ = ["BACKENDS", "BackendChoice", "decide", "dot_product_attention", "select_backend"]
-
-# What select_backend takes besides q, k, v and backend.
-_ARGUMENTS = tuple(inspect.signature(build_request).parameters)[3:]
-Window = int | tuple[int | None, int | None]
+from .visibility import Window
 
 
 @dataclass(frozen=True)
@@ -32,41 +25,28 @@ class BackendChoice:
     way: str = ""
 
 
+class Options(TypedDict, total=False):
+    """The keyword arguments of :func:`dot_product_attention`, save that on which its result's type depends."""
+
+    mask: Tensor | None
+    attn_bias: Tensor | BiasModule | None
+    causal: bool
+    window: Window | None
+    document_ids: Tensor | None
+    dropout: float
+    scale: float | None
+    backend: str
+    q_bucket_size: int
+    k_bucket_size: int
+
+
 @overload
 def dot_product_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    attn_bias: Tensor | BiasModule | None = None,
-    causal: bool = False,
-    window: Window | None = None,
-    document_ids: Tensor | None = None,
-    dropout: float = 0.0,
-    scale: float | None = None,
-    backend: str = "auto",
-    q_bucket_size: int = 512,
-    k_bucket_size: int = 1024,
-    return_lse: Literal[False] = False,
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[False] = False, **options: Unpack[Options]
 ) -> Tensor: ...
 @overload
 def dot_product_attention(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    *,
-    mask: Tensor | None = None,
-    attn_bias: Tensor | BiasModule | None = None,
-    causal: bool = False,
-    window: Window | None = None,
-    document_ids: Tensor | None = None,
-    dropout: float = 0.0,
-    scale: float | None = None,
-    backend: str = "auto",
-    q_bucket_size: int = 512,
-    k_bucket_size: int = 1024,
-    return_lse: Literal[True],
+    q: Tensor, k: Tensor, v: Tensor, *, return_lse: Literal[True], **options: Unpack[Options]
 ) -> tuple[Tensor, Tensor]: ...
 def dot_product_attention(
     q: Tensor,
@@ -119,7 +99,7 @@ def dot_product_attention(
     attention. Differentiable once (the tiled backend raises on a second derivative). Sources: Rabe & Staats 2021
     (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
     """
-    made, q, k, v = decide(
+    decision, q, k, v = decide(
         q,
         k,
         v,
@@ -135,7 +115,7 @@ def dot_product_attention(
         k_bucket_size=k_bucket_size,
         return_lse=return_lse,
     )
-    out, lse = made.attend(q, k, v)
+    out, lse = decision.attend(q, k, v)
     if not return_lse:
         return out
     assert lse is not None  # a way that has none objects
@@ -147,34 +127,16 @@ def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **
 
     Raises what :func:`dot_product_attention` would raise.
     """
+    known = tuple(inspect.signature(build_request).parameters)[3:]
     for name in arguments:
-        require(name in _ARGUMENTS, name, f"one of {', '.join(_ARGUMENTS)}", "an unknown argument")
-    made, *heads = decide(q, k, v, backend=backend, **arguments)
+        require(name in known, name, f"one of {', '.join(known)}", "an unknown argument")
+    decision, *heads = decide(q, k, v, backend=backend, **arguments)
+    request, chosen = decision.request, decision.way
     if backend != "auto":
-        return BackendChoice(made.way.backend, "asked for", way=made.way.name)
-    return BackendChoice(made.way.backend, made.way.merit, decision.ruled_out(made, *heads), made.way.name)
-
-
-def decide(
-    q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", keep: bool = False, **arguments: Any
-) -> tuple[Decision, Tensor, Tensor, Tensor]:
-    """What :func:`dot_product_attention` does with these arguments, and q, k and v as autocast has them.
-
-    keep: the results are to be kept by :meth:`Decision.compute` and taken up again by :meth:`Decision.resume`. A
-    repetition must come to the same request as the pass that it repeats, so gradients count as they do in there.
-    """
-    q, k, v = _autocast(q, k, v)
-    with torch.set_grad_enabled(keep or torch.is_grad_enabled()):
-        request = build_request(q, k, v, **arguments)
-    return decision.decide(request, backend, q, k, v, keep=keep), q, k, v
-
-
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast casts the arguments of PyTorch's attention: fp32 to its dtype, fp64 left alone."""
-    if not all(isinstance(t, Tensor) for t in tensors) or tensors[0].device.type == "meta":
-        return tensors
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
-        return tensors
-    dtype = torch.get_autocast_dtype(device)
-    return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
+        return BackendChoice(chosen.backend, "asked for", way=chosen.name)
+    ruled_out = {
+        way.backend: way.objection(request, *heads) or way.drawback(request) or chosen.merit
+        for way in reversed(WAYS)
+        if way.backend != chosen.backend
+    }
+    return BackendChoice(chosen.backend, chosen.merit, ruled_out, chosen.name)

@@ -13,21 +13,19 @@ from torch import Tensor
 
 from ..torch_internals import attention_kernels
 from ..torch_internals.attention_kernels import Kernel
-from .bias import BiasGradient
+from ..torch_internals.tensors import are_plain
 from .cpu_kernel import unit_stride
 from .request import AttentionRequest
-from .sdpa import converts_a_mask, fused_kernels, is_causal, not_whole, whole_mask
-from .tiles import Saved, Upstream, additive
-from .way import Way
+from .sdpa import Fused, fused_kernels, not_whole, whole_mask
+from .tiles import additive
+from .way import BackwardInputs
 
 ALIGNMENT = 8  # what the CUDA kernels ask of a width, in elements
 
 
-class WholeKernel(Way):
-    """One of PyTorch's kernels for the request as a whole."""
+class WholeKernel(Fused):
+    """A kernel by its own operators; ``find`` gives them, or None where this PyTorch has others or none."""
 
-    backend = "fused"
-    merit = "PyTorch's fused kernel computes exactly this"
     find: Callable[[], Kernel | None]
 
     @property
@@ -41,16 +39,13 @@ class WholeKernel(Way):
         reason = not_whole(request)
         if reason is not None:
             return reason
-        if not request.plain:
+        if not are_plain(q, k, v):
             return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
         if self.name not in fused_kernels(request, q, k, v):
             return f"the {self.name} kernel does not take {request.dtype} with these arguments on {request.device_type}"
         if request.device_type == "cuda" and request.d % ALIGNMENT:
             return f"a width of {request.d} would have to be padded to a multiple of {ALIGNMENT}"
         return "this PyTorch does not have it" if type(self).find() is None else None
-
-    def drawback(self, request: AttentionRequest) -> str | None:
-        return converts_a_mask(request)
 
 
 class Cpu(WholeKernel):
@@ -61,15 +56,12 @@ class Cpu(WholeKernel):
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         options = {"attn_mask": _added(request), "scale": request.scale}
-        return tuple(self.kernel.forward(*unit_stride(q, k, v), 0.0, is_causal(request), **options))
+        return self.kernel.forward(*unit_stride(q, k, v), 0.0, request.visibility.plain_causal, **options)
 
-    def backward(
-        self, request: AttentionRequest, saved: Saved, upstream: Upstream, bias_gradient: BiasGradient
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        heads = unit_stride(upstream.out, saved.q, saved.k, saved.v)
+    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        heads = unit_stride(given.grad_out, given.q, given.k, given.v)
         options = {"attn_mask": _added(request), "scale": request.scale}
-        grad_q, grad_k, grad_v = self.kernel.backward(*heads, saved.out, saved.lse, 0.0, is_causal(request), **options)
-        return grad_q, grad_k, grad_v
+        return self.kernel.backward(*heads, given.out, given.lse, 0.0, request.visibility.plain_causal, **options)
 
 
 class Flash(WholeKernel):
@@ -79,18 +71,15 @@ class Flash(WholeKernel):
     find = staticmethod(attention_kernels.flash_kernel)
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        heads = unit_stride(q, k, v)
-        found = self.kernel.forward(*heads, 0.0, is_causal(request), False, scale=request.scale)
-        out, lse, _, _, _, _, seed, offset, _ = found
-        return out, lse, seed, offset
+        options = (0.0, request.visibility.plain_causal, False)
+        out, lse, _, _, _, _, *state, _ = self.kernel.forward(*unit_stride(q, k, v), *options, scale=request.scale)
+        return out, lse, *state
 
-    def backward(
-        self, request: AttentionRequest, saved: Saved, upstream: Upstream, bias_gradient: BiasGradient
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        heads = unit_stride(upstream.out, saved.q, saved.k, saved.v)
-        results = (saved.out, saved.lse, None, None, request.n, request.m, 0.0, is_causal(request), *saved.state)
-        grad_q, grad_k, grad_v = self.kernel.backward(*heads, *results, scale=request.scale)
-        return grad_q, grad_k, grad_v
+    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        heads = unit_stride(given.grad_out, given.q, given.k, given.v)
+        lengths = (None, None, request.n, request.m)
+        options = (*lengths, 0.0, request.visibility.plain_causal, *given.state)
+        return self.kernel.backward(*heads, given.out, given.lse, *options, scale=request.scale)
 
 
 class Efficient(WholeKernel):
@@ -100,17 +89,14 @@ class Efficient(WholeKernel):
     find = staticmethod(attention_kernels.efficient_kernel)
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        options = (_added(request), True, 0.0, is_causal(request))
-        return tuple(self.kernel.forward(*unit_stride(q, k, v), *options, scale=request.scale))
+        options = (_added(request), True, 0.0, request.visibility.plain_causal)
+        return self.kernel.forward(*unit_stride(q, k, v), *options, scale=request.scale)
 
-    def backward(
-        self, request: AttentionRequest, saved: Saved, upstream: Upstream, bias_gradient: BiasGradient
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        heads = unit_stride(upstream.out, saved.q, saved.k, saved.v)
-        results = (_added(request), saved.out, saved.lse, *saved.state, 0.0, [True, True, True, False])
-        found = self.kernel.backward(*heads, *results, is_causal(request), scale=request.scale)
-        grad_q, grad_k, grad_v, _ = found
-        return grad_q, grad_k, grad_v
+    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        heads = unit_stride(given.grad_out, given.q, given.k, given.v)
+        results = (_added(request), given.out, given.lse, *given.state)
+        options = (0.0, [True, True, True, False], request.visibility.plain_causal)
+        return self.kernel.backward(*heads, *results, *options, scale=request.scale)[:3]
 
 
 def _added(request: AttentionRequest) -> Tensor | None:

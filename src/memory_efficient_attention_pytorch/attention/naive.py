@@ -7,7 +7,7 @@ from torch import Tensor
 
 from ..common.precision import full_precision
 from .request import AttentionRequest
-from .tiles import Scores, tiles_side_by_side
+from .tiles import Scores, parts, tiles
 from .way import Way
 
 
@@ -20,9 +20,6 @@ class Naive(Way):
     name = backend = "naive"
     merit = "the definition itself"
     by_autograd = True
-
-    def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        return None
 
     def drawback(self, request: AttentionRequest) -> str | None:
         return "holds all n × m scores"
@@ -52,8 +49,10 @@ class Naive(Way):
 def _survivors(request: AttentionRequest) -> Tensor:
     """The tiles' dropout masks, side by side."""
     keep = torch.ones(request.score_shape, dtype=torch.bool, device=request.device)
-    for part, tile in tiles_side_by_side(request):
-        survivors = Scores(request, part, tile).survivors
-        assert survivors is not None
-        keep[part.batch, part.heads, tile.queries, tile.keys] = survivors
+    for part in parts(request):
+        for row in part.rows(request):
+            for tile in tiles(row):
+                survivors = Scores(request, part, tile).survivors
+                assert survivors is not None
+                keep[part.batch, part.heads, tile.queries, tile.keys] = survivors
     return keep

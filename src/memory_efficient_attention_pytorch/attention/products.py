@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from . import tiles
-from .bias import BiasGradient
-from .request import AttentionRequest
-from .tiles import QueryBucket, Saved, Scores, TileGradients, Upstream, parts
-from .way import Way
+from .tiles import QueryBucket, Scores, Tiled, TileGradients
 
 
-class Products(Way):
+class Products(Tiled):
     """PyTorch's own operators on a tile of as many heads as stay in the device's cache."""
 
-    name, backend = "products", "tiled"
+    name = "products"
     merit = "serves every request in linear memory"
 
-    def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        return None
-
-    def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return tiles.attend(self, parts(request), request, q, k, v)
-
-    def backward(
-        self, request: AttentionRequest, saved: Saved, upstream: Upstream, bias_gradient: BiasGradient
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        return tiles.differentiate(self, parts(request), request, saved, upstream, bias_gradient)
-
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        """See :class:`tiles.TileKernel`."""
         request = scores.request
         dtype = request.compute_dtype
         weights = _scores(scores, q.to(dtype), k.to(dtype))
@@ -46,7 +30,6 @@ class Products(Way):
         return out.div_(mass.masked_fill_(mass == 0, 1.0)), lse
 
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
-        """See :class:`tiles.TileKernel`."""
         request = scores.request
         q, grad_out, keys, values = (x.to(request.compute_dtype) for x in (bucket.q, bucket.grad_out, k, v))
         weights = _scores(scores, q, keys).sub_(bucket.lse.unsqueeze(-1)).exp_()

@@ -9,19 +9,16 @@ from torch import Tensor
 
 from ..common.dry_run import device_type
 from ..common.errors import require, require_positive_int, require_probability
-from ..torch_internals.tensors import are_plain, is_fake
+from ..torch_internals.tensors import is_fake
 from .bias import Bias, BiasModule
-from .visibility import Visibility
-
-Tensors = tuple[Tensor | None, ...]
+from .visibility import Visibility, Window
 
 
 @dataclass(frozen=True)
 class AttentionRequest:
     """One call of :func:`dot_product_attention`, validated. Shapes by the legend of ``visibility``.
 
-    device_type: whose choices are to be made; in a dry run not that of ``device``. plain: nothing but PyTorch's own
-    tensors, outside of torch.func's transforms.
+    device_type: that of the device whose choices are made; in a dry run not ``device``'s own.
     """
 
     b: int
@@ -34,7 +31,6 @@ class AttentionRequest:
     device: torch.device
     device_type: str
     dtype: torch.dtype
-    plain: bool
     scale: float
     visibility: Visibility
     bias: Bias | None
@@ -59,14 +55,18 @@ class AttentionRequest:
         return min(self.q_bucket_size, self.n) * min(self.k_bucket_size, self.m)
 
     @property
-    def tensors(self) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """Mask, document numbers and bias, as far as they are tensors."""
-        return self.visibility.mask, self.visibility.document_ids, None if self.bias is None else self.bias.tensor
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        """Mask, document numbers, and the bias's tensor or parameters."""
+        leaves = () if self.bias is None else self.bias.leaves
+        return self.visibility.mask, self.visibility.document_ids, *leaves
 
-    def with_tensors(self, mask: Tensor | None, document_ids: Tensor | None, bias: Tensor | None) -> AttentionRequest:
-        """The same with these in place. Without any it is safe to keep: autograd keeps tensors, and nobody else."""
-        visibility = self.visibility.with_tensors(mask, document_ids)
-        return replace(self, visibility=visibility, bias=None if self.bias is None else self.bias.with_tensor(bias))
+    def with_tensors(
+        self, mask: Tensor | None = None, document_ids: Tensor | None = None, *leaves: Tensor | None
+    ) -> AttentionRequest:
+        """The same with these in place, given as :attr:`tensors` has them; parameters stay with their module."""
+        visibility = replace(self.visibility, mask=mask, document_ids=document_ids)
+        bias = None if self.bias is None else self.bias.with_tensor(next(iter(leaves), None))
+        return replace(self, visibility=visibility, bias=bias)
 
 
 def build_request(
@@ -77,7 +77,7 @@ def build_request(
     mask: Tensor | None = None,
     attn_bias: Tensor | BiasModule | None = None,
     causal: bool = False,
-    window: int | tuple[int | None, int | None] | None = None,
+    window: Window | None = None,
     document_ids: Tensor | None = None,
     dropout: float = 0.0,
     scale: float | None = None,
@@ -96,7 +96,6 @@ def build_request(
         device=q.device,
         device_type=device_type(q.device),
         dtype=v.dtype,
-        plain=are_plain(q, k, v),
         scale=float(d**-0.5 if scale is None else scale),
         visibility=Visibility.build(shape, q.device, mask, causal, window, document_ids),
         bias=None if attn_bias is None else Bias.of(attn_bias, shape, q),

@@ -13,31 +13,37 @@ from .tiles import Scores
 from .way import Way
 
 
-class Sdpa(Way):
+class Fused(Way):
+    """One of PyTorch's kernels for the request as a whole."""
+
+    backend = "fused"
+    merit = "PyTorch's fused kernel computes exactly this"
+
+    def drawback(self, request: AttentionRequest) -> str | None:
+        mask = request.visibility.mask
+        whole = mask is not None and mask.shape[2] > 1
+        return "it would convert the n × m mask to floating point" if whole else None
+
+
+class Sdpa(Fused):
     """The public function; it keeps the log-sum-exp to itself."""
 
-    name, backend = "sdpa", "fused"
-    merit = "PyTorch's fused kernel computes exactly this"
+    name = "sdpa"
     by_autograd = True
 
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        return not_whole(request) or (None if fused_kernels(request, q, k, v) else _no_kernel(request))
-
-    def drawback(self, request: AttentionRequest) -> str | None:
-        return converts_a_mask(request)
+        reason = not_whole(request)
+        if reason is not None or fused_kernels(request, q, k, v):
+            return reason
+        if request.device_type == "cuda":
+            return f"no CUDA kernel takes {request.dtype}, width {request.d} with these arguments"
+        return f"no fused kernel with a backward pass is known for device type {request.device_type!r}"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         q, k, v = unit_stride(q, k, v)
-        out = F.scaled_dot_product_attention(
-            q,
-            k,
-            v,
-            attn_mask=whole_mask(request),
-            is_causal=is_causal(request),
-            scale=request.scale,
-            enable_gqa=request.h != request.kv,
-        )
-        return (out,)
+        mask, causal, grouped = whole_mask(request), request.visibility.plain_causal, request.h != request.kv
+        attend = F.scaled_dot_product_attention
+        return (attend(q, k, v, mask, is_causal=causal, scale=request.scale, enable_gqa=grouped),)
 
 
 def not_whole(request: AttentionRequest) -> str | None:
@@ -51,7 +57,7 @@ def not_whole(request: AttentionRequest) -> str | None:
         return f"q and v differ in width ({request.d} and {request.e})"
     if visibility.document_ids is not None:
         return "document_ids need a mask of n × m"
-    if not (visibility.with_tensors(None, None).trivial or visibility.plain_causal):
+    if not (visibility.structurally_trivial or visibility.plain_causal):
         return "the window, or causality together with a mask or with unequal lengths, needs a mask of n × m"
     if bias is not None:
         if bias.tensor is None and request.n > 1:
@@ -67,18 +73,6 @@ def not_whole(request: AttentionRequest) -> str | None:
     return None
 
 
-def converts_a_mask(request: AttentionRequest) -> str | None:
-    """Where the kernels would be given more than a row."""
-    mask = request.visibility.mask
-    whole = mask is not None and mask.shape[2] > 1
-    return "it would convert the n × m mask to floating point" if whole else None
-
-
-def is_causal(request: AttentionRequest) -> bool:
-    """Is the kernels' own causality asked for?"""
-    return request.visibility.plain_causal and not request.visibility.trivial
-
-
 def whole_mask(request: AttentionRequest) -> Tensor | None:
     """What the public function is given as ``attn_mask``: a bool mask, or the bias, which of a single query is a row.
 
@@ -89,29 +83,20 @@ def whole_mask(request: AttentionRequest) -> Tensor | None:
     return Scores.all_of(request).added(request.compute_dtype if request.n == 1 else request.dtype)
 
 
-def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> frozenset[str]:
+def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> set[str]:
     """Which of PyTorch's fused kernels take the whole request: ``"cpu"``, or some of ``"flash"`` and ``"efficient"``.
 
     On CUDA PyTorch is asked, which knows the device; where none is at hand (a dry run) its published conditions are.
     """
     if request.device_type != "cuda":
-        return frozenset({"cpu"} & {request.device_type})
-    mask, causal, grouped = whole_mask(request), is_causal(request), request.h != request.kv
+        return {"cpu"} & {request.device_type}
+    mask, grouped = whole_mask(request), request.h != request.kv
     if q.is_cuda and torch.cuda.is_available() and not is_fake(q):
-        cuda = torch.backends.cuda
-        params = cuda.SDPAParams(q, k, v, mask, 0.0, causal, grouped)
-        found = {"flash": cuda.can_use_flash_attention(params), "efficient": cuda.can_use_efficient_attention(params)}
-        return frozenset(name for name, serves in found.items() if serves)
-    half = request.dtype in (torch.float16, torch.bfloat16)
-    kernels = set()
-    if half and mask is None and request.d <= 256:
-        kernels.add("flash")
-    if (half or request.dtype == torch.float32) and not grouped:
-        kernels.add("efficient")
-    return frozenset(kernels)
-
-
-def _no_kernel(request: AttentionRequest) -> str:
-    if request.device_type != "cuda":
-        return f"no fused kernel with a backward pass is known for device type {request.device_type!r}"
-    return f"no CUDA kernel takes {request.dtype}, width {request.d} with these arguments"
+        params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, request.visibility.plain_causal, grouped)
+        flash = torch.backends.cuda.can_use_flash_attention(params)
+        efficient = torch.backends.cuda.can_use_efficient_attention(params)
+    else:
+        half = request.dtype in (torch.float16, torch.bfloat16)
+        flash = half and mask is None and request.d <= 256
+        efficient = (half or request.dtype == torch.float32) and not grouped
+    return {name for name, serves in (("flash", flash), ("efficient", efficient)) if serves}

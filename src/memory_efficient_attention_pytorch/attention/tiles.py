@@ -5,27 +5,25 @@ memory" (2021), and the backward pass of Dao et al., "FlashAttention" (2022): wh
 and each row's log-sum-exp, and every tile is computed again from q and k.
 
 Here is what the ways of computing a tile have in common: how batch and heads are cut into parts, what is added to the
-scores of a tile and hidden among them, and the loops. Dao et al.'s backward makes a tile's part of the gradients
-exactly, given the output and the log-sum-exp of whole rows.
+scores of a tile and hidden among them, and the loops.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
-from typing import NamedTuple, Protocol
+from abc import abstractmethod
+from collections.abc import Iterable
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.dry_run import each
-from .bias import BiasGradient
 from .request import AttentionRequest
-from .visibility import Row, Tile, Visibility
+from .visibility import EVERYTHING, Row, Tile, Visibility
+from .way import BackwardInputs, Way
 
 # Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 stay in a CPU's cache, a GPU wants more work.
-TILE_ELEMENTS = {"cpu": 2**20}
-TILE_ELEMENTS_ELSEWHERE = 2**25
-WHOLE_BATCH = 2**62
+ELEMENTS_ON_A_CPU, ELEMENTS_ELSEWHERE = 2**20, 2**25
 
 
 class Part(NamedTuple):
@@ -48,16 +46,12 @@ class Part(NamedTuple):
         """The rows of tiles to be gone through."""
         rows = self.visibility.schedule(request.q_bucket_size, request.k_bucket_size)
         # Under causality rows grow, and end in wide and narrow tiles by turns; the very last may have few queries.
-        return each(rows, size=_scores, last=3)
+        return each(rows, size=lambda row: row.scores, last=3)
 
 
 def tiles(row: Row) -> Iterable[Tile]:
     """The tiles of a row to be gone through."""
-    return each(row.tiles, size=_scores, last=2)
-
-
-def _scores(part: Row | Tile) -> int:
-    return part.scores
+    return each(row.tiles, size=lambda tile: tile.scores, last=2)
 
 
 def parts(request: AttentionRequest, elements: int | None = None) -> Iterable[Part]:
@@ -67,10 +61,11 @@ def parts(request: AttentionRequest, elements: int | None = None) -> Iterable[Pa
     stay in the device's cache.
     """
     if elements is None:
-        elements = TILE_ELEMENTS.get(request.device_type, TILE_ELEMENTS_ELSEWHERE)
+        elements = ELEMENTS_ON_A_CPU if request.device_type == "cpu" else ELEMENTS_ELSEWHERE
     per_part = max(1, elements // max(1, request.tile_scores))
     group = request.h // request.kv
-    heads = _heads_of_a_part(request.h, group, per_part)
+    fitting = (s for s in range(1, min(request.h, per_part) + 1) if request.h % s == 0 and 0 in (s % group, group % s))
+    heads = max(fitting, default=1)
     batch = max(1, per_part // request.h) if heads == request.h else 1
     found = []
     for b0 in range(0, request.b, batch):
@@ -79,12 +74,6 @@ def parts(request: AttentionRequest, elements: int | None = None) -> Iterable[Pa
             kv = slice(h0 // group, max(h0 // group + 1, (h0 + heads) // group))
             found.append(Part(of_batch, of_heads, kv, request.visibility.narrow(of_batch, of_heads)))
     return each(found)
-
-
-def _heads_of_a_part(h: int, group: int, limit: int) -> int:
-    """The largest divisor of h up to ``limit`` that is a multiple or a divisor of ``group``."""
-    fitting = (s for s in range(1, min(h, limit) + 1) if h % s == 0 and (s % group == 0 or group % s == 0))
-    return max(fitting, default=1)
 
 
 class Scores(NamedTuple):
@@ -97,10 +86,8 @@ class Scores(NamedTuple):
     @staticmethod
     def all_of(request: AttentionRequest) -> Scores:
         """Everything as a single tile."""
-        everything = slice(0, None)
-        visibility = request.visibility
-        part = Part(everything, everything, everything, visibility)
-        return Scores(request, part, Tile(0, request.n, 0, request.m, visibility.trivial))
+        part = Part(EVERYTHING, EVERYTHING, EVERYTHING, request.visibility)
+        return Scores(request, part, Tile(0, request.n, 0, request.m, request.visibility.trivial))
 
     @property
     def visible(self) -> Tensor | None:
@@ -158,24 +145,6 @@ def _mix(*values: int) -> int:
     return state >> 1
 
 
-class Saved(NamedTuple):
-    """What the forward pass leaves to backward: its arguments, output ``(b, h, n, e)``, log-sum-exp and what else."""
-
-    q: Tensor
-    k: Tensor
-    v: Tensor
-    out: Tensor
-    lse: Tensor
-    state: Sequence[Tensor]
-
-
-class Upstream(NamedTuple):
-    """The gradients of output ``(b, h, n, e)`` and log-sum-exp ``(b, h, n)``."""
-
-    out: Tensor
-    lse: Tensor | None
-
-
 class QueryBucket(NamedTuple):
     """The queries of one row on the way back.
 
@@ -190,77 +159,72 @@ class QueryBucket(NamedTuple):
     delta: Tensor
 
     @staticmethod
-    def of(part: Part, queries: slice, saved: Saved, upstream: Upstream, dtype: torch.dtype) -> QueryBucket:
+    def of(part: Part, queries: slice, given: BackwardInputs, dtype: torch.dtype) -> QueryBucket:
         """dtype: that of the computation, in which delta is summed."""
-        q, out, lse, grad_out = (part.of_query(x)[:, :, queries] for x in (saved.q, saved.out, saved.lse, upstream.out))
+        of_queries = (given.q, given.out, given.grad_out, given.lse)
+        q, out, grad_out, lse = (part.of_query(x)[:, :, queries] for x in of_queries)
         delta = (grad_out.to(dtype) * out).sum(dim=-1)
-        if upstream.lse is not None:
-            delta = delta - part.of_query(upstream.lse)[:, :, queries]
+        if given.grad_lse is not None:
+            delta = delta - part.of_query(given.grad_lse)[:, :, queries]
         return QueryBucket(q, out, grad_out, lse.masked_fill(lse == float("-inf"), float("inf")), delta)
 
 
 TileGradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
-class TileKernel(Protocol):
-    """How one tile is computed, in the loops below."""
+class Tiled(Way):
+    """A way that computes each tile by itself.
 
+    elements: how many scores may exist at once; None: as many as stay in the device's cache.
+    """
+
+    backend = "tiled"
+    elements: int | None = None
+
+    @abstractmethod
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         """The normalised output of this tile alone ``(b, h, i, e)`` and its log-sum-exp, in the compute dtype."""
 
+    @abstractmethod
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
         """This tile's part of the gradients of q, k and v, and the gradient of its scores or None."""
 
+    def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        out, lse = empty_results(request, v)
+        for part in parts(request, self.elements):
+            keys, values = part.of_key(k), part.of_key(v)
+            for row in part.rows(request):
+                queries = part.of_query(q)[:, :, row.queries]
+                merged: tuple[Tensor, Tensor] | None = None
+                for tile in tiles(row):
+                    scores = Scores(request, part, tile)
+                    found = self.attend(scores, queries, keys[:, :, tile.keys], values[:, :, tile.keys])
+                    merged = found if merged is None else _merge(*merged, *found)
+                assert merged is not None  # a row has a tile
+                here = (part.batch, part.heads, row.queries)
+                out[here], lse[here] = merged
+        return out, lse
 
-def attend(
-    kernel: TileKernel, over: Iterable[Part], request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor
-) -> tuple[Tensor, Tensor]:
-    """Output in v's dtype and log-sum-exp of all rows."""
-    out, lse = empty_results(request, v)
-    for part in over:
-        keys, values = part.of_key(k), part.of_key(v)
-        for row in part.rows(request):
-            queries = part.of_query(q)[:, :, row.queries]
-            merged: tuple[Tensor, Tensor] | None = None
-            for tile in tiles(row):
-                scores = Scores(request, part, tile)
-                found = kernel.attend(scores, queries, keys[:, :, tile.keys], values[:, :, tile.keys])
-                merged = found if merged is None else _merge(*merged, *found)
-            assert merged is not None  # a row has a tile
-            here = (part.batch, part.heads, row.queries)
-            out[here], lse[here] = merged
-    return out, lse
-
-
-def differentiate(
-    kernel: TileKernel,
-    over: Iterable[Part],
-    request: AttentionRequest,
-    saved: Saved,
-    upstream: Upstream,
-    bias_gradient: BiasGradient,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of q, k and v; the bias's is added to ``bias_gradient``, where the kernel gives that of the scores."""
-    # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
-    dtype = request.compute_dtype
-    grad_q = torch.zeros_like(saved.q)
-    grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (saved.k, saved.v))
-    for part in over:
-        keys, values = part.of_key(saved.k), part.of_key(saved.v)
-        to_keys, to_values = part.of_key(grad_k), part.of_key(grad_v)
-        for row in part.rows(request):
-            bucket = QueryBucket.of(part, row.queries, saved, upstream, dtype)
-            of_queries = torch.zeros_like(bucket.q, dtype=dtype)
-            for tile in tiles(row):
-                scores = Scores(request, part, tile)
-                dq, dk, dv, ds = kernel.differentiate(scores, bucket, keys[:, :, tile.keys], values[:, :, tile.keys])
-                of_queries += dq
-                to_keys[:, :, tile.keys] += dk
-                to_values[:, :, tile.keys] += dv
-                if ds is not None and bias_gradient.wanted:
-                    bias_gradient.add(tile, part.batch, part.heads, ds)
-            grad_q[part.batch, part.heads, row.queries] = of_queries
-    return grad_q, grad_k, grad_v
+    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
+        dtype, bias_gradient = request.compute_dtype, given.bias_gradient
+        grad_q = torch.zeros_like(given.q)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (given.k, given.v))
+        for part in parts(request, self.elements):
+            keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
+            for row in part.rows(request):
+                bucket = QueryBucket.of(part, row.queries, given, dtype)
+                of_queries = torch.zeros_like(bucket.q, dtype=dtype)
+                for tile in tiles(row):
+                    here, scores = (EVERYTHING, EVERYTHING, tile.keys), Scores(request, part, tile)
+                    dq, dk, dv, ds = self.differentiate(scores, bucket, keys[here], values[here])
+                    of_queries += dq
+                    to_keys[here] += dk
+                    to_values[here] += dv
+                    if ds is not None and bias_gradient.wanted:
+                        bias_gradient.add(tile, part.batch, part.heads, ds)
+                grad_q[part.batch, part.heads, row.queries] = of_queries
+        return grad_q, grad_k, grad_v
 
 
 def empty_results(request: AttentionRequest, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -277,11 +241,3 @@ def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[
     finite = total.masked_fill(total == float("-inf"), 0.0)
     mine, others = (torch.exp(part - finite).unsqueeze(-1) for part in (lse, other_lse))
     return out * mine + other * others, total
-
-
-def tiles_side_by_side(request: AttentionRequest) -> Iterator[tuple[Part, Tile]]:
-    """Every tile of every part, in a dry run too."""
-    for part in parts(request):
-        for row in part.visibility.schedule(request.q_bucket_size, request.k_bucket_size):
-            for tile in row.tiles:
-                yield part, tile

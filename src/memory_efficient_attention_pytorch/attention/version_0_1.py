@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, TypedDict
 
 from torch import Tensor
 
 from .bias import BiasModule
 from .functional import dot_product_attention
+
+
+class _Buckets(TypedDict):
+    q_bucket_size: int
+    k_bucket_size: int
 
 
 def attention(
@@ -44,17 +49,9 @@ def memory_efficient_attention(
     q, k, v ``(b, h, n, d)``; dropout only when ``training``; ``eps`` is accepted and not needed (the normaliser is
     exact).
     """
-    return dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        causal=causal,
-        attn_bias=attn_bias,
-        dropout=dropout if training else 0.0,
-        q_bucket_size=q_bucket_size,
-        k_bucket_size=k_bucket_size,
-    )
+    keep = dropout if training else 0.0
+    buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
+    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, dropout=keep, **buckets)
 
 
 def unscaled_attention(
@@ -85,17 +82,8 @@ def numerically_unstable_memory_efficient_attention(
 
     q ``(b, h, n, d)`` already scaled, k and v ``(b, h, m, d)`` → ``(b, h, n, d)``. ``eps`` is accepted and not needed.
     """
-    return dot_product_attention(
-        q,
-        k,
-        v,
-        mask=mask,
-        causal=causal,
-        attn_bias=attn_bias,
-        scale=1.0,
-        q_bucket_size=q_bucket_size,
-        k_bucket_size=k_bucket_size,
-    )
+    buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
+    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, scale=1.0, **buckets)
 
 
 class FlashAttentionFunction:
@@ -106,9 +94,8 @@ class FlashAttentionFunction:
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, q_bucket_size: int, k_bucket_size: int
     ) -> Tensor:
         """q, k, v ``(b, h, n, d)``, mask ``(b, m)`` or broadcastable to ``(b, h, n, m)`` → ``(b, h, n, d)``."""
-        return dot_product_attention(
-            q, k, v, mask=mask, causal=causal, backend="tiled", q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size
-        )
+        buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
+        return dot_product_attention(q, k, v, mask=mask, causal=causal, backend="tiled", **buckets)
 
 
 class CosineSimFlashAttentionFunction:
@@ -126,14 +113,5 @@ class CosineSimFlashAttentionFunction:
         k_bucket_size: int,
     ) -> Tensor:
         """q, k, v ``(b, h, n, d)``, q and k of unit length, mask ``(b, m)`` → ``(b, h, n, d)``."""
-        return dot_product_attention(
-            q,
-            k,
-            v,
-            mask=mask,
-            causal=causal,
-            scale=float(scale),
-            backend="tiled",
-            q_bucket_size=q_bucket_size,
-            k_bucket_size=k_bucket_size,
-        )
+        buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
+        return dot_product_attention(q, k, v, mask=mask, causal=causal, scale=scale, backend="tiled", **buckets)

@@ -6,15 +6,20 @@ Query i stands at position ``i + m - n`` among the keys, so that the last query 
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple, overload
+from functools import reduce
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from ..common.errors import require
 from ..torch_internals.tensors import is_fake
+
+Window = int | tuple[int | None, int | None]
+EVERYTHING = slice(0, None)
 
 
 class Tile(NamedTuple):
@@ -41,22 +46,11 @@ class Tile(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A bucket of queries, the keys ``low:high`` that window and causality leave to it, and its tiles in key order."""
+    """A bucket of queries, how many scores window and causality leave to it, and its tiles in key order."""
 
-    i0: int
-    i1: int
-    low: int
-    high: int
+    queries: slice
+    scores: int
     tiles: Sequence[Tile]
-
-    @property
-    def queries(self) -> slice:
-        return slice(self.i0, self.i1)
-
-    @property
-    def scores(self) -> int:
-        """How many scores the row has."""
-        return (self.i1 - self.i0) * (self.high - self.low)
 
 
 class _Tiles(Sequence[Tile]):
@@ -68,13 +62,7 @@ class _Tiles(Sequence[Tile]):
     def __len__(self) -> int:
         return len(self.keys)
 
-    @overload
-    def __getitem__(self, index: int) -> Tile: ...
-    @overload
-    def __getitem__(self, index: slice) -> list[Tile]: ...
-    def __getitem__(self, index: int | slice) -> Tile | list[Tile]:
-        if isinstance(index, slice):
-            return [self[i] for i in range(len(self))[index]]
+    def __getitem__(self, index: int) -> Tile:  # type: ignore[override]
         j0 = self.keys[index]
         corners = (self.i0, self.i1, j0, min(j0 + self.keys.step, self.keys.stop))
         # What mask and documents hide is not known from places.
@@ -102,7 +90,7 @@ class Visibility:
         device: torch.device,
         mask: Tensor | None = None,
         causal: bool = False,
-        window: int | tuple[int | None, int | None] | None = None,
+        window: Window | None = None,
         document_ids: Tensor | None = None,
     ) -> Visibility:
         """Validate the public arguments once, for scores of shape ``(b, h, n, m)``."""
@@ -111,7 +99,11 @@ class Visibility:
         if causal:
             right = 0 if right is None else min(right, 0)
         if mask is not None:
-            mask = _broadcastable_mask(mask, shape, device)
+            require(isinstance(mask, Tensor), "mask", "a tensor", type(mask).__name__)
+            require(mask.dtype == torch.bool, "mask", "dtype torch.bool (True = may attend)", mask.dtype)
+            require(mask.device == device, "mask", f"device {device}, that of q", mask.device)
+            padding = mask.shape == (b, m)
+            mask = mask[:, None, None, :] if padding else canonical_broadcast(mask, shape, "mask")
         if document_ids is not None:
             require(isinstance(document_ids, Tensor), "document_ids", "a tensor", type(document_ids).__name__)
             integers = not document_ids.is_floating_point() and document_ids.dtype != torch.bool
@@ -130,32 +122,29 @@ class Visibility:
     @property
     def trivial(self) -> bool:
         """Every query sees every key, known without looking at a tensor."""
-        return self.mask is None and self.document_ids is None and self.structurally_full(0, self.n, 0, self.m)
+        return self.mask is None and self.document_ids is None and self.structurally_trivial
+
+    @property
+    def structurally_trivial(self) -> bool:
+        """Window and causality hide nothing."""
+        return self.structurally_full(0, self.n, 0, self.m)
 
     @property
     def plain_causal(self) -> bool:
-        """Square and causal, and nothing besides."""
+        """Square and causal, and nothing besides: what PyTorch's kernels call causal."""
         unrestricted_left = self.left is None or self.left >= self.m - 1
-        return self.right == 0 and unrestricted_left and self.n == self.m and not self.tensors
+        return self.right == 0 and unrestricted_left and 1 < self.n == self.m and not self.tensors
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
+        """Mask and document numbers, as far as there are any."""
         return tuple(t for t in (self.mask, self.document_ids) if t is not None)
-
-    def with_tensors(self, mask: Tensor | None, document_ids: Tensor | None) -> Visibility:
-        return replace(self, mask=mask, document_ids=document_ids)
 
     def narrow(self, batch: slice, heads: slice) -> Visibility:
         """The same question for a part of the batch and of the heads."""
         mask = None if self.mask is None else narrow_broadcast(self.mask, batch, heads)
         ids = None if self.document_ids is None else self.document_ids[batch]
         return replace(self, mask=mask, document_ids=ids)
-
-    def key_range(self, i0: int, i1: int) -> tuple[int, int]:
-        """The keys that window and causality leave to queries ``i0:i1``, as a half-open range."""
-        low = 0 if self.left is None else max(0, i0 + self.offset - self.left)
-        high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
-        return low, max(low, high)
 
     def schedule(self, q_bucket_size: int, k_bucket_size: int) -> list[Row]:
         """The buckets of queries that see anything, each with the tiles that are not empty.
@@ -165,8 +154,10 @@ class Visibility:
         rows = []
         for i0 in range(0, self.n, q_bucket_size):
             i1 = min(i0 + q_bucket_size, self.n)
-            low, high = self.key_range(i0, i1)
-            rows.append(Row(i0, i1, low, high, _Tiles(self, i0, i1, range(low, high, k_bucket_size))))
+            low = 0 if self.left is None else max(0, i0 + self.offset - self.left)
+            high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
+            tiles = _Tiles(self, i0, i1, range(low, high, k_bucket_size))
+            rows.append(Row(slice(i0, i1), (i1 - i0) * max(0, high - low), tiles))
         if self.tensors and not any(is_fake(t) or t.device.type == "meta" for t in self.tensors):
             rows = self._refined(rows)
         return [row for row in rows if row.tiles]
@@ -179,15 +170,11 @@ class Visibility:
         if not self.structurally_full(*tile[:4]):
             parts.append(self._structural_mask(tile, device))
         if self.mask is not None:
-            parts.append(slice_broadcast(self.mask, tile.queries, tile.keys))
+            parts.append(narrow_broadcast(self.mask, EVERYTHING, EVERYTHING, tile.queries, tile.keys))
         if self.document_ids is not None:
-            of_queries = self.document_ids[:, tile.i0 + self.offset : tile.i1 + self.offset]
-            of_keys = self.document_ids[:, tile.keys]
+            of_queries, of_keys = self._documents(self.document_ids, tile)
             parts.append((of_queries[:, :, None] == of_keys[:, None, :])[:, None])
-        visible = parts[0]
-        for part in parts[1:]:
-            visible = visible & part
-        return visible
+        return reduce(operator.and_, parts)
 
     def structurally_full(self, i0: int, i1: int, j0: int, j1: int) -> bool:
         """May each of these queries see each of these keys, as far as their places say?"""
@@ -208,77 +195,54 @@ class Visibility:
 
     def _refined(self, rows: list[Row]) -> list[Row]:
         """Drop tiles that the tensors make empty and mark those that they leave full."""
-        contents: dict[tuple[int, ...], Tensor] = {}
-        for row in rows:
-            for tile in row.tiles:
-                key = self._content_key(tile)
-                if key not in contents:
-                    contents[key] = self._content(tile)
-        if not contents:
+        depends_on_queries = self.document_ids is not None or (self.mask is not None and self.mask.shape[2] > 1)
+        corners = slice(0 if depends_on_queries else 2, 4)
+        different = {tile[corners]: tile for row in rows for tile in row.tiles}
+        if not different:
             return rows
-        found = dict(zip(contents, torch.stack(list(contents.values())).tolist(), strict=True))
+        contents = torch.stack([self._content(tile) for tile in different.values()]).tolist()
+        found = dict(zip(different, contents, strict=True))
         refined = []
         for row in rows:
-            tiles = []
-            for tile in row.tiles:
-                some, every = found[self._content_key(tile)]
-                if some:
-                    tiles.append(tile._replace(full=every and self.structurally_full(*tile[:4])))
+            of_tiles = ((tile, *found[tile[corners]]) for tile in row.tiles)
+            tiles = [t._replace(full=every and self.structurally_full(*t[:4])) for t, some, every in of_tiles if some]
             refined.append(row._replace(tiles=tiles))
         return refined
 
-    def _content_key(self, tile: Tile) -> tuple[int, ...]:
-        depends_on_queries = self.document_ids is not None or (self.mask is not None and self.mask.shape[2] > 1)
-        return tile[:4] if depends_on_queries else tile[2:4]
+    def _documents(self, ids: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
+        """The document numbers of the tile's queries ``(b, i)`` and keys ``(b, j)``."""
+        return ids[:, tile.i0 + self.offset : tile.i1 + self.offset], ids[:, tile.keys]
 
     def _content(self, tile: Tile) -> Tensor:
         """Two booleans: may any pair of the tile be visible, and are all of them, as far as the tensors say."""
         some = every = torch.ones((), dtype=torch.bool, device=self.tensors[0].device)
         if self.mask is not None:
-            part = slice_broadcast(self.mask, tile.queries, tile.keys)
+            part = narrow_broadcast(self.mask, EVERYTHING, EVERYTHING, tile.queries, tile.keys)
             some, every = part.any(), part.all()
         if self.document_ids is not None:
-            of_queries = self.document_ids[:, tile.i0 + self.offset : tile.i1 + self.offset]
-            of_keys = self.document_ids[:, tile.keys]
+            of_queries, of_keys = self._documents(self.document_ids, tile)
             (q_low, q_high), (k_low, k_high) = of_queries.aminmax(dim=1), of_keys.aminmax(dim=1)
             some = some & ((q_low <= k_high) & (k_low <= q_high)).any()
             every = every & ((q_low == q_high) & (k_low == k_high) & (q_low == k_low)).all()
         return torch.stack((some, every))
 
 
-def slice_broadcast(tensor: Tensor, queries: slice, keys: slice) -> Tensor:
-    """``tensor (b|1, h|1, n|1, m|1)`` restricted to a tile, broadcast dimensions kept."""
-    if tensor.shape[2] > 1:
-        tensor = tensor[:, :, queries]
-    return tensor[:, :, :, keys] if tensor.shape[3] > 1 else tensor
+def narrow_broadcast(tensor: Tensor, *places: slice) -> Tensor:
+    """``tensor (b|1, h|1, n|1, m|1)`` restricted to places along the first few dimensions, unless those broadcast."""
+    sizes = zip(places, tensor.shape, strict=False)
+    return tensor[tuple(place if size > 1 else EVERYTHING for place, size in sizes)]
 
 
-def narrow_broadcast(tensor: Tensor, batch: slice, heads: slice) -> Tensor:
-    """``tensor (b|1, h|1, n|1, m|1)`` restricted to a part of the batch and the heads, broadcast dimensions kept."""
-    if tensor.shape[0] > 1:
-        tensor = tensor[batch]
-    return tensor[:, heads] if tensor.shape[1] > 1 else tensor
-
-
-def window_sides(window: int | tuple[int | None, int | None] | None) -> tuple[int | None, int | None]:
+def window_sides(window: Window | None) -> tuple[int | None, int | None]:
+    """The checked argument as a pair: how many keys before and after its own a query sees, None for all of them."""
     if window is None:
         return None, None
     sides = (window, window) if isinstance(window, int) else window
     expected = "None, an integer of at least 0 or a pair (left, right) of such"
-    well_formed = isinstance(sides, tuple | list) and len(sides) == 2 and not isinstance(window, bool)
-    require(well_formed, "window", expected, repr(window))
-    for side in sides:
-        valid = side is None or (isinstance(side, int) and not isinstance(side, bool) and side >= 0)
-        require(valid, "window", expected, repr(window))
+    valid = isinstance(sides, tuple | list) and len(sides) == 2
+    valid = valid and all(s is None or (isinstance(s, int) and not isinstance(s, bool) and s >= 0) for s in sides)
+    require(valid, "window", expected, repr(window))
     return sides[0], sides[1]
-
-
-def _broadcastable_mask(mask: Tensor, shape: tuple[int, int, int, int], device: torch.device) -> Tensor:
-    b, _, _, m = shape
-    require(isinstance(mask, Tensor), "mask", "a tensor", type(mask).__name__)
-    require(mask.dtype == torch.bool, "mask", "dtype torch.bool (True = may attend)", mask.dtype)
-    require(mask.device == device, "mask", f"device {device}, that of q", mask.device)
-    return canonical_broadcast(mask, shape, "mask") if mask.shape != (b, m) else mask[:, None, None, :]
 
 
 def canonical_broadcast(tensor: Tensor, shape: tuple[int, int, int, int], argument: str) -> Tensor:

@@ -3,20 +3,37 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import NamedTuple
 
 from torch import Tensor
 
 from .bias import BiasGradient
 from .request import AttentionRequest
-from .tiles import Saved, Upstream
+
+
+class BackwardInputs(NamedTuple):
+    """What backward is given: the arguments of forward, its results, their gradients, and where the bias's is summed.
+
+    out, grad_out: ``(b, h, n, e)``. lse, grad_lse: ``(b, h, n)``. state: what forward returned besides out and lse.
+    """
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    out: Tensor
+    lse: Tensor
+    state: Sequence[Tensor]
+    grad_out: Tensor
+    grad_lse: Tensor | None
+    bias_gradient: BiasGradient
 
 
 class Way(ABC):
     """One way of computing attention.
 
-    name: by which it may be asked for. backend: the kind that it is of, by which it may be asked for, too. merit: why
-    it is preferred where it is. by_autograd: PyTorch differentiates what :meth:`forward` does, and there is nothing
-    that could be kept for :meth:`backward`.
+    name, backend: its own name and that of its kind; either may be asked for. merit: why it is preferred where it is.
+    by_autograd: PyTorch differentiates what :meth:`forward` does, which leaves nothing that :meth:`backward` could use.
     """
 
     name: str
@@ -24,20 +41,18 @@ class Way(ABC):
     merit: str
     by_autograd = False
 
-    @abstractmethod
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         """Why it cannot compute this; None when it can."""
+        return None
 
     def drawback(self, request: AttentionRequest) -> str | None:
-        """Why another way that can is preferred unless this one is asked for by name; None where none is."""
+        """Why, unless this way is asked for by name, another that can is preferred; None where none is."""
         return None
 
     @abstractmethod
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         """Output ``(b, h, n, e)`` in v's dtype, log-sum-exp ``(b, h, n)``, and what else backward asks for."""
 
-    def backward(
-        self, request: AttentionRequest, saved: Saved, upstream: Upstream, bias_gradient: BiasGradient
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """Gradients of q, k and v, in their dtypes or wider; that of the bias goes to ``bias_gradient``."""
+    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        """Gradients of q, k and v, in their dtypes or wider; that of the bias is added to ``given.bias_gradient``."""
         raise NotImplementedError(f"{self.name} is differentiated by autograd")

@@ -8,7 +8,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention.bias import BiasModule, BiasOfHeads
-from ..attention.functional import BACKENDS, decide, dot_product_attention
+from ..attention.decision import BACKENDS, Decision, decide
+from ..attention.functional import dot_product_attention
 from ..attention.visibility import window_sides
 from ..common.errors import require, require_positive_int, require_probability
 from ..recompute.by_hand import reason_against, warn_of_whole
@@ -191,11 +192,11 @@ class Attention(nn.Module):
         if kept is None:
             out: Tensor = dot_product_attention(q, k, v, **options)
             return out
-        decision, *heads = decide(q, k, v, keep=True, **options)
+        decision, q, k, v = decide(q, k, v, keep=True, **options)
         how: Any = {"offload": self.keep_attention == "cpu", "option": "keep_attention"}
-        first, results = kept.fetch(self, lambda: (decision.without_tensors(), decision.compute(*heads)), **how)
-        # As decided in the forward pass, whatever would be decided now.
-        return first.of_request(decision.request).resume(results, *heads)
+        # The way of the forward pass, whatever would be decided now.
+        way, results = kept.fetch(self, lambda: (decision.way, decision.compute(q, k, v)), **how)
+        return Decision(decision.request, way).attend(q, k, v, results)[0]
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
         """What is done to projected queries and keys before they meet, and the scale of their products."""

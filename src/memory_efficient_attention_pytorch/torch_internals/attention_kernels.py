@@ -17,8 +17,8 @@ _NAME = "aten::_scaled_dot_product_"
 class Kernel(NamedTuple):
     """``forward`` and ``backward`` are PyTorch's operators of these names, with their arguments."""
 
-    forward: Callable[..., Any]
-    backward: Callable[..., Any]
+    forward: Callable[..., tuple[Any, ...]]
+    backward: Callable[..., tuple[Any, ...]]
 
 
 def _kernel(name: str, forward: tuple[str, ...], backward: tuple[str, ...]) -> Kernel | None:
