@@ -1,7 +1,4 @@
-"""Tiles by PyTorch's fused CPU kernel: as fast as it is, for masks and windows that it cannot be asked for as a whole.
-
-A tile's mask goes in as an additive tensor.
-"""
+"""Tiles by PyTorch's fused CPU kernel: as fast as it is, for masks and windows that it does not take as a whole."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from .way import BackwardInputs
 
 
 class CpuKernel(Tiled):
-    """The kernel holds no scores, so a part is the whole batch."""
+    """The kernel adds a tile's mask and bias to scores that it never holds, so a part is the whole batch."""
 
     name = "cpu_kernel"
     merit = "PyTorch's fused kernel computes each tile, in linear memory"

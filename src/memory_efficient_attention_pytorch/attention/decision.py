@@ -63,10 +63,8 @@ def decide(
 ) -> tuple[Decision, Tensor, Tensor, Tensor]:
     """What :func:`dot_product_attention` does with these arguments, and q, k and v as autocast has them.
 
-    The way is the first that ``backend`` names with nothing against it, else the first that can.
-
-    keep: the results are to be kept, by :meth:`Decision.compute`. A repetition must come to the same request as the
-    pass that it repeats, so gradients count as they do in the repetition.
+    The way is the first of that ``backend`` without a drawback, else the first that can. keep: the results are to be
+    kept, by :meth:`Decision.compute`, for a repetition, which must come to the same request: gradients count as there.
 
     Raises ValueError for a wrong argument, and NotImplementedError where no way of that name can compute the request.
     """
@@ -76,10 +74,8 @@ def decide(
     able: Way | None = None
     objection: str | None = None
     for way in _named(backend):
-        if keep and way.by_autograd:
-            against: str | None = "it leaves nothing that could be kept for backward"
-        else:
-            against = way.objection(request, q, k, v)
+        nothing_kept = "it leaves nothing that could be kept for backward" if keep and way.by_autograd else None
+        against = nothing_kept or way.objection(request, q, k, v)
         if against is None:
             if way.drawback(request) is None:
                 return Decision(request, way), q, k, v
@@ -101,10 +97,8 @@ def _named(backend: str) -> Sequence[Way]:
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the arguments of PyTorch's attention: fp32 to its dtype, fp64 left alone."""
-    if not all(isinstance(t, Tensor) for t in tensors) or tensors[0].device.type == "meta":
-        return tensors
-    device = tensors[0].device.type
-    if not torch.is_autocast_enabled(device):
+    device = tensors[0].device.type if all(isinstance(t, Tensor) for t in tensors) else "meta"
+    if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors
     dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)

@@ -100,9 +100,7 @@ def dot_product_attention(
     (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
     """
     decision, q, k, v = decide(
-        q,
-        k,
-        v,
+        *(q, k, v),
         mask=mask,
         attn_bias=attn_bias,
         causal=causal,

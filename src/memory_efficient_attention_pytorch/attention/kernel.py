@@ -77,8 +77,7 @@ class Flash(WholeKernel):
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         heads = unit_stride(given.grad_out, given.q, given.k, given.v)
-        lengths = (None, None, request.n, request.m)
-        options = (*lengths, 0.0, request.visibility.plain_causal, *given.state)
+        options = (None, None, request.n, request.m, 0.0, request.visibility.plain_causal, *given.state)
         return self.kernel.backward(*heads, given.out, given.lse, *options, scale=request.scale)
 
 

@@ -47,7 +47,7 @@ class Naive(Way):
 
 
 def _survivors(request: AttentionRequest) -> Tensor:
-    """The tiles' dropout masks, side by side."""
+    """Every tile's dropout mask, side by side: bool ``(b, h, n, m)``."""
     keep = torch.ones(request.score_shape, dtype=torch.bool, device=request.device)
     for part in parts(request):
         for row in part.rows(request):

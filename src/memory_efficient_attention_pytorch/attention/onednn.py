@@ -30,6 +30,7 @@ LEAST_TILE_SCORES, LEAST_WIDTH, LEAST_HEAD_SCORES, MOST_THREADS = 2**18, 32, 2**
 LOG2_E = math.log2(math.e)
 # A row keeps its top while a tile's weights relative to it sum to at most this.
 MOST_MASS = 2.0**16
+MOST_MASKS = 4  # kept at once
 
 
 class OneDnn(Way):
@@ -79,8 +80,6 @@ class _Shared:
     Window and causality hide the same in many tiles: it is kept for a few. transposed: tiles are ``(j, i)``.
     """
 
-    FEW = 4
-
     def __init__(self, request: AttentionRequest, transposed: bool) -> None:
         self.request, self.transposed = request, transposed
         self.scratch = Scratch(torch.float32, request.device)
@@ -111,7 +110,7 @@ class _Shared:
         if self.transposed:
             hidden = hidden.t().contiguous()
         if repeated:
-            if len(self.kept) == self.FEW:
+            if len(self.kept) == MOST_MASKS:
                 del self.kept[next(iter(self.kept))]
             self.kept[place] = hidden
         return hidden

@@ -60,13 +60,11 @@ class AttentionRequest:
         leaves = () if self.bias is None else self.bias.leaves
         return self.visibility.mask, self.visibility.document_ids, *leaves
 
-    def with_tensors(
-        self, mask: Tensor | None = None, document_ids: Tensor | None = None, *leaves: Tensor | None
-    ) -> AttentionRequest:
-        """The same with these in place, given as :attr:`tensors` has them; parameters stay with their module."""
+    def with_tensors(self, *tensors: Tensor | None) -> AttentionRequest:
+        """The same with these, in the order of :attr:`tensors`, or with none; parameters stay with their module."""
+        mask, document_ids, of_bias, *_ = *tensors, None, None, None
         visibility = replace(self.visibility, mask=mask, document_ids=document_ids)
-        bias = None if self.bias is None else self.bias.with_tensor(next(iter(leaves), None))
-        return replace(self, visibility=visibility, bias=bias)
+        return replace(self, visibility=visibility, bias=None if self.bias is None else self.bias.with_tensor(of_bias))
 
 
 def build_request(

@@ -21,8 +21,7 @@ class Fused(Way):
 
     def drawback(self, request: AttentionRequest) -> str | None:
         mask = request.visibility.mask
-        whole = mask is not None and mask.shape[2] > 1
-        return "it would convert the n × m mask to floating point" if whole else None
+        return "it would convert the n × m mask to floating point" if mask is not None and mask.shape[2] > 1 else None
 
 
 class Sdpa(Fused):

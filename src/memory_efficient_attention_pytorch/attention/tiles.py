@@ -27,7 +27,7 @@ ELEMENTS_ON_A_CPU, ELEMENTS_ELSEWHERE = 2**20, 2**25
 
 
 class Part(NamedTuple):
-    """A slice of the batch and of the query heads, the slice of key/value heads that serves them, what they may see."""
+    """A part of the batch and of the query heads, the key/value heads that serve them, and what they may see."""
 
     batch: slice
     heads: slice
@@ -43,22 +43,22 @@ class Part(NamedTuple):
         return x[self.batch, self.kv_heads]
 
     def rows(self, request: AttentionRequest) -> Iterable[Row]:
-        """The rows of tiles to be gone through."""
+        """The rows of tiles, of which a dry run goes through a few."""
         rows = self.visibility.schedule(request.q_bucket_size, request.k_bucket_size)
         # Under causality rows grow, and end in wide and narrow tiles by turns; the very last may have few queries.
         return each(rows, size=lambda row: row.scores, last=3)
 
 
 def tiles(row: Row) -> Iterable[Tile]:
-    """The tiles of a row to be gone through."""
+    """The tiles of a row, of which a dry run goes through a few."""
     return each(row.tiles, size=lambda tile: tile.scores, last=2)
 
 
 def parts(request: AttentionRequest, elements: int | None = None) -> Iterable[Part]:
-    """Cut batch and heads so that one tile of scores holds at most ``elements`` (at least one head).
+    """Cut batch and heads so that a tile of a part holds at most ``elements`` scores, or else those of one head.
 
-    A part's heads are whole groups sharing key/value heads, or a piece of a single group. None: as many elements as
-    stay in the device's cache.
+    A part's heads are whole groups that share a key/value head, or a piece of one group. None: as many elements as stay
+    in the device's cache.
     """
     if elements is None:
         elements = ELEMENTS_ON_A_CPU if request.device_type == "cpu" else ELEMENTS_ELSEWHERE
@@ -108,8 +108,8 @@ class Scores(NamedTuple):
     def survivors(self) -> Tensor | None:
         """Bool ``(b, h, i, j)``: which probabilities dropout keeps; None without dropout.
 
-        Depends on seed, place and tile alone, so it comes out the same in any order and again in backward. On a CPU
-        each head has its own draw, since there the cut into parts follows the number of threads.
+        It depends on seed, place and tile alone, so it is the same in any order and again in backward. On a CPU each
+        head has its own draw, since there the cut into parts follows the number of threads.
         """
         request, part, tile = self.request, self.part, self.tile
         if not request.dropout:
@@ -118,9 +118,10 @@ class Scores(NamedTuple):
         shape = (*size, tile.i1 - tile.i0, tile.j1 - tile.j0)
         keep = torch.empty(shape, dtype=torch.bool, device=request.device)
         generator = torch.Generator(request.device)
-        draws = [keep[b, h] for b in range(size[0]) for h in range(size[1])] if request.device_type == "cpu" else [keep]
-        for number, draw in enumerate(draws):
-            b, h = divmod(number, size[1])
+        draws = {(0, 0): keep}
+        if request.device_type == "cpu":
+            draws = {(b, h): keep[b, h] for b in range(size[0]) for h in range(size[1])}
+        for (b, h), draw in draws.items():
             generator.manual_seed(_mix(request.seed, part.batch.start + b, part.heads.start + h, tile.i0, tile.j0))
             draw.bernoulli_(1 - request.dropout, generator=generator)
         return keep
@@ -146,7 +147,7 @@ def _mix(*values: int) -> int:
 
 
 class QueryBucket(NamedTuple):
-    """The queries of one row on the way back.
+    """The queries of one row in backward.
 
     delta: rowsum of output times its gradient, less the gradient of the log-sum-exp. lse: +∞ where nothing is seen, so
     that ``exp(score − lse)`` is 0 and no NaN.

@@ -46,8 +46,7 @@ def memory_efficient_attention(
 ) -> Tensor:
     """:func:`dot_product_attention` under the name and with the arguments of version 0.1.
 
-    q, k, v ``(b, h, n, d)``; dropout only when ``training``; ``eps`` is accepted and not needed (the normaliser is
-    exact).
+    q, k, v ``(b, h, n, d)``; dropout only when ``training``; ``eps`` is accepted and not needed.
     """
     keep = dropout if training else 0.0
     buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)

@@ -23,7 +23,7 @@ EVERYTHING = slice(0, None)
 
 
 class Tile(NamedTuple):
-    """A rectangle of scores, queries ``i0:i1`` by keys ``j0:j1``; ``full`` tiles need no mask."""
+    """A rectangle of scores, queries ``i0:i1`` by keys ``j0:j1``. full: each query may see each key."""
 
     i0: int
     i1: int
@@ -41,7 +41,6 @@ class Tile(NamedTuple):
 
     @property
     def scores(self) -> int:
-        """How many scores the tile has."""
         return (self.i1 - self.i0) * (self.j1 - self.j0)
 
 
@@ -149,7 +148,7 @@ class Visibility:
     def schedule(self, q_bucket_size: int, k_bucket_size: int) -> list[Row]:
         """The buckets of queries that see anything, each with the tiles that are not empty.
 
-        Empty and full are decided from positions first and from the tensors' contents second; one device-to-host copy.
+        Positions decide first what is empty or full, then what the tensors hold, in one copy from device to host.
         """
         rows = []
         for i0 in range(0, self.n, q_bucket_size):
@@ -247,9 +246,8 @@ def window_sides(window: Window | None) -> tuple[int | None, int | None]:
 
 def canonical_broadcast(tensor: Tensor, shape: tuple[int, int, int, int], argument: str) -> Tensor:
     """``tensor`` with leading dimensions of 1 added until it has four, checked against the scores' ``shape``."""
-    fits = tensor.dim() <= 4 and all(
-        size in (1, full) for size, full in zip(reversed(tensor.shape), reversed(shape), strict=False)
-    )
-    names = "(batch, heads, queries, keys)"
-    require(fits, argument, f"a shape broadcastable to {names} = {shape}", tuple(tensor.shape))
+    sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
+    fits = tensor.dim() <= 4 and all(size in (1, full) for size, full in sizes)
+    expected = f"a shape broadcastable to (batch, heads, queries, keys) = {shape}"
+    require(fits, argument, expected, tuple(tensor.shape))
     return tensor[(None,) * (4 - tensor.dim())]
