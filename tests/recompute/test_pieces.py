@@ -259,7 +259,7 @@ def test_keyword_arguments_are_refused():
 def test_a_branch_is_added_and_taken_off_again_while_it_is_differentiated():
     """One pass recomputes, subtracts and differentiates; what it subtracts is what was added, bit for bit."""
     module, x, stream = TokenMLP(dropout=0.5), torch.randn(2, 13, 8), torch.zeros(2, 13, 8)
-    branch, cotangent = ChunkBranch(module, [module], chunk_size=4), torch.randn(2, 13, 8)
+    branch, cotangent = ChunkBranch(module, chunk_size=4), torch.randn(2, 13, 8)
     inputs = branch.bound()
     torch.manual_seed(3)
     branch.run(x, inputs, lambda index, value: stream[index].add_(value))

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from contextlib import AbstractContextManager, nullcontext
 from contextvars import ContextVar
 from functools import wraps
 from typing import Any
 
 import torch
 from torch import Tensor
+
+from .precision import full_precision
 
 _creates_graph: ContextVar[bool] = ContextVar("creates_graph", default=False)
 
@@ -63,11 +64,6 @@ def vector_jacobian_product(value: Tensor, wanted: Sequence[Tensor], cotangent: 
     asked = [tensor for tensor in wanted if tensor.requires_grad and value.requires_grad]
     if not asked:
         return [None] * len(wanted)
-    with _autocast_off(value.device.type):
+    with full_precision(value.device):
         found = iter(torch.autograd.grad(value, asked, cotangent, allow_unused=True))
     return [next(found) if tensor.requires_grad else None for tensor in wanted]
-
-
-def _autocast_off(device_type: str) -> AbstractContextManager[Any]:
-    on = device_type != "meta" and torch.is_autocast_enabled(device_type)
-    return torch.autocast(device_type, enabled=False) if on else nullcontext()

@@ -105,11 +105,11 @@ class GradientSums:
     def __init__(
         self, leaves: Sequence[Tensor], needed: Sequence[bool], total: Callable[[Tensor], Tensor] = accumulator
     ) -> None:
-        self._leaves, self._make_total = list(leaves), total
+        self._leaves, self._make_total = leaves, total
         self.wanted = [leaf for leaf, need in zip(leaves, needed, strict=True) if need]
+        self._needed = set(self.wanted)
         self._first: dict[Tensor, Tensor] = {}
         self._totals: dict[Tensor, Tensor] = {}
-        self._needed = set(self.wanted)
 
     def total(self, leaf: Tensor) -> Tensor | None:
         """What the leaf's gradient is summed in, to be added to; None where none is wanted."""
@@ -128,10 +128,8 @@ class GradientSums:
         if place is ... and leaf not in self._totals and leaf not in self._first:
             shared = beside is not None and grad.untyped_storage() is beside.untyped_storage()
             self._first[leaf] = grad.clone() if shared else grad
-            return
-        total = self.total(leaf)
-        assert total is not None
-        total[place].add_(grad)
+        elif (total := self.total(leaf)) is not None:
+            total[place].add_(grad)
 
     def add_product(self, weight: Tensor, upstream: Tensor, values: Tensor, place: Any = ...) -> None:
         """Add ``upstreamᵀ values``, over tokens, to the gradient of a linear layer's weight, at ``place``."""
@@ -149,9 +147,6 @@ class GradientSums:
     @property
     def results(self) -> list[Tensor | None]:
         """What backward returns for each leaf once all is added: what its ``.grad`` has not yet, in its dtype."""
-        return [self._result(leaf) for leaf in self._leaves]
-
-    def _result(self, leaf: Tensor) -> Tensor | None:
-        if leaf in self._totals:
-            return left_to_add(leaf, self._totals[leaf])
-        return self._first[leaf].to(leaf.dtype) if leaf in self._first else None
+        single = {leaf: gradient.to(leaf.dtype) for leaf, gradient in self._first.items()}
+        summed = {leaf: left_to_add(leaf, total) for leaf, total in self._totals.items()}
+        return [summed.get(leaf, single.get(leaf)) for leaf in self._leaves]

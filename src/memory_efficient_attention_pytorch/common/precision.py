@@ -1,4 +1,4 @@
-"""Where autocast is to keep out."""
+"""The dtype that PyTorch's autocast computes in, and where autocast is to keep out."""
 
 from __future__ import annotations
 
@@ -6,8 +6,21 @@ from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
+from torch import Tensor
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """What autocast computes in on the device, None where it is off."""
+    kind = device.type
+    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    return torch.get_autocast_dtype(kind) if on else None
+
+
+def compute_dtype(tokens: Tensor) -> torch.dtype:
+    """What a linear layer computes in: autocast's dtype where it is on, else the tokens' own, as for fp64."""
+    return tokens.dtype if tokens.dtype == torch.float64 else autocast_dtype(tokens.device) or tokens.dtype
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
     """Autocast off: what runs inside chooses its own dtypes."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    return nullcontext() if autocast_dtype(device) is None else torch.autocast(device.type, enabled=False)

@@ -147,17 +147,16 @@ def _worthwhile(terms: int, columns: int) -> bool:
 
 def has_onednn(*tensors: Tensor) -> bool:
     """Is oneDNN there for products of these, and the faster library?"""
-    if not all(t.dtype == torch.float32 and device_type(t.device) == "cpu" for t in tensors):
-        return False
-    return onednn_is_usable() and onednn_is_faster() and onednn.linear() is not None
+    usable = all(t.dtype == torch.float32 and onednn_is_usable(t.device) for t in tensors)
+    return usable and onednn_is_faster() and onednn.linear() is not None
 
 
-def onednn_is_usable(device: torch.device | None = None) -> bool:
+def onednn_is_usable(device: torch.device) -> bool:
     """Can oneDNN multiply fp32 matrices on this device, the CPU, outside of a compiler, which chooses its own?"""
-    if torch.compiler.is_compiling() or not torch.backends.mkldnn.is_available():
+    if torch.compiler.is_compiling() or device_type(device) != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     enabled = onednn.is_enabled()
-    return (device is None or device_type(device) == "cpu") and (enabled is None or enabled())
+    return enabled is None or enabled()
 
 
 @cache

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -12,7 +13,7 @@ from ..attention.decision import BACKENDS, Decision, decide
 from ..attention.functional import dot_product_attention
 from ..attention.visibility import window_sides
 from ..common.errors import require, require_positive_int, require_probability
-from ..recompute.by_hand import reason_against, warn_of_whole
+from ..recompute.by_hand import reason_against
 from ..recompute.kept import KeptResults
 from ..recompute.pieces import Branch, apply_piecewise
 from .cache import KVCache
@@ -109,48 +110,35 @@ class Attention(nn.Module):
         tokens; mask and document_ids then cover those too.
         """
         self.check(x, context, rotary, cache)
-        given: dict[str, Any] = {
-            "context": context,
-            "mask": mask,
-            "attn_bias": attn_bias,
-            "q_bucket_size": q_bucket_size,
-            "k_bucket_size": k_bucket_size,
-            "document_ids": document_ids,
-            "rotary": rotary,
-        }
-        if len(self.head_groups) > 1 and cache is None and self._reason_against_groups() is None:
-            return apply_piecewise(self.as_branch({k: v for k, v in given.items() if v is not None}), x)
-        del given["context"]
+        options: dict[str, Any] = {"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "rotary": rotary}
+        options |= {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+        if len(self.head_groups) > 1 and cache is None and self._comes_in_groups():
+            return apply_piecewise(self.as_branch({"context": context, **options}), x)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
         k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = self.attend(q, k, v, cache=cache, **given)
+        out = self.attend(q, k, v, cache=cache, **options)
         merged: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return merged
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Pieces over groups of heads, or all of it at once where the projections have to run by themselves."""
         kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "memory_efficient"}
-        if "cache" not in kwargs and self._reason_against_groups() is None:
-            return HeadGroupBranch(self, norm, kwargs)
-        if norm is None:
-            return Branch(self, [self], kwargs)
-        return Branch(lambda x, **kw: self(norm(x), **kw), [norm, self], kwargs)
+        if "cache" not in kwargs and self._comes_in_groups():
+            return HeadGroupBranch(self, kwargs, norm)
+        return Branch(self, kwargs, norm)
 
-    def _reason_against_groups(self) -> str | None:
-        """Why the projections cannot be computed for some heads at a time, of which a warning tells who asked for it.
-
-        None: they can.
-        """
+    def _comes_in_groups(self) -> bool:
+        """Can the projections be computed for some heads at a time? If not, a warning tells who asked for that why."""
         for name in ("to_q", "to_kv", "to_out"):
             projection = getattr(self, name)
             reason = reason_against(projection, nn.Linear) or ("it has a bias" if projection.bias is not None else None)
             if reason is not None:
-                reason = f"of {name}, {reason}"
                 if len(self.head_groups) > 1:
-                    warn_of_whole(self, "head_chunks", reason)
-                return reason
-        return None
+                    whole = f"{type(self).__name__} is computed as a whole, not in pieces"
+                    warnings.warn(f"head_chunks: {whole}: of {name}, {reason}", stacklevel=2)
+                return False
+        return True
 
     def attend(
         self,
@@ -172,19 +160,14 @@ class Attention(nn.Module):
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
-            k, v = cache.extend(self, k, v, self._reach)
+            k, v = cache.extend(self, k, v, window_sides(self.window)[0])
             mask, document_ids = _last_keys(mask, k.shape[2]), _last_keys(document_ids, k.shape[2])
         if group is not None:
             mask, attn_bias = _of_heads(mask, group.heads), _of_heads(attn_bias, group.heads)
         options: dict[str, Any] = {
-            "mask": mask,
-            "attn_bias": attn_bias,
-            "causal": self.causal,
-            "window": self.window,
-            "document_ids": document_ids,
+            **{"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "scale": scale},
+            **{"causal": self.causal, "window": self.window, "backend": self.backend},
             "dropout": self.dropout if self.training else 0.0,
-            "scale": scale,
-            "backend": self.backend,
             "q_bucket_size": self.q_bucket_size if q_bucket_size is None else q_bucket_size,
             "k_bucket_size": self.k_bucket_size if k_bucket_size is None else k_bucket_size,
         }
@@ -202,23 +185,16 @@ class Attention(nn.Module):
         """What is done to projected queries and keys before they meet, and the scale of their products."""
         return q, k, None
 
-    @property
-    def _reach(self) -> int | None:
-        """How many keys before its own a query sees."""
-        return window_sides(self.window)[0]
-
     def check(
         self, x: Tensor, context: Tensor | None = None, rotary: Any = None, cache: KVCache | None = None, **_: Any
     ) -> None:
         """Raise ValueError for arguments of :meth:`forward` that do not go together."""
-        for argument, tensor in (("x", x), ("context", context)):
-            if tensor is None:
-                continue
+        for argument, tensor in (("x", x), ("context", x if context is None else context)):
             fits = tensor.dim() == 3 and tensor.shape[-1] == self.dim
             require(fits, argument, f"shape (batch, tokens, {self.dim})", tuple(tensor.shape))
-        same_batch = context is None or len(context) == len(x)
-        require(same_batch, "context", f"batch {len(x)}, that of x", None if context is None else len(context))
-        require(context is None or (rotary is None and cache is None), "context", "none beside rotary or cache", "both")
+        if context is not None:
+            require(len(context) == len(x), "context", f"batch {len(x)}, that of x", len(context))
+            require(rotary is None and cache is None, "context", "none beside rotary or cache", "both")
 
 
 def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:

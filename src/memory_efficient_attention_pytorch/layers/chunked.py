@@ -8,7 +8,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..common.errors import require, require_positive_int
-from ..recompute.pieces import Branch, ChunkBranch, apply_piecewise, refuse_sharded
+from ..recompute.pieces import Branch, ChunkBranch, apply_piecewise
 
 
 class Chunked(nn.Module):
@@ -35,25 +35,14 @@ class Chunked(nn.Module):
         self, module: nn.Module, chunks: int | None = None, chunk_size: int | None = None, dim: int = 1
     ) -> None:
         super().__init__()
-        require(
-            (chunks is None) != (chunk_size is None), "chunks, chunk_size", "exactly one of them", (chunks, chunk_size)
-        )
-        require_positive_int(
-            "chunks" if chunk_size is None else "chunk_size", chunks if chunk_size is None else chunk_size
-        )
+        one = (chunks is None) != (chunk_size is None)
+        require(one, "chunks, chunk_size", "exactly one of them", (chunks, chunk_size))
+        require_positive_int(*(("chunks", chunks) if chunk_size is None else ("chunk_size", chunk_size)))
         self.module, self.chunks, self.chunk_size, self.dim = module, chunks, chunk_size, dim
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         require(not kwargs, "Chunked", "no keyword arguments", ", ".join(kwargs))
-        return chunked_branch(self.module, norm, chunks=self.chunks, chunk_size=self.chunk_size, dim=self.dim)
+        return ChunkBranch(self.module, norm, chunks=self.chunks or 1, chunk_size=self.chunk_size, dim=self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
         return apply_piecewise(self.as_branch({}), x)
-
-
-def chunked_branch(module: nn.Module, norm: nn.Module | None, **cut: Any) -> ChunkBranch:
-    """``module``, after ``norm`` if there is one, in chunks."""
-    refuse_sharded(module)
-    if norm is None:
-        return ChunkBranch(module, [module], **cut)
-    return ChunkBranch(lambda x: module(norm(x)), [norm, module], **cut)

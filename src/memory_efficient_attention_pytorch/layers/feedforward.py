@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from ..common.dry_run import each
 from ..common.errors import require, require_positive_int
+from ..common.precision import compute_dtype
 from ..common.products import Scratch
 from ..recompute.by_hand import reason_against
-from ..recompute.normed import Normed, compute_dtype, is_norm_of_tokens
+from ..recompute.normed import Normed, is_norm_of_tokens
 from ..recompute.pieces import Add, Branch, ChunkBranch, Repetition, apply_piecewise, pieces_of
-from .chunked import chunked_branch
 
 
 class FeedForward(nn.Module):
@@ -33,9 +33,7 @@ class FeedForward(nn.Module):
 
     def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         require(not kwargs, "FeedForward", "no keyword arguments", ", ".join(kwargs))
-        if self._plain:
-            return FeedForwardBranch(self.net, norm, self.chunks)
-        return chunked_branch(self.net, norm, chunks=self.chunks)
+        return (FeedForwardBranch if self._plain else ChunkBranch)(self.net, norm, chunks=self.chunks)
 
     @property
     def _plain(self) -> bool:
@@ -54,23 +52,17 @@ class FeedForward(nn.Module):
 class FeedForwardBranch(ChunkBranch):
     """``net(norm(x))`` in chunks of tokens, with the weights' gradients summed in place."""
 
-    def __init__(self, net: nn.Sequential, norm: nn.Module | None, chunks: int) -> None:
-        modules = [net] if norm is None else [norm, net]
-        super().__init__(net, modules, chunks=chunks)
-        self.net: Any = net
-        self.norm = norm
-
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
         normed = Normed(x, self.norm)
-        net = _Cast(self.net, compute_dtype(x), x.device)
+        net = _Cast(self.module, x)
         for index in each(self.slices(x)):
             hidden, _ = net.hidden(normed.at(index).to(net.scratch.dtype))
             add(index, net.out(hidden))
 
     def compute_again(self, x: Tensor, kwargs: dict[str, Any], again: Repetition) -> None:
         normed, sums = Normed(x, self.norm), again.sums
-        inner, _, outer = self.net
-        net = _Cast(self.net, compute_dtype(x), x.device)
+        inner, _, outer = self.module
+        net = _Cast(self.module, x)
         for index in each(self.slices(x)):
             values = normed.with_graph(index).to(net.scratch.dtype)
             hidden, before = net.hidden(values)
@@ -88,10 +80,11 @@ class FeedForwardBranch(ChunkBranch):
 class _Cast:
     """The network's weights in the dtype that it computes in, and buffers for one chunk."""
 
-    def __init__(self, net: Any, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, net: Any, x: Tensor) -> None:
         inner, self.activation, outer = net
+        dtype = compute_dtype(x)
         self.inner, self.outer = ((layer.weight.to(dtype), layer.bias.to(dtype)) for layer in (inner, outer))
-        self.scratch = Scratch(dtype, device)
+        self.scratch = Scratch(dtype, x.device)
 
     def hidden(self, values: Tensor) -> tuple[Tensor, Tensor]:
         """``(…, dim)`` → the hidden values ``(…, mult·dim)`` after and before the activation."""
@@ -128,7 +121,7 @@ class PreNorm(nn.Module):
 
     def as_branch(self, kwargs: Mapping[str, Any]) -> Branch:
         offer = pieces_of(self.fn) if is_norm_of_tokens(self.norm) else None
-        return Branch(self, [self], kwargs) if offer is None else offer(kwargs, norm=self.norm)
+        return Branch(self, kwargs) if offer is None else offer(kwargs, norm=self.norm)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         out: Tensor = self.fn(self.norm(x), **kwargs)

@@ -6,16 +6,17 @@ projections is applied to a slab of tokens where it is needed, forward and backw
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from ..common.dry_run import each
 from ..common.errors import require
+from ..common.precision import compute_dtype
 from ..common.products import Scratch, linear_into
-from ..recompute.normed import Normed, compute_dtype, slabs
+from ..recompute.normed import Normed, slabs
 from ..recompute.pieces import Add, Branch, Repetition
 
 
@@ -39,25 +40,6 @@ class HeadGroup(NamedTuple):
         )
 
 
-class GroupedAttention(Protocol):
-    """What :class:`HeadGroupBranch` asks of an attention module: plain projections, and attention of some heads."""
-
-    to_q: nn.Linear
-    to_kv: nn.Linear
-    to_out: nn.Linear
-    kv_heads: int
-    dim_head: int
-    keep_attention: bool | str
-    head_groups: tuple[HeadGroup, ...]
-
-    def check(self, x: Tensor, **kwargs: Any) -> None:
-        """Raise ValueError for x and keyword arguments that do not go together."""
-
-    @property
-    def attend(self) -> Callable[..., Tensor]:
-        """``attend(q, k, v, group=group, …)`` of heads ``(b, heads, n, d)`` → the same shape."""
-
-
 class _Source(NamedTuple):
     """Tokens that are projected: x after its norm, or a context; with the rows of the weights that project them."""
 
@@ -70,15 +52,17 @@ class _Source(NamedTuple):
 
 
 class HeadGroupBranch(Branch):
-    """``to_out(attend(norm(x)))`` as a sum over groups of heads."""
+    """``to_out(attend(norm(x)))`` as a sum over the ``head_groups`` of an attention module.
+
+    The module has plain projections ``to_q``, ``to_kv`` and ``to_out`` and attends with some heads at a time:
+    ``attend(q, k, v, group=group, …)`` of ``(b, heads, n, d)`` → the same shape.
+    """
 
     overlapping = True
 
-    def __init__(self, attention: GroupedAttention, norm: nn.Module | None, kwargs: Mapping[str, Any]) -> None:
-        modules: Any = [attention] if norm is None else [norm, attention]
-        super().__init__(attention.attend, modules, kwargs)
-        self.attention, self.norm = attention, norm
-        self.single_piece = len(attention.head_groups) == 1
+    def __init__(self, attention: nn.Module, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> None:
+        super().__init__(attention, kwargs, norm)
+        self.single_piece = len(self.module.head_groups) == 1
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
         # Partial sums over groups are kept in fp32 at least, as one product over all heads would.
@@ -86,12 +70,12 @@ class HeadGroupBranch(Branch):
         return value.new_zeros(*x.shape[:2], value.shape[-1], dtype=dtype)
 
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
-        self.attention.check(x, **kwargs)
+        self.module.check(x, **kwargs)
         context = kwargs.pop("context", None)
         scratch = Scratch(compute_dtype(x), x.device)
         for group in self._groups():
             heads = self._project(self._sources(x, context, group), scratch)
-            out = _tokens(self.attention.attend(*heads, group=group, **kwargs))
+            out = _tokens(self.module.attend(*heads, group=group, **kwargs))
             del heads
             self._emit(out, group, scratch, add)
 
@@ -102,7 +86,7 @@ class HeadGroupBranch(Branch):
             sources = self._sources(x, context, group)
             heads = [t.detach().requires_grad_() for t in self._project(sources, scratch)]
             with torch.enable_grad():
-                out = self.attention.attend(*heads, group=group, **kwargs)
+                out = self.module.attend(*heads, group=group, **kwargs)
             values = _tokens(out.detach())
             if again.add is not None:
                 self._emit(values, group, scratch, again.add)
@@ -114,10 +98,10 @@ class HeadGroupBranch(Branch):
 
     def _groups(self) -> Iterable[HeadGroup]:
         # What is kept of each group adds up: the last finds that of all others, as in the whole loop.
-        return each(self.attention.head_groups, last=1 if self.attention.keep_attention else 0)
+        return each(self.module.head_groups, last=1 if self.module.keep_attention else 0)
 
     def _sources(self, x: Tensor, context: Tensor | None, group: HeadGroup) -> list[_Source]:
-        attention, width = self.attention, self.attention.dim_head
+        attention, width = self.module, self.module.dim_head
         half = attention.kv_heads * width
         q = (attention.to_q.weight, _scaled(group.heads, width))
         k = (attention.to_kv.weight, _scaled(group.kv_heads, width))
@@ -138,19 +122,19 @@ class HeadGroupBranch(Branch):
                 rows = source.tokens.at(index).to(scratch.dtype).flatten(0, 1)
                 linear_into(buffer[index].view(len(rows), len(weight)), rows, weight)
             sizes = [rows.stop - rows.start for _, rows in source.rows]
-            found += [t.unflatten(-1, (-1, self.attention.dim_head)).transpose(1, 2) for t in buffer.split(sizes, -1)]
+            found += [t.unflatten(-1, (-1, self.module.dim_head)).transpose(1, 2) for t in buffer.split(sizes, -1)]
         return tuple(found)
 
     def _emit(self, values: Tensor, group: HeadGroup, scratch: Scratch, add: Add) -> None:
-        columns = _scaled(group.heads, self.attention.dim_head)
-        weight = self.attention.to_out.weight[:, columns].to(values.dtype)
+        columns = _scaled(group.heads, self.module.dim_head)
+        weight = self.module.to_out.weight[:, columns].to(values.dtype)
         for index in each(slabs(values)):
             add(index, scratch.linear("slab", values[index], weight))
 
     def _through_output(self, values: Tensor, group: HeadGroup, scratch: Scratch, again: Repetition) -> Tensor:
         """Back through the output projection: the gradient of ``values (b, n, heads·d)``."""
-        columns = _scaled(group.heads, self.attention.dim_head)
-        output = self.attention.to_out.weight
+        columns = _scaled(group.heads, self.module.dim_head)
+        output = self.module.to_out.weight
         weight = output[:, columns].to(values.dtype)
         back = scratch.take("back", *values.shape)
         for index in each(slabs(values)):

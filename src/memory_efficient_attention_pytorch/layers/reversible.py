@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import require
-from ..recompute.reversal import Chain, Grid, OntoGrid, SumOfStreams, advance
+from ..recompute.reversal import Chain, ChainEnd, Grid, OntoGrid, advance
 
 Routes = Mapping[str, Sequence[tuple[bool, bool]]]
 
@@ -104,10 +104,9 @@ class ReversibleSequence(nn.Sequential):
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """x ``(…, d)`` → ``(…, d)`` in x's dtype."""
         chain, y1, y2 = self.streams(x, **kwargs)
-        if not self.reverses:
-            return (y1 + y2).to(x.dtype)
-        out: Tensor = SumOfStreams.apply(chain, y1, y2)
-        return out
+        if self.reverses:
+            y1, y2 = ChainEnd.apply(chain, False, y1, y2), y2.detach()
+        return (y1 + y2).to(x.dtype)
 
     @property
     def reverses(self) -> bool:

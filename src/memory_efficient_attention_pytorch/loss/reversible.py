@@ -8,43 +8,21 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import partial
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ..common.autograd import once_differentiable
 from ..common.gradients import GradientSums, fresh_total
 from ..recompute.parameters import SeenParameters
-from ..recompute.reversal import Chain
+from ..recompute.reversal import Chain, ChainEnd
 from .rows import RowSource
 
 
 def normed_sum(norm: nn.Module, chain: Chain, y1: Tensor, y2: Tensor) -> RowSource:
     """``norm(y1 + y2)``: of :meth:`ReversibleSequence.streams` ``(b, n, d)``, by a token-wise norm."""
     seen = SeenParameters([norm])
-    tensors = (_ChainEnd.apply(chain, y1, y2), y2.detach(), *seen.take())
+    tensors = (ChainEnd.apply(chain, True, y1, y2), y2.detach(), *seen.take())
     return RowSource(y1.shape, chain.dtype, tensors, partial(_NormedSum, norm, seen, chain.dtype), random=True)
-
-
-class _ChainEnd(torch.autograd.Function):
-    """The first stream, whose gradient is that of the sum and so of both: with it the chain's backward starts."""
-
-    @staticmethod
-    def forward(ctx: Any, chain: Chain, y1: Tensor, y2: Tensor) -> Tensor:
-        ctx.chain = chain
-        ctx.save_for_backward(*((y1, y2) if chain.rebuild else ()))
-        return y1.detach()
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, of_sum: Tensor) -> tuple[None, Tensor, Tensor]:
-        if not ctx.chain.rebuild:
-            return None, of_sum, of_sum
-        # Nobody else has the gradient that the loss made of the sum, so the steps may overwrite it.
-        of_both = (of_sum, of_sum.clone())
-        ctx.chain.begin(*ctx.saved_tensors, *of_both)
-        return None, *of_both
 
 
 class _NormedSum:

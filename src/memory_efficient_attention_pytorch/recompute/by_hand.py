@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
-
 from torch import nn
 
 from ..torch_internals.hooks import all_modules_are_watched, module_is_watched
@@ -27,8 +25,3 @@ def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
     if not are_plain(*module.parameters(recurse=False)):
         return "its parameters are tensors of another type, or within a transform of torch.func"
     return None
-
-
-def warn_of_whole(module: nn.Module, argument: str, reason: str) -> None:
-    """Say that ``module`` is computed as a whole, by its own forward, although ``argument`` asks for pieces."""
-    warnings.warn(f"{argument}: {type(module).__name__} is computed as a whole, not in pieces: {reason}", stacklevel=2)

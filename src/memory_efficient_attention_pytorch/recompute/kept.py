@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from ..common.dry_run import device_type, keeps
-from ..common.errors import require
 
 D = TypeVar("D")
 _active: ContextVar[KeptResults | None] = ContextVar("kept_results", default=None)
@@ -29,7 +28,7 @@ class KeptResults:
     def __init__(self) -> None:
         self._calls: list[_Call] = []
         self._tensors: list[Tensor] = []
-        self._repeated: int | None = None
+        self._repeated: Iterator[_Call] | None = None
         self._outer: KeptResults | None = None
 
     @staticmethod
@@ -56,7 +55,7 @@ class KeptResults:
     @contextmanager
     def repeating(self, tensors: Sequence[Tensor]) -> Iterator[None]:
         """Inside, hand out these tensors, those of :meth:`release`, call by call."""
-        self._tensors, self._repeated = list(tensors), 0
+        self._tensors, self._repeated = list(tensors), iter(self._calls)
         try:
             with self.keeping():
                 yield
@@ -89,12 +88,11 @@ class KeptResults:
             self._calls.append(_Call(owner, description, len(self._tensors), [t.device for t in tensors]))
             self._tensors += kept
             return description, tensors
-        number, self._repeated = self._repeated, self._repeated + 1
-        known = number < len(self._calls) and self._calls[number].owner is owner
-        expected = f"{type(owner).__name__} to be called in backward as in forward"
-        expected = f"{expected} (no checkpoint inside a reversible block)"
-        require(known, option, expected, f"another call, the {number + 1}. of the repetition")
-        call = self._calls[number]
+        call = next(self._repeated, None)
+        if call is None or call.owner is not owner:
+            expected = f"{type(owner).__name__} to be called in backward as in forward"
+            expected = f"{expected} (no checkpoint inside a reversible block)"
+            raise ValueError(f"{option}: expected {expected}, got another call")
         mine = zip(self._tensors[call.start :], call.devices, strict=False)
         return call.description, tuple(t.to(device, non_blocking=True) for t, device in mine)
 

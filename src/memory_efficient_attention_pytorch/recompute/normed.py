@@ -56,8 +56,8 @@ class Normed:
         piece, value = self._piece, self._value
         del self._piece, self._value
         gradient: Tensor | None = upstream.to(value.dtype)
-        if self.norm is not None and gradient is not None:
-            (gradient,) = again.sums.backward(value, gradient, [piece])
+        if self.norm is not None:
+            (gradient,) = again.sums.backward(value, upstream.to(value.dtype), [piece])
         if again.add_gradient is not None and gradient is not None:
             again.add_gradient(index, gradient)
 
@@ -66,11 +66,3 @@ def is_norm_of_tokens(norm: nn.Module) -> bool:
     """True for nothing but a norm over the last dimension, which may be taken of some tokens at a time."""
     known = reason_against(norm, nn.LayerNorm, nn.RMSNorm) is None
     return known and len(norm.normalized_shape) == 1  # type: ignore[arg-type]
-
-
-def compute_dtype(tokens: Tensor) -> torch.dtype:
-    """What a linear layer computes in: autocast's dtype where it is on, else the tokens' own."""
-    kind = tokens.device.type
-    if kind != "meta" and torch.is_autocast_enabled(kind) and tokens.dtype != torch.float64:
-        return torch.get_autocast_dtype(kind)
-    return tokens.dtype

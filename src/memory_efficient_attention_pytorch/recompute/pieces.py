@@ -29,7 +29,7 @@ Add = Callable[[Index, Tensor], None]
 
 
 class Branch:
-    """A function of one tensor, bound to its keyword arguments, as pieces over slices of that tensor.
+    """A module, after its norm if it has one, bound to its keyword arguments, as pieces over slices of its input.
 
     ``inputs`` are the tensors besides x that may be differentiated: those among the keyword arguments (nested ones
     too), then the parameters. They are handed to an autograd Function, which keeps them; the branch itself keeps no
@@ -39,11 +39,10 @@ class Branch:
     overlapping = False
     single_piece = True
 
-    def __init__(
-        self, function: Callable[..., Tensor], modules: Sequence[nn.Module], kwargs: Mapping[str, Any]
-    ) -> None:
-        self.function = function
-        holders = list(modules)
+    def __init__(self, module: nn.Module, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> None:
+        self.module: Any = module
+        self.norm = norm
+        holders = [module] if norm is None else [norm, module]
         self._tensors: list[Tensor] = []
 
         def note(leaf: Any) -> Any:
@@ -107,20 +106,24 @@ class Branch:
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
         """What :meth:`run` does, with the keyword arguments."""
         for index in each(self.slices(x)):
-            add(index, self.function(x[index], **kwargs))
+            add(index, self._value(x[index], kwargs))
 
     def compute_again(self, x: Tensor, kwargs: dict[str, Any], again: Repetition) -> None:
         """What :meth:`differentiate` does, with keyword arguments and parameters to be differentiated in place."""
         for index in each(self.slices(x)):
             piece = x[index].detach().requires_grad_(again.add_gradient is not None)
             with torch.enable_grad():
-                value = self.function(piece, **kwargs)
+                value = self._value(piece, kwargs)
             if again.add is not None:
                 again.add(index, value.detach())
             (of_piece,) = again.sums.backward(value, again.cotangent[index].to(value.dtype), [piece])
             del value
             if again.add_gradient is not None and of_piece is not None:
                 again.add_gradient(index, of_piece)
+
+    def _value(self, piece: Tensor, kwargs: dict[str, Any]) -> Tensor:
+        value: Tensor = self.module(piece if self.norm is None else self.norm(piece), **kwargs)
+        return value
 
     def _working(self, inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
         """Tell a dry run whose work is done inside: a norm's parameters come first, those of the branch itself last."""
@@ -162,7 +165,7 @@ def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 def branch_of(module: nn.Module, kwargs: Mapping[str, Any]) -> Branch:
     """The module's own pieces where it offers any (``as_branch``), else all of it as a single piece."""
     offer = pieces_of(module)
-    return Branch(module, [module], kwargs) if offer is None else offer(kwargs)
+    return Branch(module, kwargs) if offer is None else offer(kwargs)
 
 
 def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:
@@ -235,20 +238,21 @@ class _Piecewise(torch.autograd.Function):
 
 
 class ChunkBranch(Branch):
-    """Pieces over equal slices of one dimension."""
+    """Pieces over equal slices of one dimension: so many, or of this size."""
 
     def __init__(
         self,
-        function: Callable[..., Tensor],
-        modules: Sequence[nn.Module],
+        module: nn.Module,
+        norm: nn.Module | None = None,
         *,
-        chunks: int | None = None,
+        chunks: int = 1,
         chunk_size: int | None = None,
         dim: int = 1,
     ) -> None:
-        super().__init__(function, modules, {})
+        refuse_sharded(module)
+        super().__init__(module, {}, norm)
         self.chunks, self.chunk_size, self.dim = chunks, chunk_size, dim
-        self.single_piece = chunks == 1
+        self.single_piece = chunk_size is None and chunks == 1
 
     def slices(self, x: Tensor) -> Sequence[Index]:
         require(-x.dim() <= self.dim < x.dim(), "dim", f"a dimension of x, {tuple(x.shape)}", self.dim)
@@ -264,4 +268,4 @@ class ChunkBranch(Branch):
         return value.new_empty(*value.shape[:dim], x.shape[dim], *value.shape[dim + 1 :])
 
     def _size(self, x: Tensor) -> int:
-        return self.chunk_size or max(1, -(-x.shape[self.dim] // (self.chunks or 1)))
+        return self.chunk_size or max(1, -(-x.shape[self.dim] // self.chunks))

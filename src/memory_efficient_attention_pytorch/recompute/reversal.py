@@ -188,22 +188,25 @@ class _Step(torch.autograd.Function):
         return (None, None, None, grad_c, total, *grads)
 
 
-class SumOfStreams(torch.autograd.Function):
-    """The end of a chain: the sum of its two streams, which it keeps. Backward starts from them."""
+class ChainEnd(torch.autograd.Function):
+    """The first stream, whose gradient is that of the streams' sum and so of both: with it the chain's backward starts.
+
+    spare: nobody else has this gradient, so the steps may overwrite it.
+    """
 
     @staticmethod
-    def forward(ctx: Any, chain: Chain, y1: Tensor, y2: Tensor) -> Tensor:
-        ctx.chain = chain
-        ctx.save_for_backward(y1, y2)
-        return (y1 + y2).to(chain.dtype)
+    def forward(ctx: Any, chain: Chain, spare: bool, y1: Tensor, y2: Tensor) -> Tensor:
+        ctx.chain, ctx.spare = chain, spare
+        ctx.save_for_backward(*((y1, y2) if chain.rebuild else ()))
+        return y1.detach()
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, gradient: Tensor) -> tuple[None, Tensor, Tensor]:
-        y1, y2 = ctx.saved_tensors
-        gradient = gradient.to(y1.dtype)
-        ctx.chain.begin(y1, y2)
-        return None, gradient, gradient
+    def backward(ctx: Any, of_sum: Tensor) -> tuple[None, None, Tensor, Tensor]:
+        own = (of_sum, of_sum.clone()) if ctx.spare and ctx.chain.rebuild else ()
+        if ctx.chain.rebuild:
+            ctx.chain.begin(*ctx.saved_tensors, *own)
+        return None, None, *(own or (of_sum, of_sum))
 
 
 def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
@@ -214,7 +217,7 @@ def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mappi
             branch = None
         elif chain.grid is not None:
             # Gradients on the grid are those of reversible=False, bit for bit, which come through autograd.
-            branch = Branch(module, [module], kwargs)
+            branch = Branch(module, kwargs)
     if branch is not None:
         refuse_sharded(module)
         streams: tuple[Tensor, Tensor] = _Step.apply(chain, branch, Replay(b), a, b, *branch.bound())

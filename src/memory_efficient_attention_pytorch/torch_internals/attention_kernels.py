@@ -21,8 +21,9 @@ class Kernel(NamedTuple):
     backward: Callable[..., tuple[Any, ...]]
 
 
-def _kernel(name: str, forward: tuple[str, ...], backward: tuple[str, ...]) -> Kernel | None:
-    there, back = operator(_NAME + name, forward), operator(f"{_NAME}{name}_backward", backward)
+def _kernel(name: str, forward: str, backward: str) -> Kernel | None:
+    """The kernel of this name, if its two operators have these arguments."""
+    there, back = operator(_NAME + name, forward.split()), operator(f"{_NAME}{name}_backward", backward.split())
     return None if there is None or back is None else Kernel(there, back)
 
 
@@ -31,11 +32,8 @@ def cpu_kernel() -> Kernel | None:
     """The CPU's kernel: an additive mask, no dropout to speak of."""
     return _kernel(
         "flash_attention_for_cpu",
-        ("query", "key", "value", "dropout_p", "is_causal", "attn_mask", "scale"),
-        (
-            *("grad_out", "query", "key", "value", "out", "logsumexp"),
-            *("dropout_p", "is_causal", "attn_mask", "scale"),
-        ),
+        "query key value dropout_p is_causal attn_mask scale",
+        "grad_out query key value out logsumexp dropout_p is_causal attn_mask scale",
     )
 
 
@@ -44,11 +42,9 @@ def flash_kernel() -> Kernel | None:
     """CUDA's flash kernel: half precision, no mask."""
     return _kernel(
         "flash_attention",
-        ("query", "key", "value", "dropout_p", "is_causal", "return_debug_mask", "scale"),
-        (
-            *("grad_out", "query", "key", "value", "out", "logsumexp", "cum_seq_q", "cum_seq_k", "max_q", "max_k"),
-            *("dropout_p", "is_causal", "philox_seed", "philox_offset", "scale"),
-        ),
+        "query key value dropout_p is_causal return_debug_mask scale",
+        "grad_out query key value out logsumexp cum_seq_q cum_seq_k max_q max_k "
+        "dropout_p is_causal philox_seed philox_offset scale",
     )
 
 
@@ -57,9 +53,7 @@ def efficient_kernel() -> Kernel | None:
     """CUDA's memory-efficient kernel: an additive mask, as many key as query heads."""
     return _kernel(
         "efficient_attention",
-        ("query", "key", "value", "attn_bias", "compute_log_sumexp", "dropout_p", "is_causal", "scale"),
-        (
-            *("grad_out_", "query", "key", "value", "attn_bias", "out", "logsumexp", "philox_seed", "philox_offset"),
-            *("dropout_p", "grad_input_mask", "is_causal", "scale"),
-        ),
+        "query key value attn_bias compute_log_sumexp dropout_p is_causal scale",
+        "grad_out_ query key value attn_bias out logsumexp philox_seed philox_offset "
+        "dropout_p grad_input_mask is_causal scale",
     )
