@@ -16,7 +16,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils.checkpoint import checkpoint
 
 from memory_efficient_attention_pytorch.common.products import PART
-from memory_efficient_attention_pytorch.loss.chunk import ChunkLoss
+from memory_efficient_attention_pytorch.loss.chunk import ChunkLoss, Settings
 from memory_efficient_attention_pytorch.loss.linear_cross_entropy import default_chunk_size, linear_cross_entropy
 from memory_efficient_attention_pytorch.torch_internals import taken_away
 from tests.agreement import difference
@@ -413,7 +413,8 @@ def test_chunk_by_chunk_with_a_norm_made_just_before():
     truth = outcome(plain, F.layer_norm(hidden, (12,)), weight, None, labels, reduction="sum")
     with torch.no_grad():
         grad_weight = torch.zeros_like(weight)
-        chunks = ChunkLoss(weight, None, chunk_size=6, product_dtype=torch.float64, grad_weight=grad_weight)
+        settings = Settings(-100, 0.0, "sum", 6, torch.float64)
+        chunks = ChunkLoss(settings, weight, None, (grad_weight, None), rows=6)
         total = torch.zeros((), dtype=torch.float64)
         for rows, targets in zip(hidden.split(6), labels.split(6), strict=True):
             normed = F.layer_norm(rows, (12,))

@@ -14,12 +14,8 @@ def require(condition: bool, argument: str, expected: str, got: Any) -> None:
 
 def require_positive_int(argument: str, value: Any) -> None:
     """Raise unless ``value`` is an integer of at least 1 (booleans are refused)."""
-    require(
-        isinstance(value, int) and not isinstance(value, bool) and value > 0,
-        argument,
-        "a positive integer",
-        repr(value),
-    )
+    positive = isinstance(value, int) and not isinstance(value, bool) and value > 0
+    require(positive, argument, "a positive integer", repr(value))
 
 
 def require_probability(argument: str, value: Any) -> None:

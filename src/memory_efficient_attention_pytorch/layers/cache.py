@@ -50,12 +50,8 @@ class KVCache:
         mine = self._layers.get(layer)
         if mine is None:
             mine = self._layers[layer] = _LayerCache(_kind(k, v), k[:, :, :0], v[:, :, :0])
-        require(
-            mine.seen == self.length,
-            "cache",
-            f"every layer to have seen {self.length} tokens, by one call in each forward pass",
-            f"one that has seen {mine.seen}",
-        )
+        expected = f"every layer to have seen {self.length} tokens, by one call in each forward pass"
+        require(mine.seen == self.length, "cache", expected, f"one that has seen {mine.seen}")
         if self.limit is not None:
             left = self.limit - 1 if left is None else min(left, self.limit - 1)
         return mine.extend(k, v, left)

@@ -29,17 +29,12 @@ class ReversibleBlock(nn.Sequential):
         return self[1]
 
     def forward(  # type: ignore[override]
-        self,
-        x1: Tensor,
-        x2: Tensor,
-        chain: Chain,
-        f_kwargs: Mapping[str, Any],
-        g_kwargs: Mapping[str, Any],
+        self, x1: Tensor, x2: Tensor, chain: Chain, *kwargs_of_each: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Two streams in and out."""
+        """Two streams in and out; the keywords of f and those of g."""
         streams = (x1, x2)
         chain.enter(*streams)
-        for module, kwargs in ((self.f, f_kwargs), (self.g, g_kwargs)):
+        for module, kwargs in zip(self, kwargs_of_each, strict=True):
             streams = advance(module, chain, *streams, kwargs)
             chain.watch(streams[1])
         chain.leave(*streams)
@@ -87,12 +82,8 @@ class ReversibleSequence(nn.Sequential):
         super().__init__(*(ReversibleBlock(*pair) for pair in pairs))
         self.args_route = dict(args_route or {})
         for keyword, routes in self.args_route.items():
-            require(
-                len(routes) == len(self),
-                f"args_route[{keyword!r}]",
-                f"a pair for each of {len(self)} blocks",
-                len(routes),
-            )
+            expected = f"a pair for each of {len(self)} blocks"
+            require(len(routes) == len(self), f"args_route[{keyword!r}]", expected, len(routes))
         self.exact, self.reversible = exact, reversible
         self.grid = Grid(grid)
         self.register_load_state_dict_pre_hook(_rename_upstream_keys)
@@ -116,12 +107,8 @@ class ReversibleSequence(nn.Sequential):
     def streams(self, x: Tensor, **kwargs: Any) -> tuple[Chain, Tensor, Tensor]:
         """Both streams after the last block, and what their consumer's backward must :meth:`Chain.begin`."""
         for keyword in kwargs:
-            require(
-                keyword in self.args_route,
-                keyword,
-                f"a keyword of args_route ({', '.join(self.args_route)})",
-                "no route",
-            )
+            expected = f"a keyword of args_route ({', '.join(self.args_route)})"
+            require(keyword in self.args_route, keyword, expected, "no route")
         chain = Chain(self.grid if self.exact else None, x.dtype, self.reverses, in_pieces="cache" not in kwargs)
         stream = OntoGrid.apply(x, self.grid) if self.exact else x
         # Two nodes in the graph: gradients are then added up in one order, whether activations are stored or not.

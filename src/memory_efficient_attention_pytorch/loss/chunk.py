@@ -5,10 +5,27 @@ Letters of this room: N tokens, d hidden width, V vocabulary, c tokens of a chun
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
 from ..common.products import add_product, linear_into
+
+
+class Settings(NamedTuple):
+    """The options of a loss, checked. ``gradients_wait``: for backward; otherwise forward makes them.
+
+    ``product_dtype``: of the matrix products; everything else is in fp32, for fp64 in fp64.
+    """
+
+    ignore_index: int
+    label_smoothing: float
+    reduction: str
+    chunk_size: int
+    product_dtype: torch.dtype
+    gradients_wait: bool = False
 
 
 class ChunkLoss:
@@ -17,31 +34,20 @@ class ChunkLoss:
     The logits' buffer is the same in every call.
 
     Args:
-        weight: ``(V, d)``.
-        bias: ``(V,)`` or None.
-        chunk_size: the most tokens a call may bring.
-        product_dtype: dtype of the matrix products; everything else is in fp32, for fp64 in fp64.
-        label_smoothing: as in :func:`linear_cross_entropy`.
-        grad_weight, grad_bias: what the gradients of weight and bias are added to, or None where nobody asks for them.
+        weight, bias: ``(V, d)``, and ``(V,)`` or None.
+        of_head: what the gradients of weight and bias are added to, None where nobody asks for one.
+        rows: the most tokens a call may bring.
     """
 
     def __init__(
-        self,
-        weight: Tensor,
-        bias: Tensor | None,
-        *,
-        chunk_size: int,
-        product_dtype: torch.dtype,
-        label_smoothing: float = 0.0,
-        grad_weight: Tensor | None = None,
-        grad_bias: Tensor | None = None,
+        self, settings: Settings, weight: Tensor, bias: Tensor | None, of_head: Sequence[Tensor | None], rows: int
     ) -> None:
-        dtype = full_dtype(weight.dtype)
+        dtype, product_dtype = full_dtype(weight.dtype), settings.product_dtype
         self.weight, self.bias = weight.to(product_dtype), bias
-        self.label_smoothing = label_smoothing
-        self.logits = weight.new_empty(chunk_size, len(weight), dtype=dtype)
+        self.label_smoothing = settings.label_smoothing
+        self.logits = weight.new_empty(rows, len(weight), dtype=dtype)
         self.products = self.logits if product_dtype == dtype else torch.empty_like(self.logits, dtype=product_dtype)
-        self.grad_weight, self.grad_bias = grad_weight, grad_bias
+        self.grad_weight, self.grad_bias = of_head
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """``(c, d)`` and ``(c,)`` labels in ``[0, V)`` → losses ``(c,)``; :meth:`add_gradients` may follow."""

@@ -1,14 +1,8 @@
 """The loss as one autograd Function over chunks of rows, whoever asks for it.
 
-What a chunk takes, for N rows of width d, a vocabulary V and chunks of c rows:
-
-- Without gradients one product, the logits, and a buffer of c V.
-- Gradients made in forward: two products more there, for the rows' and the weight's gradients, and N d + V d that are
-  kept for backward. Backward has no product and scales them in place; where the graph is kept it returns copies.
-- Gradients that wait for backward: forward as without any, and only the inputs are kept. Backward computes the logits
-  again, four products in all, and takes c V + N d + V d; not the V d where it adds to ``.grad``.
-
-A gradient that nobody asks for costs neither its product nor its memory. Products in low precision take a second c V.
+Gradients made in forward take three products there and none in backward, which scales what was kept of them, in place
+or, where the graph is kept, into copies. Gradients that wait for backward keep the inputs alone and have the logits
+computed again, four products in all. One that nobody asks for costs neither its product nor its memory.
 """
 
 from __future__ import annotations
@@ -16,7 +10,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,19 +21,8 @@ from ..common.gradients import accumulator, fresh_total, left_to_add, may_add_in
 from ..common.precision import full_precision
 from ..recompute.replay import Replay
 from ..torch_internals.engine import graph_is_kept
-from .chunk import ChunkLoss, full_dtype
+from .chunk import ChunkLoss, Settings, full_dtype
 from .rows import Rows, RowSource
-
-
-class Settings(NamedTuple):
-    """The options of a loss, checked. ``gradients_wait``: for backward; otherwise forward makes them."""
-
-    ignore_index: int
-    label_smoothing: float
-    reduction: str
-    chunk_size: int
-    product_dtype: torch.dtype
-    gradients_wait: bool = False
 
 
 def chunked_loss(settings: Settings, source: RowSource, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
@@ -84,13 +67,16 @@ class LinearCrossEntropy(torch.autograd.Function):
         first, *others = ctx.saved_tensors
         needed = ctx.needs_input_grad[4:]
         if not ctx.settings.gradients_wait:
-            return None, None, None, None, *scaled(others, cotangent * first, ctx.dtypes)
+            factor = cotangent * first
+            # A graph that is not kept has no more use for the gradients: scaling them in place spares a second (V, d).
+            scale = torch.mul if torch.compiler.is_compiling() or graph_is_kept() else Tensor.mul_
+            pairs = zip(others, ctx.dtypes, strict=True)
+            return None, None, None, None, *(x if x is None else scale(x, factor).to(dtype) for x, dtype in pairs)
         inputs, kept = others[: len(needed)], others[len(needed) :]
         share = share_of_each(ctx.settings, first, inputs[0].dtype)[0]
         with nullcontext() if ctx.replay is None else ctx.replay.again(kept):
-            _, gradients = over_chunks(
-                ctx.settings, ctx.make_rows, first, inputs, needed, cotangent * share, accumulator
-            )
+            of_each = cotangent * share
+            _, gradients = over_chunks(ctx.settings, ctx.make_rows, first, inputs, needed, of_each, accumulator)
         of_head = [g if g is None else left_to_add(x, g) for x, g in zip(inputs[:2], gradients[:2], strict=True)]
         return None, None, None, None, *of_head, *gradients[2:]
 
@@ -118,20 +104,12 @@ def over_chunks(
     rows = make_rows(needed[2:], *made_of)
     with working_on("loss"), full_precision(weight.device):
         of_head = [total(x) if need else None for x, need in zip((weight, bias), needed, strict=False)]
-        chunk_loss = ChunkLoss(
-            weight,
-            bias,
-            chunk_size=chunks[0].stop if chunks else 1,
-            product_dtype=settings.product_dtype,
-            label_smoothing=settings.label_smoothing,
-            grad_weight=of_head[0],
-            grad_bias=of_head[1],
-        )
+        chunk_loss = ChunkLoss(settings, weight, bias, of_head, rows=chunks[0].stop if chunks else 1)
         for chunk in each(chunks):
             hidden = rows.forward(chunk)
             losses[chunk] = chunk_loss.losses(hidden, labels[chunk])
             if any(needed):
-                gradient = chunk_loss.add_gradients(hidden, labels[chunk], row_weight[chunk], rows.differentiable)
+                gradient = chunk_loss.add_gradients(hidden, labels[chunk], row_weight[chunk], any(needed[2:]))
                 if gradient is not None:
                     rows.backward(chunk, gradient)
                 del gradient
@@ -168,12 +146,3 @@ def share_of_each(settings: Settings, labels: Tensor, dtype: torch.dtype) -> tup
     share = one / (labels != settings.ignore_index).sum().clamp_min(1)
     early, _ = torch.frexp(share)
     return share, early, share / early
-
-
-def scaled(
-    gradients: Sequence[Tensor | None], factor: Tensor, dtypes: Sequence[torch.dtype | None]
-) -> list[Tensor | None]:
-    """``factor`` times each gradient, in its tensor's dtype, inside a backward pass that saved them."""
-    # A graph that is not kept has no more use for these: scaling them in place spares a second (V, d).
-    scale = torch.mul if torch.compiler.is_compiling() or graph_is_kept() else Tensor.mul_
-    return [x if x is None else scale(x, factor).to(dtype) for x, dtype in zip(gradients, dtypes, strict=True)]

@@ -7,8 +7,10 @@ from torch import Tensor
 
 from ..common.dry_run import device_type
 from ..common.errors import require, require_positive_int
-from .function import Settings, chunked_loss
-from .rows import RowSource, whole
+from ..common.precision import autocast_dtype
+from .chunk import Settings
+from .function import chunked_loss
+from .rows import RowSource, WholeRows
 
 REDUCTIONS = ("none", "mean", "sum")
 
@@ -63,8 +65,15 @@ def linear_cross_entropy(
         ValueError: a wrong shape, dtype, device or option; on a CPU also a label out of range. Other devices assert on
             such a label by themselves, since the host would have to wait for them to see it.
     """
-    source = hidden if isinstance(hidden, RowSource) else whole(hidden)
-    settings = _check(source, weight, labels, bias, ignore_index, reduction, label_smoothing, chunk_size)
+    source = hidden if isinstance(hidden, RowSource) else RowSource(hidden.shape, hidden.dtype, (hidden,), WholeRows)
+    product_dtype = _check_tensors(source, weight, labels, bias)
+    require(reduction in REDUCTIONS, "reduction", f"one of {REDUCTIONS}", repr(reduction))
+    require(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", repr(label_smoothing))
+    if chunk_size is not None:
+        require_positive_int("chunk_size", chunk_size)
+    _check_labels(labels, len(weight), ignore_index)
+    chunk_size = chunk_size or default_chunk_size(len(weight), source.device)
+    settings = Settings(ignore_index, float(label_smoothing), reduction, chunk_size, product_dtype)
     loss = chunked_loss(settings, source, weight, bias, labels.reshape(-1))
     return loss.view(labels.shape) if reduction == "none" else loss
 
@@ -78,17 +87,8 @@ def default_chunk_size(vocabulary: int, device: torch.device) -> int:
     return max(128 if device_type(device) == "cpu" else 1024, 2**18 // vocabulary)
 
 
-def _check(
-    hidden: RowSource,
-    weight: Tensor,
-    labels: Tensor,
-    bias: Tensor | None,
-    ignore_index: int,
-    reduction: str,
-    label_smoothing: float,
-    chunk_size: int | None,
-) -> Settings:
-    """Validate the arguments of :func:`linear_cross_entropy`."""
+def _check_tensors(hidden: RowSource, weight: Tensor, labels: Tensor, bias: Tensor | None) -> torch.dtype:
+    """Validate the tensors of :func:`linear_cross_entropy`; the dtype of their matrix products."""
     require(len(hidden.shape) >= 1, "hidden", "shape (..., width)", tuple(hidden.shape))
     require(hidden.dtype.is_floating_point, "hidden", "a floating-point dtype", hidden.dtype)
     width = hidden.shape[-1]
@@ -96,39 +96,22 @@ def _check(
     require(weight.shape[0] > 0, "weight", "at least one row", tuple(weight.shape))
     require(labels.shape == hidden.shape[:-1], "labels", f"shape {tuple(hidden.shape[:-1])}", tuple(labels.shape))
     require(labels.dtype == torch.int64, "labels", "dtype torch.int64", labels.dtype)
-    vocabulary = weight.shape[0]
     if bias is not None:
-        require(bias.shape == (vocabulary,), "bias", f"shape ({vocabulary},)", tuple(bias.shape))
+        require(bias.shape == weight.shape[:1], "bias", f"shape ({len(weight)},)", tuple(bias.shape))
+    autocast = None if hidden.dtype == torch.float64 else autocast_dtype(hidden.device)
     for name, tensor in (("weight", weight), ("labels", labels), ("bias", bias)):
-        if tensor is not None:
-            require(tensor.device == hidden.device, name, f"hidden's device, {hidden.device}", tensor.device)
-    autocast = _autocast_dtype(hidden)
-    for name, tensor in (("weight", weight), ("bias", bias)):
         if tensor is None:
             continue
-        if autocast is None:
+        require(tensor.device == hidden.device, name, f"hidden's device, {hidden.device}", tensor.device)
+        if name != "labels" and autocast is None:
             require(tensor.dtype == hidden.dtype, name, f"hidden's dtype, {hidden.dtype}", tensor.dtype)
-        else:
+        elif name != "labels":
             converted = tensor.is_floating_point() and tensor.dtype != torch.float64
             require(converted, name, "a dtype that autocast converts (fp32, bf16 or fp16)", tensor.dtype)
-    require(reduction in REDUCTIONS, "reduction", f"one of {REDUCTIONS}", repr(reduction))
-    require(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", repr(label_smoothing))
-    if chunk_size is not None:
-        require_positive_int("chunk_size", chunk_size)
-    _check_labels(labels, vocabulary, ignore_index)
     product_dtype = autocast or hidden.dtype
     # Few CPUs multiply fp16, and the others take tens of times as long as for fp32.
-    if product_dtype == torch.float16 and device_type(hidden.device) == "cpu":
-        product_dtype = torch.float32
-    chunk_size = chunk_size or default_chunk_size(vocabulary, hidden.device)
-    return Settings(ignore_index, float(label_smoothing), reduction, chunk_size, product_dtype)
-
-
-def _autocast_dtype(hidden: RowSource) -> torch.dtype | None:
-    kind = hidden.device.type
-    if hidden.dtype == torch.float64 or not torch.amp.is_autocast_available(kind):
-        return None
-    return torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+    slow = product_dtype == torch.float16 and device_type(hidden.device) == "cpu"
+    return torch.float32 if slow else product_dtype
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:

@@ -40,7 +40,7 @@ class _NormedSum:
     ) -> None:
         self.streams = y1.flatten(0, -2), y2.flatten(0, -2)
         self.norm, self.seen, self.dtype = norm, seen, dtype
-        self.differentiable = any(needed)
+        self.needs_graph = any(needed)
         self.leaves = seen.leaves(parameters, needed[2:])
         self.of_norm = GradientSums(self.leaves, needed[2:], fresh_total)
         self.of_sum = torch.empty_like(y1, memory_format=torch.contiguous_format) if needed[0] else None
@@ -48,7 +48,7 @@ class _NormedSum:
     def forward(self, chunk: slice) -> Tensor:
         first, second = (stream[chunk] for stream in self.streams)
         self.sum = (first + second).to(self.dtype).requires_grad_(self.of_sum is not None)
-        with torch.set_grad_enabled(self.differentiable), self.seen.held(self.leaves):
+        with torch.set_grad_enabled(self.needs_graph), self.seen.held(self.leaves):
             self.normed = self.norm(self.sum)
         normed: Tensor = self.normed.detach()
         return normed

@@ -10,10 +10,7 @@ from torch import Tensor
 
 
 class Rows(Protocol):
-    """The hidden vectors ``(N, d)`` in one pass over the chunks."""
-
-    differentiable: bool
-    """Whether any gradient is asked for, so that :meth:`backward` follows each :meth:`forward`."""
+    """The hidden vectors ``(N, d)`` in one pass over the chunks: forward, then backward if any gradient is wanted."""
 
     def forward(self, chunk: slice) -> Tensor:
         """The chunk's hidden vectors ``(c, d)``."""
@@ -44,17 +41,11 @@ class RowSource(NamedTuple):
         return self.tensors[0].device
 
 
-def whole(hidden: Tensor) -> RowSource:
-    """Hidden vectors that lie in memory as one tensor ``(…, d)``."""
-    return RowSource(hidden.shape, hidden.dtype, (hidden,), WholeRows)
-
-
 class WholeRows:
-    """Rows of one tensor."""
+    """Rows that lie in memory as one tensor ``(…, d)``."""
 
     def __init__(self, needed: Sequence[bool], hidden: Tensor) -> None:
         self.hidden = hidden.reshape(-1, hidden.shape[-1])
-        self.differentiable = needed[0]
         self.gradient = torch.empty_like(hidden, memory_format=torch.contiguous_format) if needed[0] else None
 
     def forward(self, chunk: slice) -> Tensor:

@@ -73,8 +73,7 @@ class TransformerConfig:
         default=False, metadata=knob("use the token embedding for the output layer too, which then has no bias")
     )
     loss_chunk_size: int | None = field(
-        default=None,
-        metadata=knob("tokens whose logits exist at once", low=1, unset="by the size of the vocabulary"),
+        default=None, metadata=knob("tokens whose logits exist at once", low=1, unset="by the size of the vocabulary")
     )
     memory_efficient: bool = field(default=True, metadata=knob("kept from version 0.1; both values agree here"))
     q_bucket_size: int = field(default=512, metadata=knob("queries of an attention tile", low=1))

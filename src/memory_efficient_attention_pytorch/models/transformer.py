@@ -128,9 +128,8 @@ class Transformer(nn.Module):
         try:
             tokens = self.token_emb(x)
         except IndexError:
-            raise ValueError(
-                f"x: expected tokens from 0 to {self.num_tokens - 1}, got {int(x.min())} to {int(x.max())}"
-            ) from None
+            came = f"{int(x.min())} to {int(x.max())}"
+            raise ValueError(f"x: expected tokens from 0 to {self.num_tokens - 1}, got {came}") from None
         given: dict[str, Any] = {"mask": mask, "cache": cache, "attn_bias": self.alibi}
         positions = self._positions(x, mask, cache)
         if self.pos_emb is not None:
@@ -159,12 +158,8 @@ class Transformer(nn.Module):
         if mask is not None:
             shape = (x.shape[0], x.shape[1] + (0 if cache is None else cache.length))
             fits = mask.dtype == torch.bool and mask.shape == shape
-            require(
-                fits,
-                "mask",
-                f"bool of shape (batch, tokens with those of the cache) = {shape}",
-                (mask.dtype, mask.shape),
-            )
+            expected = f"bool of shape (batch, tokens with those of the cache) = {shape}"
+            require(fits, "mask", expected, f"{mask.dtype} {tuple(mask.shape)}")
         if cache is not None:
             require(self.causal, "cache", "none with a model that is not causal", "one")
             require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
@@ -172,9 +167,8 @@ class Transformer(nn.Module):
 
 def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
     """As :func:`linear_cross_entropy` defines it, from logits ``(b, n, V)``: 0 without a valid label."""
-    total = nn.functional.cross_entropy(
-        logits.flatten(0, 1), labels.flatten(), ignore_index=ignore_index, reduction="sum"
-    )
+    logits, targets = logits.flatten(0, 1), labels.flatten()
+    total = nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     return total / (labels != ignore_index).sum().clamp(min=1)
 
 

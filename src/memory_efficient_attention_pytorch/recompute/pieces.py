@@ -186,12 +186,9 @@ def refuse_sharded(module: nn.Module) -> None:
     """Raise where a part of ``module`` gathers its parameters by itself: the gradients would go past autograd."""
     for name, part in module.named_modules():
         kinds = {kind.__name__ for kind in type(part).__mro__}
-        require(
-            not kinds & {"FSDPModule", "FullyShardedDataParallel"},
-            f"{type(module).__name__}.{name}".rstrip("."),
-            "fully_shard applied to the whole reversible block, or to the Chunked module, not to a part of it",
-            "a sharded part",
-        )
+        whole = not kinds & {"FSDPModule", "FullyShardedDataParallel"}
+        expected = "fully_shard applied to the whole reversible block, or to the Chunked module, not to a part of it"
+        require(whole, f"{type(module).__name__}.{name}".rstrip("."), expected, "a sharded part")
 
 
 def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:

@@ -83,12 +83,9 @@ class Chain:
         """Raise where something between two blocks put other values in their place: they could not be rebuilt."""
         pairs = zip(self._left, streams, strict=False)
         untouched = all(left() is t.untyped_storage() and count == version(t) for (left, count), t in pairs)
-        require(
-            untouched or not self.rebuild,
-            "a reversible block's output",
-            "to reach the next block unchanged (reversible=False allows any)",
-            "other values, from a hook perhaps",
-        )
+        expected = "to reach the next block unchanged (reversible=False allows any)"
+        fits = untouched or not self.rebuild
+        require(fits, "a reversible block's output", expected, "other values, from a hook perhaps")
 
     def watch(self, stream: Tensor) -> None:
         """Remember the stream's largest magnitude, for :meth:`report`."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -15,17 +16,16 @@ class Capability(Generic[T]):
     """A private part of PyTorch's, or None where it is missing. Called, it answers from its first look-up on."""
 
     def __init__(self, name: str, find: Callable[[], T | None]) -> None:
-        self.name, self._find = name, find
-        self._looked = self._taken = False
-        self._found: T | None = None
+        self.name, self._find, self._taken = name, find, False
+
+    @cached_property
+    def _found(self) -> T | None:
+        try:
+            return self._find()
+        except (AttributeError, ImportError, RuntimeError):
+            return None
 
     def __call__(self) -> T | None:
-        if not self._looked:
-            try:
-                self._found = self._find()
-            except (AttributeError, ImportError, RuntimeError):
-                self._found = None
-            self._looked = True
         return None if self._taken else self._found
 
 
