@@ -14,21 +14,21 @@ from ..torch_internals.hooks import node_is_watched, tensor_is_watched
 from ..torch_internals.tensors import are_plain
 from .autograd import creates_graph, vector_jacobian_product
 from .dry_run import device_type
+from .precision import full_dtype
 from .products import add_product
 
 
 def accumulator(leaf: Tensor) -> Tensor:
     """Where a backward pass gathers the gradient of ``leaf``: its ``.grad`` if that can be added to, else zeros.
 
-    To be called in the backward of an autograd Function that has ``leaf`` among its inputs; what this Function returns
-    for it is :func:`left_to_add`. A gradient made apart would exist beside the one of the batches before until autograd
-    adds the two. Megatron-LM calls this gradient accumulation fusion.
+    For the backward of an autograd Function that has ``leaf`` among its inputs and returns :func:`left_to_add` for it.
+    A gradient made apart would exist beside that of earlier batches until autograd adds the two. Megatron-LM calls this
+    gradient accumulation fusion.
 
     ``.grad`` is added to where autograd is about to do so anyhow, and nobody would see the difference: in a
     ``.backward()`` that reaches the leaf and makes no graph, without hooks on the leaf or on the node that accumulates,
-    which are to see this pass's gradient alone (post-accumulate hooks see the sum, as always). It is the same tensor
-    throughout, so views of it, or of which it is one, stay what they are. A pass that fails midway leaves a part of its
-    gradient there, as it leaves some leaves with and some without theirs in any case.
+    which are to see this pass's gradient alone (post-accumulate hooks see the sum, as always). It stays the same
+    tensor. A pass that fails midway leaves a part of its gradient there.
 
     Limits: passes that run at the same time and share a leaf race, as they do by PyTorch's own account. Hooks on the
     Function's own node see what is left to add. A loss that is computed from ``.grad`` itself finds it changed early.
@@ -54,7 +54,7 @@ def _nothing(leaf: Tensor) -> Tensor | None:
 
 def fresh_total(leaf: Tensor) -> Tensor:
     """Zeros in the leaf's shape, in fp32 at least."""
-    return torch.zeros_like(leaf, dtype=_total_dtype(leaf), memory_format=torch.contiguous_format)
+    return torch.zeros_like(leaf, dtype=full_dtype(leaf.dtype), memory_format=torch.contiguous_format)
 
 
 def may_add_in_place(leaf: Tensor) -> bool:
@@ -67,7 +67,7 @@ def may_add_in_place(leaf: Tensor) -> bool:
     # Tensors of other types may do anything when added to; one with a graph is somebody's to differentiate.
     plain = are_plain(leaf, grad) and all(t.layout == torch.strided for t in (leaf, grad))
     ours = plain and grad.is_contiguous() and not grad.requires_grad and not grad.is_inference()
-    return ours and (grad.dtype, grad.device, grad.shape) == (_total_dtype(leaf), leaf.device, leaf.shape)
+    return ours and (grad.dtype, grad.device, grad.shape) == (full_dtype(leaf.dtype), leaf.device, leaf.shape)
 
 
 def _will_accumulate(leaf: Tensor) -> bool:
@@ -83,10 +83,6 @@ def _on_default_stream(device: torch.device) -> bool:
     if device.type != "cuda":
         return False
     return not torch.cuda.is_initialized() or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
-
-
-def _total_dtype(leaf: Tensor) -> torch.dtype:
-    return torch.promote_types(leaf.dtype, torch.float32)
 
 
 class GradientSums:

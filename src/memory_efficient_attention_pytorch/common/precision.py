@@ -1,4 +1,4 @@
-"""The dtype that PyTorch's autocast computes in, and where autocast is to keep out."""
+"""What is computed in which dtype: at least fp32 where rounding would add up, autocast's where it is on."""
 
 from __future__ import annotations
 
@@ -7,6 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor
+
+
+def full_dtype(dtype: torch.dtype) -> torch.dtype:
+    """fp32 at least: of sums, softmax, norms and whatever else is no matrix product."""
+    return torch.promote_types(dtype, torch.float32)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

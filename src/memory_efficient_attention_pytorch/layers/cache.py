@@ -49,7 +49,7 @@ class KVCache:
         require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
         mine = self._layers.get(layer)
         if mine is None:
-            mine = self._layers[layer] = _LayerCache(_kind(k, v), k[:, :, :0], v[:, :, :0])
+            mine = self._layers[layer] = _LayerCache(k[:, :, :0], v[:, :, :0])
         expected = f"every layer to have seen {self.length} tokens, by one call in each forward pass"
         require(mine.seen == self.length, "cache", expected, f"one that has seen {mine.seen}")
         if self.limit is not None:
@@ -65,7 +65,6 @@ class KVCache:
 class _LayerCache:
     """Buffers ``(b, kv, capacity, ·)`` of which the first ``stored`` places are filled; ``seen``: tokens in all."""
 
-    kind: tuple[Any, ...]
     keys: Tensor
     values: Tensor
     stored: int = 0
@@ -73,7 +72,8 @@ class _LayerCache:
 
     def extend(self, k: Tensor, v: Tensor, left: int | None) -> tuple[Tensor, Tensor]:
         # A batch of 1 would otherwise be broadcast into the buffers without a word.
-        require(_kind(k, v) == self.kind, "cache", f"{_KIND} as before, {self.kind}", _kind(k, v))
+        known, kind = (_kind(*pair) for pair in ((self.keys, self.values), (k, v)))
+        require(kind == known, "cache", f"batch, heads, widths, dtypes and device as before, {known}", kind)
         n = k.shape[2]
         kept = self.stored if left is None else min(self.stored, left)
         self.seen += n
@@ -97,9 +97,6 @@ class _LayerCache:
         self.keys, self.values = (_roomy(new[:, :, new.shape[2] - left :], 2 * (left + 1)) for new in (k, v))
         self.stored = left
         return keys, values
-
-
-_KIND = "batch, heads, widths, dtypes and device"
 
 
 def _kind(k: Tensor, v: Tensor) -> tuple[Any, ...]:

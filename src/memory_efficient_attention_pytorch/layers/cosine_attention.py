@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..common.errors import require
+from ..common.precision import full_dtype
 from .attention import Attention, FlashAttention
 
 
@@ -32,8 +33,8 @@ class CosineSimAttention(Attention):
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
         dtype = q.dtype
-        q = F.normalize(q.to(torch.promote_types(dtype, torch.float32)), dim=-1) * self.scale[:, heads].exp()
-        k = F.normalize(k.to(torch.promote_types(dtype, torch.float32)), dim=-1)
+        q = F.normalize(q.to(full_dtype(dtype)), dim=-1) * self.scale[:, heads].exp()
+        k = F.normalize(k.to(full_dtype(dtype)), dim=-1)
         return q.to(dtype), k.to(dtype), 1.0
 
 

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ..common.dry_run import each
 from ..common.errors import require, require_positive_int
-from ..common.precision import compute_dtype
+from ..common.precision import compute_dtype, full_dtype
 from ..common.products import Scratch
 from ..recompute.by_hand import reason_against
 from ..recompute.normed import Normed, is_norm_of_tokens
@@ -108,7 +108,7 @@ class _Cast:
 
 def _over_tokens(upstream: Tensor) -> Tensor:
     """Sum over all but the last dimension, in fp32 at least."""
-    return upstream.flatten(0, -2).sum(dim=0, dtype=torch.promote_types(upstream.dtype, torch.float32))
+    return upstream.flatten(0, -2).sum(dim=0, dtype=full_dtype(upstream.dtype))
 
 
 class PreNorm(nn.Module):

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..common.dry_run import each
 from ..common.errors import require
-from ..common.precision import compute_dtype
+from ..common.precision import compute_dtype, full_dtype
 from ..common.products import Scratch, linear_into
 from ..recompute.normed import Normed, slabs
 from ..recompute.pieces import Add, Branch, Repetition
@@ -66,8 +66,7 @@ class HeadGroupBranch(Branch):
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
         # Partial sums over groups are kept in fp32 at least, as one product over all heads would.
-        dtype = torch.promote_types(value.dtype, torch.float32)
-        return value.new_zeros(*x.shape[:2], value.shape[-1], dtype=dtype)
+        return value.new_zeros(*x.shape[:2], value.shape[-1], dtype=full_dtype(value.dtype))
 
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
         self.module.check(x, **kwargs)

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import require, require_positive_int
+from ..common.precision import full_dtype
 
 
 class RotaryEmbedding(nn.Module):
@@ -38,7 +39,7 @@ class RotaryEmbedding(nn.Module):
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
     """x ``(b, h, n, d)`` turned by ``RotaryEmbedding(d)(positions)``, in x's dtype; computed in fp32."""
     cos, sin = (t[:, None] if t.dim() == 3 else t for t in table)
-    first, second = x.to(torch.promote_types(x.dtype, torch.float32)).chunk(2, dim=-1)
+    first, second = x.to(full_dtype(x.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 

@@ -17,9 +17,6 @@ Routes = Mapping[str, Sequence[tuple[bool, bool]]]
 class ReversibleBlock(nn.Sequential):
     """One pair (f, g): ``y1 = x1 + f(x2)``, ``y2 = x2 + g(y1)``."""
 
-    def __init__(self, f: nn.Module, g: nn.Module) -> None:
-        super().__init__(f, g)
-
     @property
     def f(self) -> nn.Module:
         return self[0]

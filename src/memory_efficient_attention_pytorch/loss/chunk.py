@@ -11,6 +11,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.precision import full_dtype
 from ..common.products import add_product, linear_into
 
 
@@ -88,8 +89,3 @@ class ChunkLoss:
         if self.grad_weight is not None:
             add_product(self.grad_weight, products, hidden.to(products.dtype))
         return products @ self.weight if of_hidden else None
-
-
-def full_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of everything but matrix products."""
-    return torch.float64 if dtype == torch.float64 else torch.float32

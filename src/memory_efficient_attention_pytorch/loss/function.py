@@ -18,10 +18,10 @@ from torch import Tensor
 from ..common.autograd import once_differentiable
 from ..common.dry_run import each, working_on
 from ..common.gradients import accumulator, fresh_total, left_to_add, may_add_in_place
-from ..common.precision import full_precision
+from ..common.precision import full_dtype, full_precision
 from ..recompute.replay import Replay
 from ..torch_internals.engine import graph_is_kept
-from .chunk import ChunkLoss, Settings, full_dtype
+from .chunk import ChunkLoss, Settings
 from .rows import Rows, RowSource
 
 

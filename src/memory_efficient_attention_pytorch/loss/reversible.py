@@ -29,15 +29,9 @@ class _NormedSum:
     """Rows ``norm(y1 + y2)``; their gradient goes back through norm to the sum, for which y1 stands."""
 
     def __init__(
-        self,
-        norm: nn.Module,
-        seen: SeenParameters,
-        dtype: torch.dtype,
-        needed: Sequence[bool],
-        y1: Tensor,
-        y2: Tensor,
-        *parameters: Tensor,
+        self, norm: nn.Module, seen: SeenParameters, dtype: torch.dtype, needed: Sequence[bool], *tensors: Tensor
     ) -> None:
+        y1, y2, *parameters = tensors
         self.streams = y1.flatten(0, -2), y2.flatten(0, -2)
         self.norm, self.seen, self.dtype = norm, seen, dtype
         self.needs_graph = any(needed)

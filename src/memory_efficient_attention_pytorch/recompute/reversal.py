@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from ..common.autograd import once_differentiable
 from ..common.errors import require
+from ..common.precision import full_dtype
 from ..torch_internals.engine import graph_is_kept, version
 from ..torch_internals.tensors import is_fake
 from .pieces import Branch, Index, branch_of, refuse_sharded
@@ -36,7 +37,7 @@ class Grid:
 
     def round(self, value: Tensor) -> Tensor:
         """``value`` in at least fp32, on the grid; a new tensor."""
-        wide = value.detach().to(torch.promote_types(value.dtype, torch.float32))
+        wide = value.detach().to(full_dtype(value.dtype))
         return torch.mul(wide, 1 / self.step).round_().mul_(self.step)
 
     def limit(self, dtype: torch.dtype) -> float:

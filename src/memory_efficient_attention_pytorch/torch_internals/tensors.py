@@ -11,27 +11,18 @@ from .capabilities import capability
 
 
 @capability
-def fake_tensor_type() -> type[Tensor]:
-    """The class of tensors without contents, which dry runs and tracers send through the code."""
-    from torch._subclasses.fake_tensor import FakeTensor
-
-    return FakeTensor
-
-
-@capability
 def functorch_is_active() -> Callable[[], bool]:
     """A function: is one of torch.func's transforms at work?"""
     return torch._C._are_functorch_transforms_active
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """Has the tensor a shape and a device but no contents?"""
-    kind = fake_tensor_type()
-    return type(tensor).__name__ == "FakeTensor" if kind is None else isinstance(tensor, kind)
+    """True for a tensor with a shape and a device but no contents, which dry runs and tracers send through the code."""
+    return type(tensor).__name__ == "FakeTensor"
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """Do PyTorch's operators compute on these directly: no subclass of anybody's, no transform of torch.func?
+    """True where PyTorch's operators compute on these directly: no subclass of anybody's, no transform of torch.func.
 
     Where PyTorch does not tell about transforms, nothing is taken to be plain.
     """
