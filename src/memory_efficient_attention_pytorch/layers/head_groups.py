@@ -6,7 +6,7 @@ projections is applied to a slab of tokens where it is needed, forward and backw
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -70,89 +70,83 @@ class HeadGroupBranch(Branch):
 
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
         self.module.check(x, **kwargs)
-        context = kwargs.pop("context", None)
-        scratch = Scratch(compute_dtype(x), x.device)
-        for group in self._groups():
-            heads = self._project(self._sources(x, context, group), scratch)
-            out = _tokens(self.module.attend(*heads, group=group, **kwargs))
+        for part in self._parts(x, kwargs.pop("context", None)):
+            heads = part.project()
+            out = _tokens(self.module.attend(*heads, group=part.group, **kwargs))
             del heads
-            self._emit(out, group, scratch, add)
+            part.emit(out, add)
 
     def compute_again(self, x: Tensor, kwargs: dict[str, Any], again: Repetition) -> None:
-        context = kwargs.pop("context", None)
-        scratch = Scratch(compute_dtype(x), x.device)
-        for group in self._groups():
-            sources = self._sources(x, context, group)
-            heads = [t.detach().requires_grad_() for t in self._project(sources, scratch)]
+        for part in self._parts(x, kwargs.pop("context", None)):
+            heads = [t.detach().requires_grad_() for t in part.project()]
             with torch.enable_grad():
-                out = self.module.attend(*heads, group=group, **kwargs)
+                out = self.module.attend(*heads, group=part.group, **kwargs)
             values = _tokens(out.detach())
             if again.add is not None:
-                self._emit(values, group, scratch, again.add)
-            grad_values = self._through_output(values, group, scratch, again)
+                part.emit(values, again.add)
+            grad_values = part.through_output(values, again)
             del values
             of_heads = again.sums.backward(out, _heads(grad_values, out), heads)
             del out, heads, grad_values
-            self._through_projections(sources, of_heads, scratch, again)
+            part.through_projections(of_heads, again)
 
-    def _groups(self) -> Iterable[HeadGroup]:
+    def _parts(self, x: Tensor, context: Tensor | None) -> Iterator[_Projections]:
+        scratch = Scratch(compute_dtype(x), x.device)
+        tokens = (Normed(x, self.norm), None if context is None else Normed(context))
         # What is kept of each group adds up: the last finds that of all others, as in the whole loop.
-        return each(self.module.head_groups, last=1 if self.module.keep_attention else 0)
+        for group in each(self.module.head_groups, last=1 if self.module.keep_attention else 0):
+            yield _Projections(self.module, group, *tokens, scratch)
 
-    def _sources(self, x: Tensor, context: Tensor | None, group: HeadGroup) -> list[_Source]:
-        attention, width = self.module, self.module.dim_head
-        half = attention.kv_heads * width
-        q = (attention.to_q.weight, _scaled(group.heads, width))
-        k = (attention.to_kv.weight, _scaled(group.kv_heads, width))
-        v = (attention.to_kv.weight, _scaled(group.kv_heads, width, half))
-        normed = Normed(x, self.norm)
-        if context is None:
-            return [_Source(normed, (q, k, v))]
-        return [_Source(normed, (q,)), _Source(Normed(context), (k, v), is_context=True)]
 
-    def _project(self, sources: Sequence[_Source], scratch: Scratch) -> tuple[Tensor, ...]:
+class _Projections:
+    """A group's part of the projections, from tokens to heads and back; in buffers that all groups share."""
+
+    def __init__(self, module: Any, group: HeadGroup, x: Normed, context: Normed | None, scratch: Scratch) -> None:
+        self.group, self.scratch, self.width, self.output = group, scratch, module.dim_head, module.to_out.weight
+        self.columns = _scaled(group.heads, self.width)
+        q = (module.to_q.weight, self.columns)
+        k = (module.to_kv.weight, _scaled(group.kv_heads, self.width))
+        v = (module.to_kv.weight, _scaled(group.kv_heads, self.width, module.kv_heads * self.width))
+        own = (q, k, v) if context is None else (q,)
+        self.sources = [_Source(x, own), *([] if context is None else [_Source(context, (k, v), is_context=True)])]
+
+    def project(self) -> tuple[Tensor, ...]:
         """q, k and v of the group's heads ``(b, heads, tokens, d)``, views of one buffer per source."""
         found: list[Tensor] = []
-        for number, source in enumerate(sources):
-            x = source.tokens.x
-            weight = source.weight(scratch.dtype)
-            buffer = scratch.take(f"projected {number}", *x.shape[:2], len(weight))
+        for number, source in enumerate(self.sources):
+            x, weight = source.tokens.x, source.weight(self.scratch.dtype)
+            buffer = self.scratch.take(f"projected {number}", *x.shape[:2], len(weight))
             for index in each(slabs(x)):
-                rows = source.tokens.at(index).to(scratch.dtype).flatten(0, 1)
+                rows = source.tokens.at(index).to(self.scratch.dtype).flatten(0, 1)
                 linear_into(buffer[index].view(len(rows), len(weight)), rows, weight)
             sizes = [rows.stop - rows.start for _, rows in source.rows]
-            found += [t.unflatten(-1, (-1, self.module.dim_head)).transpose(1, 2) for t in buffer.split(sizes, -1)]
+            found += [t.unflatten(-1, (-1, self.width)).transpose(1, 2) for t in buffer.split(sizes, -1)]
         return tuple(found)
 
-    def _emit(self, values: Tensor, group: HeadGroup, scratch: Scratch, add: Add) -> None:
-        columns = _scaled(group.heads, self.module.dim_head)
-        weight = self.module.to_out.weight[:, columns].to(values.dtype)
+    def emit(self, values: Tensor, add: Add) -> None:
+        """Through the output projection: from ``values (b, n, heads·d)`` to the group's part of the output."""
+        weight = self.output[:, self.columns].to(values.dtype)
         for index in each(slabs(values)):
-            add(index, scratch.linear("slab", values[index], weight))
+            add(index, self.scratch.linear("slab", values[index], weight))
 
-    def _through_output(self, values: Tensor, group: HeadGroup, scratch: Scratch, again: Repetition) -> Tensor:
-        """Back through the output projection: the gradient of ``values (b, n, heads·d)``."""
-        columns = _scaled(group.heads, self.module.dim_head)
-        output = self.module.to_out.weight
-        weight = output[:, columns].to(values.dtype)
-        back = scratch.take("back", *values.shape)
+    def through_output(self, values: Tensor, again: Repetition) -> Tensor:
+        """Back through the output projection: the gradient of ``values``."""
+        weight = self.output[:, self.columns].to(values.dtype)
+        back = self.scratch.take("back", *values.shape)
         for index in each(slabs(values)):
             upstream = again.cotangent[index].to(values.dtype)
             rows = upstream.flatten(0, 1)
             linear_into(back[index].view(len(rows), weight.shape[1]), rows, weight.t())
-            again.sums.add_product(output, upstream, values[index], (slice(None), columns))
+            again.sums.add_product(self.output, upstream, values[index], (slice(None), self.columns))
         return back
 
-    def _through_projections(
-        self, sources: Sequence[_Source], of_heads: list[Any], scratch: Scratch, again: Repetition
-    ) -> None:
+    def through_projections(self, of_heads: list[Any], again: Repetition) -> None:
         """Back through the projections and the norm, slab by slab; consumes ``of_heads``."""
-        for source in sources:
+        for source in self.sources:
             mine = [of_heads.pop(0).transpose(1, 2) for _ in source.rows]
-            weight = source.weight(scratch.dtype)
-            x = source.tokens.x
+            x, weight = source.tokens.x, source.weight(self.scratch.dtype)
             for index in each(slabs(x)):
-                upstream = scratch.take("joined", *x[index].shape[:2], len(weight))
+                upstream = self.scratch.take("joined", *x[index].shape[:2], len(weight))
                 torch.cat([t[index].flatten(2) for t in mine], dim=-1, out=upstream)
                 values = source.tokens.with_graph(index).to(upstream.dtype)
                 start = 0
@@ -160,7 +154,7 @@ class HeadGroupBranch(Branch):
                     stop = start + rows.stop - rows.start
                     again.sums.add_product(matrix, upstream[..., start:stop], values, rows)
                     start = stop
-                back = scratch.linear("slab", upstream, weight.t())
+                back = self.scratch.linear("slab", upstream, weight.t())
                 if source.is_context:
                     again.sums.add(x, back, index)
                 else:

@@ -21,13 +21,7 @@ def linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
     found = operator("mkldnn::_linear_pointwise", ("X", "W", "B", "attr", "scalars", "algorithm"))
     if found is None:
         return None
-    packet = torch.ops.mkldnn._linear_pointwise
-    if packet not in flop_registry:
-
-        @register_flop_formula(packet)
-        def flops(values: tuple[int, int], weight: tuple[int, int], *_: Any, **__: Any) -> int:
-            return mm_flop(values, weight[::-1])
-
+    _teach_flops(torch.ops.mkldnn._linear_pointwise, lambda values, weight, *_, **__: mm_flop(values, weight[::-1]))
     return lambda values, weight, bias: found(values, weight, bias, "none", [], "")
 
 
@@ -73,19 +67,19 @@ def _as_image(rows: Tensor) -> Tensor:
 
 def _teach_shapes_and_flops() -> None:
     """What PyTorch does not know of the operator: how much it computes, and what it returns for fake tensors."""
-    packet = torch.ops.mkldnn._convolution_pointwise_
-    if packet not in flop_registry:
 
-        @register_flop_formula(packet)
-        def flops(_total: Any, values: tuple[int, ...], kernel: tuple[int, ...], *_: Any, **__: Any) -> int:
-            return mm_flop((values[2], values[1]), (kernel[1], kernel[0]))
+    def flops(_total: Any, values: tuple[int, ...], kernel: tuple[int, ...], *_: Any, **__: Any) -> int:
+        return mm_flop((values[2], values[1]), (kernel[1], kernel[0]))
 
+    _teach_flops(torch.ops.mkldnn._convolution_pointwise_, flops)
     name = "mkldnn::_convolution_pointwise_.binary"
     if not torch._C._dispatch_has_kernel_for_dispatch_key(name, "Meta"):
+        torch.library.register_fake(name, lambda total, *_, **__: total)
 
-        @torch.library.register_fake(name)  # type: ignore[untyped-decorator]
-        def shape(total: Tensor, *_: Any, **__: Any) -> Tensor:
-            return total
+
+def _teach_flops(packet: Any, formula: Callable[..., int]) -> None:
+    if packet not in flop_registry:
+        register_flop_formula(packet)(formula)
 
 
 @capability
