@@ -24,7 +24,7 @@ def require_probability(argument: str, value: Any) -> None:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """ " (did you mean X?)", or nothing when no known name resembles `name`."""
+    """What to append to an error: `` (did you mean X?)``, or nothing where no known name resembles ``name``."""
     import difflib
 
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

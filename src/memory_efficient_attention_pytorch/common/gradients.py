@@ -78,10 +78,8 @@ def _will_accumulate(leaf: Tensor) -> bool:
 
 def _on_default_stream(device: torch.device) -> bool:
     # Functions that share a leaf but not a stream would add to it at the same time.
-    if device.type in ("cpu", "meta"):
-        return True
     if device.type != "cuda":
-        return False
+        return device.type in ("cpu", "meta")
     return not torch.cuda.is_initialized() or torch.cuda.current_stream(device) == torch.cuda.default_stream(device)
 
 

@@ -1,8 +1,7 @@
 """Matrix products into memory that is there already, by the faster of PyTorch's two CPU libraries.
 
 PyTorch multiplies fp32 matrices with MKL, which uses AVX-512 on Intel's processors only. oneDNN, which PyTorch brings
-along for its other products, uses it on any: on an AMD EPYC of family 26 it reaches 245 GFLOP/s a thread, MKL 110; on
-one of family 25, whose AVX-512 comes in halves, the two are nearly as fast. Which it is here is measured.
+along for its other products, uses it on any. Which of the two is faster here is measured.
 """
 
 from __future__ import annotations
@@ -146,13 +145,13 @@ def _worthwhile(terms: int, columns: int) -> bool:
 
 
 def has_onednn(*tensors: Tensor) -> bool:
-    """Is oneDNN there for products of these, and the faster library?"""
+    """True where oneDNN is there for products of these, and the faster library."""
     usable = all(t.dtype == torch.float32 and onednn_is_usable(t.device) for t in tensors)
     return usable and onednn_is_faster() and onednn.linear() is not None
 
 
 def onednn_is_usable(device: torch.device) -> bool:
-    """Can oneDNN multiply fp32 matrices on this device, the CPU, outside of a compiler, which chooses its own?"""
+    """True where oneDNN multiplies fp32 matrices: on the CPU, outside of a compiler, which chooses its own products."""
     if torch.compiler.is_compiling() or device_type(device) != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     enabled = onednn.is_enabled()
@@ -161,10 +160,10 @@ def onednn_is_usable(device: torch.device) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """Does oneDNN multiply fp32 so much faster than PyTorch's usual library here that it is worth its detours?
+    """True where oneDNN multiplies fp32 so much faster than PyTorch's usual library that it is worth its detours.
 
-    Measured once in a process, in some 20 ms, on one core: the best of several products by each, in turn. The margin is
-    wide: where AVX-512 comes in two halves the rates differ by 1.17, where MKL leaves it unused by 2.2.
+    Measured once in a process, in some 20 ms, on one core: the best of several products by each, in turn. On an AMD
+    EPYC of family 25, whose AVX-512 comes in halves, the rates differ by 1.17, on one of family 26 by 2.2.
     """
     if not torch.backends.mkldnn.is_available() or onednn.linear() is None:
         return False

@@ -1,4 +1,4 @@
-"""Multi-head attention modules, and the functions that the seed's users call."""
+"""Multi-head attention modules."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ class Attention(nn.Module):
         return Branch(self, kwargs, norm)
 
     def _comes_in_groups(self) -> bool:
-        """Can the projections be computed for some heads at a time? If not, a warning tells who asked for that why."""
+        """True where the projections can be computed for some heads at a time; else a warning tells who asked for it."""
         for name in ("to_q", "to_kv", "to_out"):
             projection = getattr(self, name)
             reason = reason_against(projection, nn.Linear) or ("it has a bias" if projection.bias is not None else None)

@@ -17,9 +17,6 @@ from ..common.errors import require, require_positive_int
 from ..layers.attention import Attention
 from ..layers.cache import KVCache
 
-IGNORED = -100
-"""The label that counts for nothing in PyTorch's cross-entropy and in the Transformer's."""
-
 
 class AutoregressiveWrapper(nn.Module):
     """Trains a network to predict the next token, and generates with it.
@@ -66,7 +63,7 @@ class AutoregressiveWrapper(nn.Module):
         labels = x[:, 1:]
         if mask is not None:
             _check_mask(mask, x.shape, "x")
-            labels = labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), kwargs.get("ignore_index", IGNORED))
+            labels = labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), kwargs.get("ignore_index", -100))
             kwargs["mask"] = mask[:, :-1]
         loss: Tensor = self.net(x[:, :-1], labels=labels, **kwargs)
         return loss

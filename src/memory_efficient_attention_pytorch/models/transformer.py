@@ -21,8 +21,6 @@ from ..recompute.by_hand import reason_against
 from ..recompute.normed import is_norm_of_tokens
 from .config import TransformerConfig, built_from
 
-__all__ = ["FeedForward", "PreNorm", "Transformer"]
-
 _OF_ATTENTION = (
     *("dim", "heads", "dim_head", "causal", "dropout", "kv_heads", "window", "head_chunks", "keep_attention"),
     *("memory_efficient", "q_bucket_size", "k_bucket_size", "backend"),
@@ -104,7 +102,7 @@ class Transformer(nn.Module):
 
     @property
     def _plain_head(self) -> bool:
-        """Is the last layer as it was built, with nobody watching, so that its weights say it all?"""
+        """True where the last layer is as it was built and has no hooks, so that its weights say all that it computes."""
         _, *head = self.to_logits
         known = ((self.to_logits, nn.Sequential), *((layer, nn.Linear) for layer in head))
         return all(reason_against(module, kind) is None for module, kind in known)

@@ -84,5 +84,5 @@ def _teach_flops(packet: Any, formula: Callable[..., int]) -> None:
 
 @capability
 def is_enabled() -> Callable[[], bool]:
-    """A function: has nobody switched oneDNN off (``torch.backends.mkldnn.flags``)?"""
+    """A function that tells whether oneDNN is on (``torch.backends.mkldnn.flags``)."""
     return torch._C._get_mkldnn_enabled

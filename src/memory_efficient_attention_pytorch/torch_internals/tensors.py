@@ -12,7 +12,7 @@ from .capabilities import capability
 
 @capability
 def functorch_is_active() -> Callable[[], bool]:
-    """A function: is one of torch.func's transforms at work?"""
+    """A function that tells whether one of torch.func's transforms is at work."""
     return torch._C._are_functorch_transforms_active
 
 
