@@ -129,7 +129,7 @@ class Attention(nn.Module):
         return Branch(self, kwargs, norm)
 
     def _comes_in_groups(self) -> bool:
-        """True where the projections can be computed for some heads at a time; else a warning tells who asked for it."""
+        """True where the projections can be computed for some heads at a time; else a warning says why not."""
         for name in ("to_q", "to_kv", "to_out"):
             projection = getattr(self, name)
             reason = reason_against(projection, nn.Linear) or ("it has a bias" if projection.bias is not None else None)

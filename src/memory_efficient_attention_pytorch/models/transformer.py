@@ -102,7 +102,7 @@ class Transformer(nn.Module):
 
     @property
     def _plain_head(self) -> bool:
-        """True where the last layer is as it was built and has no hooks, so that its weights say all that it computes."""
+        """True where the last layer is as it was built and has no hooks: its weights say all that it computes."""
         _, *head = self.to_logits
         known = ((self.to_logits, nn.Sequential), *((layer, nn.Linear) for layer in head))
         return all(reason_against(module, kind) is None for module, kind in known)
