@@ -110,14 +110,15 @@ class Attention(nn.Module):
         tokens; mask and document_ids then cover those too.
         """
         self.check(x, context, rotary, cache)
-        options: dict[str, Any] = {"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "rotary": rotary}
-        options |= {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+        given: dict[str, Any] = {"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "rotary": rotary}
+        given |= {"cache": cache, "q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+        given = {name: value for name, value in given.items() if value is not None}
         if len(self.head_groups) > 1 and cache is None and self._comes_in_groups():
-            return apply_piecewise(self.as_branch({"context": context, **options}), x)
+            return apply_piecewise(self.as_branch({"context": context, **given}), x)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
         k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
-        out = self.attend(q, k, v, cache=cache, **options)
+        out = self.attend(q, k, v, **given)
         merged: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return merged
 
@@ -147,30 +148,27 @@ class Attention(nn.Module):
         v: Tensor,
         *,
         group: HeadGroup | None = None,
-        mask: Tensor | None = None,
-        attn_bias: Tensor | BiasModule | None = None,
-        q_bucket_size: int | None = None,
-        k_bucket_size: int | None = None,
-        document_ids: Tensor | None = None,
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
+        **given: Any,
     ) -> Tensor:
-        """Projected heads ``(b, h, n, d)``, ``(b, kv, m, d)`` twice → ``(b, h, n, d)``; ``group``: which heads."""
+        """Projected heads ``(b, h, n, d)``, ``(b, kv, m, d)`` twice → ``(b, h, n, d)``.
+
+        group: which heads. given: the other keywords of :meth:`forward`, where they are not None.
+        """
         q, k, scale = self.prepare(q, k, slice(None) if group is None else group.heads)
         if rotary is not None:
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(self, k, v, window_sides(self.window)[0])
-            mask, document_ids = _last_keys(mask, k.shape[2]), _last_keys(document_ids, k.shape[2])
+            given |= {name: _last_keys(given[name], k.shape[2]) for name in ("mask", "document_ids") if name in given}
         if group is not None:
-            mask, attn_bias = _of_heads(mask, group.heads), _of_heads(attn_bias, group.heads)
-        options: dict[str, Any] = {
-            **{"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "scale": scale},
-            **{"causal": self.causal, "window": self.window, "backend": self.backend},
-            "dropout": self.dropout if self.training else 0.0,
-            "q_bucket_size": self.q_bucket_size if q_bucket_size is None else q_bucket_size,
-            "k_bucket_size": self.k_bucket_size if k_bucket_size is None else k_bucket_size,
-        }
+            given |= {name: _of_heads(given[name], group.heads) for name in ("mask", "attn_bias") if name in given}
+        given = {"q_bucket_size": self.q_bucket_size, "k_bucket_size": self.k_bucket_size, **given}
+        dropout = self.dropout if self.training else 0.0
+        # As keywords of a call, since those refuse to be given twice.
+        own = {"causal": self.causal, "window": self.window, "backend": self.backend, "dropout": dropout}
+        options: dict[str, Any] = dict(**own, scale=scale, **given)
         kept = KeptResults.active() if self.keep_attention else None
         if kept is None:
             out: Tensor = dot_product_attention(q, k, v, **options)
@@ -198,7 +196,7 @@ class Attention(nn.Module):
 
 
 def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:
-    return None if tensor is None or tensor.shape[-1] == 1 else tensor[..., -keys:]
+    return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., -keys:]
 
 
 def _of_heads(tensor: Any, heads: slice) -> Any:
