@@ -37,13 +37,10 @@ class FeedForward(nn.Module):
 
     @property
     def _plain(self) -> bool:
-        """True where everything is as it was built, with nobody watching the layers."""
-        if len(self.net) != 3 or reason_against(self.net, nn.Sequential) is not None:
-            return False
-        linear, activation, last = self.net
-        known = ((linear, nn.Linear), (activation, nn.GELU), (last, nn.Linear))
-        plain = all(reason_against(module, kind) is None for module, kind in known)
-        return plain and linear.bias is not None and last.bias is not None
+        """True where everything is as it was built and no layer has hooks."""
+        parts, kinds = (self.net, *self.net), (nn.Sequential, nn.Linear, nn.GELU, nn.Linear)
+        known = len(parts) == len(kinds) and not any(map(reason_against, parts, kinds))
+        return known and self.net[0].bias is not None and self.net[2].bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
         return self.net(x) if self.chunks == 1 else apply_piecewise(self.as_branch({}), x)

@@ -42,18 +42,13 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
-        settings: Settings,
-        make_rows: Callable[..., Rows],
-        replay: Replay | None,
-        labels: Tensor,
-        *inputs: Any,
+        ctx: Any, settings: Settings, make: Callable[..., Rows], replay: Replay | None, labels: Tensor, *inputs: Any
     ) -> Tensor:
-        ctx.settings, ctx.make_rows, ctx.replay = settings, make_rows, replay
+        ctx.settings, ctx.make, ctx.replay = settings, make, replay
         needed = [need and not settings.gradients_wait for need in ctx.needs_input_grad[4:]]
         share, early, late = share_of_each(settings, labels, inputs[0].dtype)
         with nullcontext() if replay is None else replay.first():
-            losses, gradients = over_chunks(settings, make_rows, labels, inputs, needed, early)
+            losses, gradients = over_chunks(settings, make, labels, inputs, needed, early)
         if settings.gradients_wait:
             ctx.save_for_backward(labels, *inputs, *(() if replay is None else replay.release()))
         else:
@@ -76,14 +71,14 @@ class LinearCrossEntropy(torch.autograd.Function):
         share = share_of_each(ctx.settings, first, inputs[0].dtype)[0]
         with nullcontext() if ctx.replay is None else ctx.replay.again(kept):
             of_each = cotangent * share
-            _, gradients = over_chunks(ctx.settings, ctx.make_rows, first, inputs, needed, of_each, accumulator)
+            _, gradients = over_chunks(ctx.settings, ctx.make, first, inputs, needed, of_each, accumulator)
         of_head = [g if g is None else left_to_add(x, g) for x, g in zip(inputs[:2], gradients[:2], strict=True)]
         return None, None, None, None, *of_head, *gradients[2:]
 
 
 def over_chunks(
     settings: Settings,
-    make_rows: Callable[..., Rows],
+    make: Callable[..., Rows],
     labels: Tensor,
     inputs: Sequence[Any],
     needed: Sequence[bool],
@@ -101,7 +96,7 @@ def over_chunks(
     losses = weight.new_empty(len(labels), dtype=full_dtype(weight.dtype))
     row_weight = torch.where(counted, row_weight, losses.new_zeros(()))
     chunks = even_chunks(len(labels), settings.chunk_size)
-    rows = make_rows(needed[2:], *made_of)
+    rows = make(needed[2:], *made_of)
     with working_on("loss"), full_precision(weight.device):
         of_head = [total(x) if need else None for x, need in zip((weight, bias), needed, strict=False)]
         chunk_loss = ChunkLoss(settings, weight, bias, of_head, rows=chunks[0].stop if chunks else 1)

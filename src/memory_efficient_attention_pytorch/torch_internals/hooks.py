@@ -11,22 +11,20 @@ from torch.autograd.graph import Node
 
 from .capabilities import capability
 
-_OF_MODULES = ("_forward_pre_hooks", "_forward_hooks", "_backward_pre_hooks", "_backward_hooks")
+_KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
 @capability
 def hooks_of_modules() -> tuple[str, ...] | None:
     """Attributes of a module that hold its hooks."""
-    module = nn.Module()
-    return _OF_MODULES if all(isinstance(getattr(module, name), Mapping) for name in _OF_MODULES) else None
+    module, names = nn.Module(), tuple(f"_{kind}" for kind in _KINDS)
+    return names if all(isinstance(getattr(module, name), Mapping) for name in names) else None
 
 
 @capability
 def hooks_of_all_modules() -> tuple[Mapping[int, Any], ...]:
     """Where hooks on all modules there are are registered."""
-    home = torch.nn.modules.module
-    names = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
-    return tuple(getattr(home, f"_global_{name}") for name in names)
+    return tuple(getattr(torch.nn.modules.module, f"_global_{kind}") for kind in _KINDS)
 
 
 @capability
