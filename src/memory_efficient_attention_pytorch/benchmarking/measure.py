@@ -189,14 +189,14 @@ class _ResidentSet:
     def start(self) -> int:
         held = _process_bytes("VmRSS") - self.base
         Path("/proc/self/clear_refs").write_text("5")  # resets the high-water mark
-        self.addresses = _process_bytes("VmSize")
+        self.addresses = _process_bytes("VmSize") - _unlimited_bytes()
         return held
 
     def peak(self) -> int:
         return _process_bytes("VmHWM") - self.base
 
     def reserved(self, taken: int) -> int:
-        return max(0, _process_bytes("VmPeak") - self.addresses - taken)
+        return max(0, _process_bytes("VmPeak") - _unlimited_bytes() - self.addresses - taken)
 
 
 def _process_bytes(field: str) -> int:
@@ -207,3 +207,14 @@ def _process_bytes(field: str) -> int:
         raise RuntimeError("CPU memory is measured from /proc, which Linux alone has")
     sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(sizes[field].split()[0]) * 1024
+
+
+def _unlimited_bytes() -> int:
+    """Address space that no limit on data counts: what is shared or cannot be written to, a library's code say."""
+    total = 0
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        addresses, permissions = line.split(maxsplit=2)[:2]
+        if "w" not in permissions or "s" in permissions:
+            start, end = (int(address, 16) for address in addresses.split("-"))
+            total += end - start
+    return total
