@@ -16,17 +16,8 @@ EVERYTHING = {**SUBJECTS, **{f"{name}, dropping": make for name, make in DROPPIN
 SECOND_TIME, ONCE, IN_PLACE = "second time", "differentiable once|derivative", "modified by an inplace operation"
 
 
-# What is known to be wrong: the subject, the tests' names, whether always, and why.
-WRONG = [
-    ("bias module, tiled", "hooks_(see.*(tensor_hook|on_many)|may)", True, "each tile runs the parameters' hooks"),
-]
-
-
 @pytest.fixture(params=SUBJECTS)
 def subject(request):
-    for name, tests, always, reason in WRONG:
-        if request.param == name and re.search(tests, request.node.name):
-            request.applymarker(pytest.mark.xfail(strict=always, reason=reason))
     return SUBJECTS[request.param]()
 
 

@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import (
+    AlibiBias,
     Attention,
     Chunked,
     CosineSimAttention,
@@ -103,6 +104,14 @@ def test_documents_need_as_many_queries_as_keys_have_them():
 def test_a_module_bias_of_wrong_shape(backend):
     with pytest.raises(REFUSAL, match="bias"):
         dot_product_attention(*qkv().values(), attn_bias=lambda i, j: zeros(3, len(i), len(j)), backend=backend)
+
+
+@pytest.mark.parametrize("backend", ["naive", "tiled", "auto", "onednn"])
+@pytest.mark.parametrize("heads", [3, 8])
+def test_a_bias_module_of_other_heads(backend, heads):
+    """Also one that is asked for some of its heads alone, whose first ones would pass for all."""
+    with pytest.raises(ValueError, match="attn_bias module's output"):
+        dot_product_attention(*qkv().values(), attn_bias=AlibiBias(heads), backend=backend)
 
 
 def test_messages_say_what_was_expected_and_what_came():

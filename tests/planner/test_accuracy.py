@@ -62,11 +62,12 @@ def test_the_longest_sequence_runs_under_its_budget_and_a_longer_one_does_not():
         arguments = {"config": config, "seq_len": length}
         return measure_peak(f"{__file__}:build", arguments, threads=THREADS, limit_bytes=limit)
 
-    # The system limits address space, of which oneDNN's compiler takes some that it never touches.
+    # The system limits address space, of which oneDNN's compiler takes some that it never touches: 4 to 8 MiB here by
+    # turns, the difference as much as what 4 % more tokens take.
     room += run(longest).reserved_bytes
     run(int(0.97 * longest), room)
     with pytest.raises(MemoryError):
-        run(int(1.05 * longest), room)
+        run(int(1.1 * longest), room)
 
 
 def perceptron(rows):

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ..common.errors import require
 from ..common.gradients import GradientSums, accumulator
+from ..common.parameters import SeenParameters
 from .visibility import Tile, canonical_broadcast, narrow_broadcast
 
 BiasModule = Callable[..., Tensor]
@@ -42,11 +43,11 @@ class Bias:
         expected = "a tensor or a module called with query and key positions"
         require(callable(values), "attn_bias", expected, type(values).__name__)
         trained = isinstance(values, nn.Module) and any(p.requires_grad for p in values.parameters())
-        if torch.is_grad_enabled() and not trained:
-            position = torch.zeros(1, dtype=torch.long, device=q.device)
-            captured = values(position, position).requires_grad
-            expected = "a module that holds what needs a gradient as parameters"
-            require(not captured, "attn_bias", expected, "a captured tensor")
+        position = torch.zeros(1, dtype=torch.long, device=q.device)
+        at_one = values(position, position)
+        canonical_broadcast(at_one, (*shape[:2], 1, 1), "attn_bias module's output")
+        expected = "a module that holds what needs a gradient as parameters"
+        require(trained or not at_one.requires_grad, "attn_bias", expected, "a captured tensor")
         return Bias(values, shape, trained and torch.is_grad_enabled())
 
     @property
@@ -89,8 +90,13 @@ class BiasGradient:
 
     def __init__(self, bias: Bias | None, needed: Sequence[bool], dtype: torch.dtype) -> None:
         self.bias = bias
+        module = None if bias is None or not isinstance(bias.values, nn.Module) else bias.values
+        # Stand-ins of parameters that are watched: their hooks run once, on the whole gradient.
+        self._seen = SeenParameters([] if module is None else [module])
+        self._leaves = [] if module is None else self._seen.leaves(self._seen.take(), needed)
+        leaves = bias.leaves if bias is not None and module is None else self._leaves
         total = accumulator if dtype == torch.float32 else partial(torch.zeros_like, dtype=dtype)
-        self._sums = GradientSums(() if bias is None else bias.leaves, needed, total)
+        self._sums = GradientSums(leaves, needed, total)
         self.wanted = bool(self._sums.wanted)
 
     def add(self, tile: Tile, batch: slice, heads: slice, grad_scores: Tensor) -> None:
@@ -102,7 +108,7 @@ class BiasGradient:
             target = self.bias.with_tensor(total).tile(tile, batch, heads, total.device)
             target += grad_scores.sum_to_size(target.shape)
             return
-        with torch.enable_grad():
+        with self._seen.held(self._leaves), torch.enable_grad():
             values = self.bias.tile(tile, batch, heads, grad_scores.device)
         self._sums.backward(values, grad_scores.sum_to_size(values.shape).to(values.dtype))
 

@@ -17,7 +17,9 @@ def full_dtype(dtype: torch.dtype) -> torch.dtype:
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """What autocast computes in on the device, None where it is off."""
     kind = device.type
-    on = torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
+    # A compiler does not follow the first question (PyTorch 2.11), and meets no device of which the second is an error.
+    known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
+    on = known and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.gradients import GradientSums, fresh_total
-from ..recompute.parameters import SeenParameters
+from ..common.parameters import SeenParameters
 from ..recompute.reversal import Chain, ChainEnd
 from .rows import RowSource
 

@@ -20,8 +20,8 @@ from ..common.autograd import once_differentiable
 from ..common.dry_run import each, working_on
 from ..common.errors import require
 from ..common.gradients import GradientSums
+from ..common.parameters import SeenParameters
 from .by_hand import reason_against
-from .parameters import SeenParameters
 from .replay import Replay
 
 Index = tuple[Any, ...]
