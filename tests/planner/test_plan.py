@@ -11,6 +11,7 @@ from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.planner import CATEGORIES, max_seq_len, plan, workload
 from memory_efficient_attention_pytorch.planner.candidates import candidates
 from memory_efficient_attention_pytorch.planner.dry_run import dry_run
+from memory_efficient_attention_pytorch.torch_internals import ALL
 
 CONFIG = {"num_tokens": 256, "dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "causal": True}
 
@@ -68,6 +69,17 @@ def test_a_million_tokens_are_no_more_work_than_a_few(monkeypatch):
     assert len(operations) == 4
     assert operations[:2] == operations[2:]
     assert sum(operations[:2]) < 12_000
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_first_plan_of_a_process_is_as_any_other(device):
+    """Looking up what this PyTorch can do is no part of a step."""
+    expected = planned({**CONFIG, "depth": 5}, device=device)
+    for part in ALL.values():
+        part.__dict__.pop("_found", None)
+    first = planned({**CONFIG, "depth": 5}, device=device)
+    assert first.timeline.operations == expected.timeline.operations
+    np.testing.assert_array_equal(first.timeline.live, expected.timeline.live)
 
 
 def test_planning_draws_no_random_numbers_and_changes_no_settings():

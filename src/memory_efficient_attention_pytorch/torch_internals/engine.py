@@ -41,7 +41,7 @@ def graph_is_kept() -> bool:
 @capability
 def version_attribute() -> str | None:
     """The attribute that counts how often a tensor was changed in place."""
-    return "_version" if hasattr(torch.empty(0), "_version") else None
+    return "_version" if hasattr(Tensor, "_version") else None
 
 
 def version(tensor: Tensor) -> int:

@@ -30,7 +30,7 @@ def hooks_of_all_modules() -> tuple[Mapping[int, Any], ...]:
 @capability
 def hooks_of_tensors() -> str | None:
     """The attribute of a tensor that holds the hooks of ``Tensor.register_hook``."""
-    return "_backward_hooks" if hasattr(torch.empty(0), "_backward_hooks") else None
+    return "_backward_hooks" if hasattr(Tensor, "_backward_hooks") else None
 
 
 def module_is_watched(module: nn.Module) -> bool:
