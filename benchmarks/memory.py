@@ -4,7 +4,7 @@
 
 A row is one forward and backward of the Transformer with its loss: the peak above the built model and its gradients
 (the resident set's high-water mark) in units of tokens · dim · 4 bytes, after a short step that loads what is used
-first. The models of the first table differ from the base, 8192 tokens at dim 512 in lean pieces, in what a row says.
+first. The models of the first table differ from the base, 8192 tokens at dim 512 as constructed, in what a row says.
 With --million only the second: 1,048,576 tokens with a window. Writes memory.json and memory.md (million.…) to FOLDER.
 """
 
@@ -25,20 +25,22 @@ from memory_efficient_attention_pytorch.benchmarking.results import describe_mac
 from memory_efficient_attention_pytorch.training.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent
-BASE = {"seq_len": 8192, "num_tokens": 256, "dim": 512, "depth": 2, "heads": 8, "head_chunks": 4, "ff_chunks": 16}
+BASE = {"seq_len": 8192, "num_tokens": 256, "dim": 512, "depth": 2, "heads": 8}
 ROWS: dict[str, dict[str, Any]] = {
     "base: 2 layers, 8 heads, feed-forward ×4, vocabulary 256": {},
     "8 layers": {"depth": 8},
     "24 layers": {"depth": 24},
-    "16 heads, in 4 groups": {"heads": 16, "dim_head": 32},
-    "16 heads, in 8 groups": {"heads": 16, "dim_head": 32, "head_chunks": 8},
-    "feed-forward ×16, in 32 chunks": {"ff_mult": 16, "ff_chunks": 32},
+    "16 heads of 32": {"heads": 16, "dim_head": 32},
+    "16 heads of 64": {"heads": 16},
+    "1 key/value head": {"kv_heads": 1},
+    "feed-forward ×16": {"ff_mult": 16},
     "vocabulary 32000": {"num_tokens": 32000},
     "bf16 autocast, exact": {"autocast": True, "exact": True},
     "rotary positions": {"positions": "rotary"},
     "window of 1024": {"window": 1024},
     "groups of one head": {"head_chunks": 8},
-    "default settings": {"head_chunks": 1, "ff_chunks": 1},
+    "4 groups of heads, 16 chunks of tokens": {"head_chunks": 4, "ff_chunks": 16},
+    "attention and feed-forward whole": {"head_chunks": 1, "ff_chunks": 1},
 }
 MILLION: dict[str, dict[str, Any]] = {
     f"{n:,} tokens": {"seq_len": n, "dim": 256, "heads": 4, "depth": 2, "window": 512, "head_chunks": 2}

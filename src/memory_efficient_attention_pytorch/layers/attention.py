@@ -19,6 +19,7 @@ from ..recompute.pieces import Branch, apply_piecewise
 from .cache import KVCache
 from .head_groups import HeadGroup, HeadGroupBranch
 from .positions import rotate
+from .working_set import head_chunks_for
 
 
 class Attention(nn.Module):
@@ -36,7 +37,8 @@ class Attention(nn.Module):
         window: keys before and after its own position that a query sees: an integer for both, or a pair.
         head_chunks: split the heads into this many groups and compute one group at a time, in forward and backward.
             x is all that is kept for backward then, and the memory of q, k, v and output falls with the number. A group
-            should hold at least as many heads × batch as there are CPU threads.
+            should hold at least as many heads × batch as there are CPU threads. 1: all at once. None: chosen at each
+            call from shapes and threads so that a group's working set stays small (see :mod:`.working_set`).
         keep_attention: where backward computes activations again (head groups, reversible blocks), do not compute
             attention again but keep its output and log-sum-exp, ``b·n·heads·(dim_head + 1)`` elements: True on the
             device, ``"cpu"`` in host memory, which for a model on the CPU is the same. Results are the same.
@@ -62,14 +64,15 @@ class Attention(nn.Module):
         k_bucket_size: int = 1024,
         kv_heads: int | None = None,
         window: int | tuple[int | None, int | None] | None = None,
-        head_chunks: int = 1,
+        head_chunks: int | None = None,
         keep_attention: bool | str = False,
         backend: str = "auto",
     ) -> None:
         super().__init__()
         kv_heads = heads if kv_heads is None else kv_heads
-        counts = {"dim": dim, "heads": heads, "dim_head": dim_head, "kv_heads": kv_heads, "head_chunks": head_chunks}
-        for argument, value in {**counts, "q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}.items():
+        counts = {"dim": dim, "heads": heads, "dim_head": dim_head, "kv_heads": kv_heads}
+        counts |= {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
+        for argument, value in (counts | ({} if head_chunks is None else {"head_chunks": head_chunks})).items():
             require_positive_int(argument, value)
         require(heads % kv_heads == 0, "kv_heads", f"a divisor of heads = {heads}", kv_heads)
         require_probability("dropout", dropout)
@@ -84,7 +87,8 @@ class Attention(nn.Module):
         self.dropout, self.causal, self.window, self.backend = dropout, causal, window, backend
         self.memory_efficient = memory_efficient
         self.q_bucket_size, self.k_bucket_size = q_bucket_size, k_bucket_size
-        self.head_groups = HeadGroup.split(heads, kv_heads, head_chunks)
+        # None: as many as :meth:`_groups` chooses.
+        self.head_groups = None if head_chunks is None else HeadGroup.split(heads, kv_heads, head_chunks)
         self.to_q = nn.Linear(dim, heads * dim_head, bias=False)
         self.to_kv = nn.Linear(dim, 2 * kv_heads * dim_head, bias=False)
         self.to_out = nn.Linear(heads * dim_head, dim, bias=False)
@@ -113,8 +117,10 @@ class Attention(nn.Module):
         given: dict[str, Any] = {"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "rotary": rotary}
         given |= {"cache": cache, "q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
         given = {name: value for name, value in given.items() if value is not None}
-        if len(self.head_groups) > 1 and cache is None and self._comes_in_groups():
-            return apply_piecewise(self.as_branch({"context": context, **given}), x)
+        if cache is None:
+            groups = self._groups(x, context)
+            if len(groups) > 1 and self._comes_in_groups(groups):
+                return apply_piecewise(HeadGroupBranch(self, groups, {"context": context, **given}), x)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
         k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -122,20 +128,28 @@ class Attention(nn.Module):
         merged: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return merged
 
-    def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
+    def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Pieces over groups of heads, or all of it at once where the projections have to run by themselves."""
         kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "memory_efficient"}
-        if "cache" not in kwargs and self._comes_in_groups():
-            return HeadGroupBranch(self, kwargs, norm)
+        if "cache" not in kwargs:
+            groups = self._groups(x, kwargs.get("context"))
+            if self._comes_in_groups(groups):
+                return HeadGroupBranch(self, groups, kwargs, norm)
         return Branch(self, kwargs, norm)
 
-    def _comes_in_groups(self) -> bool:
+    def _groups(self, x: Tensor, context: Tensor | None) -> tuple[HeadGroup, ...]:
+        if self.head_groups is not None:
+            return self.head_groups
+        number = head_chunks_for(x, context, (self.heads, self.kv_heads), self.dim_head)
+        return HeadGroup.split(self.heads, self.kv_heads, number)
+
+    def _comes_in_groups(self, groups: tuple[HeadGroup, ...]) -> bool:
         """True where the projections can be computed for some heads at a time; else a warning says why not."""
         for name in ("to_q", "to_kv", "to_out"):
             projection = getattr(self, name)
             reason = reason_against(projection, nn.Linear) or ("it has a bias" if projection.bias is not None else None)
             if reason is not None:
-                if len(self.head_groups) > 1:
+                if len(groups) > 1:
                     whole = f"{type(self).__name__} is computed as a whole, not in pieces"
                     warnings.warn(f"head_chunks: {whole}: of {name}, {reason}", stacklevel=2)
                 return False

@@ -40,9 +40,9 @@ class Chunked(nn.Module):
         require_positive_int(*(("chunks", chunks) if chunk_size is None else ("chunk_size", chunk_size)))
         self.module, self.chunks, self.chunk_size, self.dim = module, chunks, chunk_size, dim
 
-    def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
+    def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         require(not kwargs, "Chunked", "no keyword arguments", ", ".join(kwargs))
         return ChunkBranch(self.module, norm, chunks=self.chunks or 1, chunk_size=self.chunk_size, dim=self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return apply_piecewise(self.as_branch({}), x)
+        return apply_piecewise(self.as_branch(x, {}), x)

@@ -15,25 +15,30 @@ from ..common.products import Scratch
 from ..recompute.by_hand import reason_against
 from ..recompute.normed import Normed, is_norm_of_tokens
 from ..recompute.pieces import Add, Branch, ChunkBranch, Repetition, apply_piecewise, pieces_of
+from .working_set import chunks_for
 
 
 class FeedForward(nn.Module):
     """``Linear(dim, mult·dim) → GELU → Linear(mult·dim, dim)``, in ``chunks`` chunks of tokens.
 
     x ``(b, n, dim)`` → ``(b, n, dim)``. With more than one chunk the hidden values ``(b, n, mult·dim)`` never exist as
-    a whole, in backward neither: x alone is kept and each chunk is computed once more there.
+    a whole, in backward neither: x alone is kept and each chunk is computed once more there. None: as many as keep a
+    chunk's working set small (see :mod:`.working_set`).
     """
 
-    def __init__(self, dim: int, mult: int = 4, chunks: int = 1) -> None:
+    def __init__(self, dim: int, mult: int = 4, chunks: int | None = None) -> None:
         super().__init__()
-        for argument, value in (("dim", dim), ("mult", mult), ("chunks", chunks)):
+        for argument, value in (("dim", dim), ("mult", mult), ("chunks", 1 if chunks is None else chunks)):
             require_positive_int(argument, value)
-        self.chunks = chunks
+        self.hidden, self.chunks = dim * mult, chunks
         self.net = nn.Sequential(nn.Linear(dim, dim * mult), nn.GELU(), nn.Linear(dim * mult, dim))
 
-    def as_branch(self, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
+    def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         require(not kwargs, "FeedForward", "no keyword arguments", ", ".join(kwargs))
-        return (FeedForwardBranch if self._plain else ChunkBranch)(self.net, norm, chunks=self.chunks)
+        return (FeedForwardBranch if self._plain else ChunkBranch)(self.net, norm, chunks=self._chunks(x))
+
+    def _chunks(self, x: Tensor) -> int:
+        return chunks_for(x, self.hidden) if self.chunks is None else self.chunks
 
     @property
     def _plain(self) -> bool:
@@ -43,7 +48,7 @@ class FeedForward(nn.Module):
         return known and self.net[0].bias is not None and self.net[2].bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) if self.chunks == 1 else apply_piecewise(self.as_branch({}), x)
+        return self.net(x) if self._chunks(x) == 1 else apply_piecewise(self.as_branch(x, {}), x)
 
 
 class FeedForwardBranch(ChunkBranch):
@@ -116,9 +121,9 @@ class PreNorm(nn.Module):
         self.fn = fn
         self.norm = nn.LayerNorm(dim)
 
-    def as_branch(self, kwargs: Mapping[str, Any]) -> Branch:
+    def as_branch(self, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:
         offer = pieces_of(self.fn) if is_norm_of_tokens(self.norm) else None
-        return Branch(self, kwargs) if offer is None else offer(kwargs, norm=self.norm)
+        return Branch(self, kwargs) if offer is None else offer(x, kwargs, norm=self.norm)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         out: Tensor = self.fn(self.norm(x), **kwargs)

@@ -6,7 +6,7 @@ projections is applied to a slab of tokens where it is needed, forward and backw
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -18,6 +18,7 @@ from ..common.precision import compute_dtype, full_dtype
 from ..common.products import Scratch, linear_into
 from ..recompute.normed import Normed, slabs
 from ..recompute.pieces import Add, Branch, Repetition
+from .working_set import splits
 
 
 class HeadGroup(NamedTuple):
@@ -29,11 +30,9 @@ class HeadGroup(NamedTuple):
     @staticmethod
     def split(heads: int, kv_heads: int, groups: int) -> tuple[HeadGroup, ...]:
         """Equal groups, each of whole sets of heads that share a key/value head, or a part of one such set."""
-        share = heads // kv_heads
-        size = heads // groups if heads % groups == 0 else 0
-        fits = size > 0 and (size % share == 0 or share % size == 0)
+        share, size = heads // kv_heads, heads // groups
         expected = f"a number that splits {heads} heads evenly, {share} of which share each key/value head"
-        require(fits, "head_chunks", expected, groups)
+        require(groups in splits(heads, kv_heads), "head_chunks", expected, groups)
         starts = range(0, heads, size)
         return tuple(
             HeadGroup(slice(s, s + size), slice(s // share, max(1, size // share) + s // share)) for s in starts
@@ -52,7 +51,7 @@ class _Source(NamedTuple):
 
 
 class HeadGroupBranch(Branch):
-    """``to_out(attend(norm(x)))`` as a sum over the ``head_groups`` of an attention module.
+    """``to_out(attend(norm(x)))`` as a sum over groups of an attention module's heads.
 
     The module has plain projections ``to_q``, ``to_kv`` and ``to_out`` and attends with some heads at a time:
     ``attend(q, k, v, group=group, …)`` of ``(b, heads, n, d)`` → the same shape.
@@ -60,9 +59,15 @@ class HeadGroupBranch(Branch):
 
     overlapping = True
 
-    def __init__(self, attention: nn.Module, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> None:
+    def __init__(
+        self,
+        attention: nn.Module,
+        groups: Sequence[HeadGroup],
+        kwargs: Mapping[str, Any],
+        norm: nn.Module | None = None,
+    ) -> None:
         super().__init__(attention, kwargs, norm)
-        self.single_piece = len(self.module.head_groups) == 1
+        self.groups, self.single_piece = groups, len(groups) == 1
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
         # Partial sums over groups are kept in fp32 at least, as one product over all heads would.
@@ -94,7 +99,7 @@ class HeadGroupBranch(Branch):
         scratch = Scratch(compute_dtype(x), x.device)
         tokens = (Normed(x, self.norm), None if context is None else Normed(context))
         # What is kept of each group adds up: the last finds that of all others, as in the whole loop.
-        for group in each(self.module.head_groups, last=1 if self.module.keep_attention else 0):
+        for group in each(self.groups, last=1 if self.module.keep_attention else 0):
             yield _Projections(self.module, group, *tokens, scratch)
 
 

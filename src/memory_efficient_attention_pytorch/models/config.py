@@ -25,6 +25,9 @@ def knob(help: str, *, low: float | None = None, choices: tuple[str, ...] = (), 
     return {"help": help, "low": low, "choices": choices, "unset": unset}
 
 
+_BY_SHAPE = "by shapes and threads; 1 if not reversible"
+
+
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
     """What a :class:`Transformer` is built from.
@@ -44,7 +47,9 @@ class TransformerConfig:
     dim_head: int = field(default=64, metadata=knob("width of one head", low=1))
     heads: int = field(default=8, metadata=knob("attention heads", low=1))
     ff_mult: int = field(default=4, metadata=knob("width of the feed-forward's hidden layer, in units of dim", low=1))
-    ff_chunks: int = field(default=1, metadata=knob("pieces the feed-forward is computed in", low=1))
+    ff_chunks: int | None = field(
+        default=None, metadata=knob("pieces the feed-forward is computed in", low=1, unset=_BY_SHAPE)
+    )
     use_flash_attn: bool = field(
         default=True, metadata=knob("kept from version 0.1, where it chose between two algorithms; both agree here")
     )
@@ -59,7 +64,9 @@ class TransformerConfig:
         default="learned", metadata=knob("how positions are told", choices=("learned", "rotary", "alibi", "none"))
     )
     dropout: float = field(default=0.0, metadata=knob("dropout of the attention's weights", low=0))
-    head_chunks: int = field(default=1, metadata=knob("groups of heads the attention is computed in", low=1))
+    head_chunks: int | None = field(
+        default=None, metadata=knob("groups of heads the attention is computed in", low=1, unset=_BY_SHAPE)
+    )
     keep_attention: bool | str = field(
         default=False,
         metadata=knob(

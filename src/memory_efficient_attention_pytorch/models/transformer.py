@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from types import SimpleNamespace
 from typing import Any
 
 import torch
@@ -14,12 +15,13 @@ from ..layers.cache import KVCache
 from ..layers.feedforward import FeedForward, PreNorm
 from ..layers.positions import AlibiBias, RotaryEmbedding
 from ..layers.reversible import ReversibleSequence
+from ..layers.working_set import feed_forward_chunks, head_chunks
 from ..loss.linear_cross_entropy import linear_cross_entropy
 from ..loss.reversible import normed_sum
 from ..loss.rows import RowSource
 from ..recompute.by_hand import reason_against
 from ..recompute.normed import is_norm_of_tokens
-from .config import TransformerConfig, built_from
+from .config import KNOBS, TransformerConfig, built_from
 
 _OF_ATTENTION = (
     *("dim", "heads", "dim_head", "causal", "dropout", "kv_heads", "window", "head_chunks", "keep_attention"),
@@ -52,11 +54,12 @@ class Transformer(nn.Module):
         self.rotary = RotaryEmbedding(config.dim_head) if config.positions == "rotary" else None
         self.alibi = AlibiBias(config.heads) if config.positions == "alibi" else None
         attention = FlashAttention if config.use_flash_attn else Attention
+        # Where activations are stored, pieces would be computed once more, for nothing if nobody asked.
+        unset = None if config.reversible else 1
         chosen = {name: getattr(config, name) for name in _OF_ATTENTION}
-        pairs = (
-            (PreNorm(dim, attention(**chosen)), PreNorm(dim, FeedForward(dim, config.ff_mult, config.ff_chunks)))
-            for _ in range(depth)
-        )
+        chosen["head_chunks"] = config.head_chunks or unset
+        feed = (dim, config.ff_mult, config.ff_chunks or unset)
+        pairs = ((PreNorm(dim, attention(**chosen)), PreNorm(dim, FeedForward(*feed))) for _ in range(depth))
         route = {name: [(True, False)] * depth for name in ("mask", "attn_bias", "rotary", "cache")}
         self.layers = ReversibleSequence(pairs, route, exact=config.exact, reversible=config.reversible)
         norm, tied = nn.LayerNorm(dim), config.tie_embeddings
@@ -161,6 +164,20 @@ class Transformer(nn.Module):
         if cache is not None:
             require(self.causal, "cache", "none with a model that is not causal", "one")
             require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
+
+
+def pieces_chosen(
+    config: Mapping[str, Any], batch: int, tokens: int, itemsize: int, device_type: str, threads: int
+) -> dict[str, int]:
+    """``head_chunks`` and ``ff_chunks`` of a Transformer of these keywords that leave them None, for such an input."""
+    of: Any = SimpleNamespace(**{name: config.get(name, getattr(TransformerConfig, name, None)) for name in KNOBS})
+    if not of.reversible:
+        return {"head_chunks": 1, "ff_chunks": 1}
+    counts = ((tokens, tokens), (of.heads, of.kv_heads or of.heads))
+    return {
+        "head_chunks": head_chunks(batch, *counts, of.dim_head, itemsize, device_type, threads),
+        "ff_chunks": feed_forward_chunks(batch, tokens, of.ff_mult * of.dim, itemsize, device_type),
+    }
 
 
 def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:

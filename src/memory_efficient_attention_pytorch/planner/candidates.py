@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ..layers.working_set import splits
 from ..models.config import TransformerConfig
 
 LEAST_TOKENS = 128
@@ -19,16 +21,22 @@ class Candidate(NamedTuple):
 
 
 def candidates(
-    config: Mapping[str, Any], batch_size: int, seq_len: int, mixed_precision: bool, offload: bool = False
+    config: Mapping[str, Any],
+    batch_size: int,
+    seq_len: int,
+    mixed_precision: bool,
+    offload: bool = False,
+    pieces: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Candidate]:
     """In the order in which each trades some speed for memory. What the configuration says stays as it is.
 
     Under mixed precision reversal is exact, since rounding in low precision would grow from block to block.
     ``offload``: whether host memory is another than the device's, so that moving kept attention there saves any.
+    ``pieces``: what the layers choose by themselves, which is no slower where activations are computed again anyhow.
     """
     settings: dict[str, Any] = {}
     found: list[Candidate] = []
-    for name, changes in _changes(config, batch_size * seq_len, seq_len, mixed_precision, offload):
+    for name, changes in _changes(config, batch_size * seq_len, seq_len, mixed_precision, offload, pieces):
         free = {key: value for key, value in changes.items() if key not in config}
         if not found or free.items() - settings.items():
             found.append(Candidate(name if free else "as configured", free))
@@ -37,7 +45,12 @@ def candidates(
 
 
 def _changes(
-    config: Mapping[str, Any], tokens: int, seq_len: int, mixed_precision: bool, offload: bool
+    config: Mapping[str, Any],
+    tokens: int,
+    seq_len: int,
+    mixed_precision: bool,
+    offload: bool,
+    pieces: Mapping[str, int],
 ) -> Iterator[tuple[str, dict[str, Any]]]:
     whole = {"ff_chunks": 1, "head_chunks": 1, "loss_chunk_size": tokens}
     reversible = config.get("reversible", False)
@@ -48,23 +61,19 @@ def _changes(
     chunks = [count for count in (8, 64, 512) if count * LEAST_TOKENS <= tokens and count <= seq_len]
     if chunks:
         yield f"feed-forward in {chunks[0]} chunks", {"ff_chunks": chunks[0]}
-    blocks = {} if "reversible" in config else {"reversible": True, "exact": mixed_precision}
+    blocks: dict[str, Any] = {} if "reversible" in config else {"reversible": True, "exact": mixed_precision}
+    groups, ff_chunks = pieces.get("head_chunks", 1), pieces.get("ff_chunks", 1)
+    blocks |= {"head_chunks": groups, "ff_chunks": max([ff_chunks, *chunks[:1]])} if groups > 1 or ff_chunks > 1 else {}
     if kept:
         yield "reversible with attention kept", {**blocks, "keep_attention": True}
         if offload:
             yield "attention kept in host memory", {**blocks, "keep_attention": "cpu"}
     yield "reversible blocks", {**blocks, "keep_attention": False}
-    for groups in _head_groups(config):
-        yield f"heads in {groups} groups", {"head_chunks": groups}
-    for count in chunks[1:]:
-        yield f"feed-forward in {count} chunks", {"ff_chunks": count}
-    yield "loss in chunks of 32 tokens", {"loss_chunk_size": 32}
-
-
-def _head_groups(config: Mapping[str, Any]) -> Iterator[int]:
     heads = config.get("heads", TransformerConfig.heads)
-    share = heads // (config.get("kv_heads") or heads)
-    for groups in range(2, heads + 1):
-        size = heads // groups
-        if heads % groups == 0 and (size % share == 0 or share % size == 0):
-            yield groups
+    for more in splits(heads, config.get("kv_heads") or heads):
+        if more > groups:
+            yield f"heads in {more} groups", {"head_chunks": more}
+    for count in chunks[1:]:
+        if count > ff_chunks:
+            yield f"feed-forward in {count} chunks", {"ff_chunks": count}
+    yield "loss in chunks of 32 tokens", {"loss_chunk_size": 32}

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from ..common.errors import require
 from ..models.config import TransformerConfig
-from ..models.transformer import Transformer
+from ..models.transformer import Transformer, pieces_chosen
 from .accounting import Accounting, accounting_for
 from .candidates import Candidate, candidates
 from .dry_run import OptimizerMaker
@@ -37,8 +37,9 @@ class Option:
 class Plan:
     """What a training step needs.
 
-    ``timeline`` has what is live at every operation. With a budget, ``settings`` are the Transformer's keywords that
-    were chosen, and ``options`` all that was considered up to that choice, fastest first. Where nothing fits,
+    ``timeline`` has what is live at every operation. ``settings`` are the Transformer's keywords that were chosen:
+    without a budget the pieces that its layers choose by themselves, where there are several; with one, what fits, and
+    ``options`` all that was considered up to that choice, fastest first. Where nothing fits,
     ``remedies`` are what would, each by itself: the largest ``batch_size``, ``seq_len`` or ``depth``, to within 1 part
     in 32, and the ``budget``.
     """
@@ -232,7 +233,18 @@ def max_seq_len(
 
 def _planned(workload: Workload, accounting: Accounting, budget: int | None = None) -> Plan:
     timeline = workload.run_dry(accounting)
-    return Plan(timeline, accounting.device, workload.batch_size, workload.seq_len, budget)
+    settings = {name: number for name, number in _pieces(workload, accounting).items() if number > 1}
+    return Plan(timeline, accounting.device, workload.batch_size, workload.seq_len, budget, settings)
+
+
+def _pieces(workload: Workload, accounting: Accounting) -> dict[str, int]:
+    """What the layers choose by themselves, in training, of what a Transformer's keywords leave to them."""
+    subject = workload.subject
+    if not isinstance(subject, Mapping) or not workload.training:
+        return {}
+    itemsize = (workload.autocast or workload.dtype or torch.float32).itemsize
+    chosen = pieces_chosen(subject, *workload.token_shape, itemsize, accounting.device.type, accounting.threads)
+    return {name: number for name, number in chosen.items() if subject.get(name) is None}
 
 
 def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Plan:
@@ -249,26 +261,27 @@ def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Pla
             chosen = replace(made, options=tuple(options))
         return made.peak_bytes
 
-    for candidate in _candidates(workload, accounting.device):
+    for candidate in _candidates(workload, accounting):
         if considered(*candidate) <= budget:
             break
     assert chosen is not None
     if chosen.fits():
         return chosen
     # Two that save nothing each, since the other holds as much, may save together.
-    leanest = considered("all that may save", _leanest_settings(workload, accounting.device))
+    leanest = considered("all that may save", _leanest_settings(workload, accounting))
     return chosen if chosen.fits() else replace(chosen, remedies=_remedies(workload, accounting, chosen, leanest))
 
 
-def _candidates(workload: Workload, device: torch.device) -> list[Candidate]:
+def _candidates(workload: Workload, accounting: Accounting) -> list[Candidate]:
     assert isinstance(workload.subject, Mapping)
-    mixed_precision = workload.autocast is not None
-    return candidates(workload.subject, *workload.token_shape, mixed_precision, offload=device.type == "cuda")
+    mixed_precision, offload = workload.autocast is not None, accounting.device.type == "cuda"
+    pieces = _pieces(_with(workload, {"reversible": workload.subject.get("reversible", True)}), accounting)
+    return candidates(workload.subject, *workload.token_shape, mixed_precision, offload, pieces)
 
 
-def _leanest_settings(workload: Workload, device: torch.device) -> dict[str, Any]:
+def _leanest_settings(workload: Workload, accounting: Accounting) -> dict[str, Any]:
     """With all changes: where these fit, a candidate does."""
-    return {key: value for _, changes in _candidates(workload, device) for key, value in changes.items()}
+    return {key: value for _, changes in _candidates(workload, accounting) for key, value in changes.items()}
 
 
 def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes: int) -> dict[str, int]:
@@ -283,7 +296,7 @@ def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes
         def need(size: int) -> int:
             sized = _sized(workload, name, size)
             if isinstance(sized.subject, Mapping):
-                sized = _with(sized, _leanest_settings(sized, accounting.device))
+                sized = _with(sized, _leanest_settings(sized, accounting))
             return _peak(sized, accounting)
 
         # Near enough for advice, which should not take longer than the plan.

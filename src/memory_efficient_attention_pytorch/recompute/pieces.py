@@ -162,10 +162,10 @@ def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     return function(value)
 
 
-def branch_of(module: nn.Module, kwargs: Mapping[str, Any]) -> Branch:
-    """The module's own pieces where it offers any (``as_branch``), else all of it as a single piece."""
+def branch_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:
+    """The module's own pieces of x where it offers any (``as_branch``), else all of it as a single piece."""
     offer = pieces_of(module)
-    return Branch(module, kwargs) if offer is None else offer(kwargs)
+    return Branch(module, kwargs) if offer is None else offer(x, kwargs)
 
 
 def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:

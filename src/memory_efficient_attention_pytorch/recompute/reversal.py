@@ -209,7 +209,7 @@ class ChainEnd(torch.autograd.Function):
 
 def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """``(a, b) → (b, a + module(b))``. The sum is the same bit for bit whether backward will rebuild it or not."""
-    branch = branch_of(module, kwargs) if chain.in_pieces else None
+    branch = branch_of(module, b, kwargs) if chain.in_pieces else None
     if branch is not None and branch.single_piece:
         if not chain.rebuild:
             branch = None

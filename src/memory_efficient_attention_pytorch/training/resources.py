@@ -1,6 +1,7 @@
 """What the machine offers: choices made for it, with their reasons, and the memory in use."""
 
 import ctypes
+import dataclasses
 import mmap
 import os
 import sys
@@ -9,12 +10,10 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..models.transformer import pieces_chosen
 from .config import TrainConfig
 
 _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
-
-PIECE_BYTES = 32 << 20
-"""Working memory a piece of a branch may take before it is cut: large enough that cutting costs no speed."""
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> str:
@@ -32,38 +31,25 @@ def pick_precision(config: TrainConfig, device: torch.device) -> str:
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     """The configuration with every choice that was left to the machine made, and not to a memory budget before.
 
-    Exact reversal wherever the branches compute in less than fp32, since rounding would grow on the way back. Pieces
-    small enough for their working memory to stay below 32 MiB, and attention pieces with at least as many heads as
-    there are threads to compute them. Attention is not kept for backward, since that takes memory in every block.
+    Exact reversal wherever the branches compute in less than fp32, since rounding would grow on the way back. As many
+    pieces as the layers choose by themselves. Attention is not kept for backward, since that takes memory in every
+    block.
     """
     precision = pick_precision(config, device)
     reversible = config.reversible is not False
-    stream = config.batch_size * config.seq_len * config.dim * 4
+    itemsize = 4 if precision == "fp32" else 2
+    shape = {**dataclasses.asdict(config), "reversible": reversible}
+    pieces = pieces_chosen(shape, config.batch_size, config.seq_len, itemsize, device.type, torch.get_num_threads())
     return config.updated(
         {
             "precision": precision,
             "reversible": reversible,
             "exact": reversible and precision != "fp32" if config.exact is None else config.exact,
             "keep_attention": config.keep_attention or False,
-            "ff_chunks": config.ff_chunks or _ff_chunks(config, stream),
-            "head_chunks": config.head_chunks or _head_chunks(config, device),
+            "ff_chunks": config.ff_chunks or pieces["ff_chunks"],
+            "head_chunks": config.head_chunks or pieces["head_chunks"],
         }
     )
-
-
-def _ff_chunks(config: TrainConfig, stream: int) -> int:
-    # A piece holds the hidden layer before and after its non-linearity.
-    return min(config.seq_len, -(-2 * config.ff_mult * stream // PIECE_BYTES))
-
-
-def _head_chunks(config: TrainConfig, device: torch.device) -> int:
-    # Queries, keys, values and outputs with their cotangents.
-    working = 8 * config.batch_size * config.seq_len * config.heads * config.dim_head * 4
-    # Grouped key and value heads stay whole: a piece takes some of them with all of their query heads.
-    groups = [n for n in range(1, config.heads + 1) if (config.kv_heads or config.heads) % n == 0]
-    threads = torch.get_num_threads() if device.type == "cpu" else 1
-    allowed = [n for n in groups if n == 1 or config.heads // n * config.batch_size >= threads]
-    return next((n for n in allowed if working / n <= PIECE_BYTES), allowed[-1])
 
 
 def forget_pages(array: np.ndarray) -> None:

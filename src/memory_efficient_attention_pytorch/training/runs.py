@@ -17,7 +17,7 @@ from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
 from .files import write_atomically
 from .model import build_model
-from .resources import PIECE_BYTES, memory_peak, pick_precision, resolve, return_freed_blocks
+from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
@@ -211,7 +211,7 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
     q, k, v = (torch.zeros((), device=device, dtype=dtype).expand(shape) for shape in shapes)
     window = None if config.window is None else (config.window, 0)
     choice = select_backend(q, k, v, causal=True, window=window, dropout=config.dropout)
-    pieces = "for the memory budget" if config.memory_budget else f"cut at {PIECE_BYTES >> 20} MiB"
+    pieces = "for the memory budget" if config.memory_budget else "so that each stays small"
     if not config.reversible:
         reversal = "off, activations are stored"
     elif config.exact:

@@ -1,0 +1,91 @@
+"""In how many pieces a branch is computed where nobody says: so many that what one piece works with stays small.
+
+The numbers follow from shapes, the kind of device and the CPU's threads, and not from what is free: the same run is cut
+the same way again. Decided once for a call, in its forward pass.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ..common import dry_run
+from ..common.precision import compute_dtype
+from ..torch_internals.tensors import are_plain
+
+WHOLE = 32 << 20
+"""Bytes that a branch may work with as a whole: below, pieces would save next to nothing."""
+PIECE = {"cpu": 16 << 20}
+"""Bytes that a piece may work with where the whole takes more: on a CPU less, which has them nearer then."""
+LEAST_TOKENS = {"cpu": 256}
+"""Tokens of a piece of the feed-forward. With fewer, matrix products suffer, and the sums of their gradients."""
+LEAST_TOKENS_ELSEWHERE = 1024
+
+
+def feed_forward_chunks(batch: int, tokens: int, hidden: int, itemsize: int, device_type: str = "cpu") -> int:
+    """Chunks of tokens. A chunk works with its hidden values, ``hidden`` for each token, twice."""
+    per_token = 2 * hidden * itemsize
+    all_tokens = batch * tokens
+    if all_tokens * per_token <= WHOLE:
+        return 1
+    least = LEAST_TOKENS.get(device_type, LEAST_TOKENS_ELSEWHERE)
+    in_a_chunk = max(PIECE.get(device_type, WHOLE) // per_token, least)
+    return max(1, min(tokens, -(-all_tokens // in_a_chunk)))
+
+
+def head_chunks(
+    batch: int,
+    tokens: tuple[int, int],
+    heads: tuple[int, int],
+    dim_head: int,
+    itemsize: int,
+    device_type: str = "cpu",
+    threads: int = 1,
+) -> int:
+    """Groups of heads. A group works with its queries, keys, values and output, and as much for their cotangents.
+
+    tokens: queries and keys. heads: of queries, and of keys and values. On a CPU a group holds at least as many heads ×
+    batch as there are threads, which are busy with one each.
+    """
+
+    def working(groups: int) -> int:
+        held = (heads[0] // groups, max(1, heads[1] // groups))
+        return batch * dim_head * itemsize * sum(4 * number * count for number, count in zip(tokens, held, strict=True))
+
+    if working(1) <= WHOLE:
+        return 1
+    busy = threads if device_type == "cpu" else 1
+    allowed = [n for n in splits(*heads) if n == 1 or heads[0] // n * batch >= busy]
+    return next((n for n in allowed if working(n) <= PIECE.get(device_type, WHOLE)), allowed[-1])
+
+
+def splits(heads: int, kv_heads: int) -> list[int]:
+    """Into how many equal groups heads may be split: of whole sets that share a key/value head, or of parts of one."""
+    share = heads // kv_heads
+    sizes = {n: heads // n for n in range(1, heads + 1) if heads % n == 0}
+    return [n for n, size in sizes.items() if size % share == 0 or share % size == 0]
+
+
+def chunks_for(x: Tensor, hidden: int) -> int:
+    """:func:`feed_forward_chunks` of x ``(b, n, …, dim)``, 1 for less than three dimensions."""
+    if x.dim() < 3 or not _may_be_cut(x):
+        return 1
+    rows = x[..., 0].numel()
+    return feed_forward_chunks(rows // max(x.shape[1], 1), x.shape[1], hidden, *_kind(x))
+
+
+def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], dim_head: int) -> int:
+    """:func:`head_chunks` of x ``(b, n, dim)`` and the tokens whose keys and values it sees."""
+    if not _may_be_cut(x):
+        return 1
+    tokens = (x.shape[1], (x if context is None else context).shape[1])
+    return head_chunks(len(x), tokens, heads, dim_head, *_kind(x), dry_run.num_threads())
+
+
+def _may_be_cut(x: Tensor) -> bool:
+    """False for a compiler, which plans memory itself and may not know the shape, and in a transform of torch.func."""
+    return not torch.compiler.is_compiling() and are_plain(x)
+
+
+def _kind(x: Tensor) -> tuple[int, str]:
+    return compute_dtype(x).itemsize, dry_run.device_type(x.device)
