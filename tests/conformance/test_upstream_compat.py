@@ -290,6 +290,60 @@ def test_the_seeds_own_transformer_loads_upstreams_whole_state():
         assert parameter.equal(state[name]), name
 
 
+@pytest.mark.parametrize("kind", [Transformer, SeedsTransformer])
+@pytest.mark.parametrize("saved", [SeedsTransformer, Transformer])
+def test_each_transformer_loads_the_others_state(saved, kind):
+    """That of the seed's class has every layer twice, ``layers.*`` and ``net.*``; either half will do."""
+    torch.manual_seed(1)
+    state = saved(**SHAPE).state_dict()
+    doubled = {name for name in state if name.startswith("net.")}
+    assert bool(doubled) == (saved is SeedsTransformer)
+    halves = [state] if not doubled else [state, {name: t for name, t in state.items() if name not in doubled}]
+    if doubled:
+        halves.append({name: t for name, t in state.items() if not name.startswith("layers.")})
+    for half in halves:
+        if (kind is SeedsTransformer and len(half) < len(state)) or (kind, saved) == (SeedsTransformer, Transformer):
+            with pytest.raises(RuntimeError, match="Missing key"):
+                kind(**SHAPE).load_state_dict(half)
+            continue
+        torch.manual_seed(2)
+        model = kind(**SHAPE)
+        before = dict(half)
+        model.load_state_dict(half)
+        assert half.keys() == before.keys(), "the caller's dictionary stays"
+        for name, parameter in model.named_parameters():
+            assert parameter.equal(state[name]), name
+
+
+FOREIGN = [
+    *("blocks.0.attn.weight", "blocks.0.f.net", "blocks.0", "blocks", "blocks.", "blocks.x.f.net.norm.weight"),
+    *("blocks.0.h.net.norm.weight", "blocks.0.f.body.norm.weight", "blocks.9.f.net.norm.weight", "9.0.norm.weight"),
+    *("blocks.0.f.net.fn.rotary", "0.0.fn.lora", "0", ""),
+]
+
+
+@pytest.mark.parametrize("prefix", ["layers.", "net.", "net.layers."])
+@pytest.mark.parametrize("key", FOREIGN)
+def test_keys_of_others_are_reported_under_their_own_names(prefix, key):
+    model = Transformer(**SHAPE)
+    for net, outer in ((model, ""), (nn.ModuleDict({"inner": model}), "inner.")):
+        state = net.state_dict() | {f"{outer}{prefix}{key}": torch.zeros(1)}
+        found = net.load_state_dict(state, strict=False)
+        assert found.unexpected_keys == [f"{outer}{prefix}{key}"]
+        assert found.missing_keys == []
+        with pytest.raises(RuntimeError, match="Unexpected key"):
+            net.load_state_dict(state)
+
+
+def test_upstreams_names_of_another_depth_are_reported():
+    state = reference.upstream_state_dict(**{**SHAPE, "depth": 3})
+    found = Transformer(**{**SHAPE, "depth": 2}).load_state_dict(state, strict=False)
+    assert found.missing_keys == []
+    assert {name.split(".fn.")[0].split(".norm.")[0] for name in found.unexpected_keys} == {
+        *("layers.2.0", "layers.2.1", "net.blocks.2.f.net", "net.blocks.2.g.net")
+    }
+
+
 def test_argument_routes_accept_pairs_of_booleans_per_block():
     class Gate(nn.Module):
         def forward(self, x, mask=None):

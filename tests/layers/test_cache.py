@@ -1,5 +1,8 @@
 """Keys and values of earlier tokens: the same numbers as reading everything at once, and no more memory than said."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from torch import nn
@@ -194,3 +197,39 @@ def test_a_layer_used_twice_in_a_pass_is_noticed():
 def test_a_limit_of_nothing_is_refused():
     with pytest.raises(ValueError, match="limit: expected a positive integer, got 0"):
         KVCache(limit=0)
+
+
+def through_pickle(cache):
+    return pickle.loads(pickle.dumps(cache))
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, through_pickle])
+@pytest.mark.parametrize("variant", ["learned", "rotary-window", "grouped", "head-chunks"])
+@torch.no_grad()
+def test_a_copy_goes_on_and_holds_no_weights(variant, copied):
+    """With this model or a copy of it, several times over; the original goes its own way."""
+    model, tokens = make(**VARIANTS[variant]), torch.randint(17, (3, 28))
+    cache, others = KVCache(), torch.randint(17, (3, 10))
+    in_calls(model, tokens[:, :18], [9, 4, 5], cache)
+    twin = copied(copied(cache))
+    assert (twin.length, twin.limit, twin.nbytes) == (cache.length, cache.limit, cache.nbytes)
+    assert len(pickle.dumps(cache)) < cache.nbytes + 4096
+    apart = in_calls(model, others, [3, 7], cache)
+    for net, mine in ((model, twin), (copy.deepcopy(model), copied(twin))):
+        found = in_calls(net, tokens[:, 18:], [1, 2, 7], mine)
+        torch.testing.assert_close(found, model(tokens)[:, 18:], rtol=0, atol=1e-12)
+    together = torch.cat((tokens[:, :18], others), dim=1)
+    torch.testing.assert_close(apart, model(together)[:, 18:], rtol=0, atol=1e-12)
+
+
+@torch.no_grad()
+def test_a_copy_of_a_pass_cut_short_is_of_no_more_use_either():
+    model, cache = make(), KVCache()
+    model(torch.randint(17, (1, 5)), cache=cache)
+    model.layers[1].register_forward_pre_hook(lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model(torch.randint(17, (1, 1)), cache=cache)
+    twin = copy.deepcopy(cache)
+    for broken in (cache, twin):
+        with pytest.raises(ValueError, match="cache: expected every layer to have seen 5 tokens"):
+            make()(torch.randint(17, (1, 1)), cache=broken)

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memory_efficient_attention_pytorch import ReversibleSequence, Transformer
+from memory_efficient_attention_pytorch import KVCache, ReversibleSequence, Transformer
 from tests import reference
 from tests.agreement import assert_same, difference, gradients, with_seed
 from tests.memory.live_bytes import LiveBytes
@@ -315,3 +315,25 @@ def test_gradients_flow_through_logits_too():
     model, storing = build(head_chunks=2), build(reversible=False)
     ours, truth = (gradients(net(x, mask=mask).softmax(-1), net.parameters()) for net in (model, storing))
     assert_same(ours, truth, 1e-8)
+
+
+@pytest.mark.parametrize("shape", [(0, 5), (2, 0), (0, 0)], ids=str)
+@pytest.mark.parametrize("kwargs", CONFIGURATIONS, ids=str)
+@pytest.mark.parametrize("exact", [True, False])
+def test_batches_without_rows_or_tokens(kwargs, exact, shape):
+    """Logits of that shape, a loss of 0, gradients of 0, with a mask and without, in training and in generation."""
+    model, x, mask = build(**{**kwargs, "exact": exact}), torch.zeros(shape, dtype=torch.long), torch.ones(shape).bool()
+    for given in ({}, {"mask": mask}):
+        assert model(x, **given).shape == (*shape, 29)
+        loss = model(x, labels=x, **given)
+        assert loss == 0
+        found = torch.autograd.grad(loss, list(model.parameters()), allow_unused=True)
+        assert all(grad is None or not grad.any() for grad in found)
+        model(x, **given).sum().backward()
+    if model.causal:
+        with torch.no_grad():
+            cache = KVCache()
+            assert model(x, cache=cache, mask=mask).shape == (*shape, 29)
+            later = torch.zeros(shape[0], 3, dtype=torch.long)
+            seen = torch.ones(shape[0], shape[1] + 3, dtype=torch.bool)
+            assert model(later, cache=cache, mask=seen).shape == (shape[0], 3, 29)

@@ -22,6 +22,9 @@ class KVCache:
     layer. Meant for a first call of at most ``limit`` tokens and then one token a call: the layers themselves know
     nothing of the limit, so among the tokens of one call a query sees all before its own.
 
+    A copy (``copy.deepcopy``) or a pickle holds keys and values alone and knows no layer: the first forward pass that
+    it is handed to takes them over in the order of its layers, of the same model or of another with the same weights.
+
     Every layer extends once in a forward pass, which then advances. A pass that an exception cut short leaves layers
     that have seen unequal numbers of tokens; this is noticed, and such a cache is of no more use.
     """
@@ -31,11 +34,19 @@ class KVCache:
             require_positive_int("limit", limit)
         self.length, self.limit = 0, limit
         self._layers: dict[nn.Module, _LayerCache] = {}
+        self._of_nobody: list[_LayerCache] = []
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"length": self.length, "limit": self.limit, "layers": [*self._layers.values(), *self._of_nobody]}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.length, self.limit = state["length"], state["limit"]
+        self._layers, self._of_nobody = {}, list(state["layers"])
 
     @property
     def nbytes(self) -> int:
         """Bytes held by all layers."""
-        return sum(layer.keys.nbytes + layer.values.nbytes for layer in self._layers.values())
+        return sum(layer.keys.nbytes + layer.values.nbytes for layer in (*self._layers.values(), *self._of_nobody))
 
     def extend(self, layer: nn.Module, k: Tensor, v: Tensor, left: int | None = None) -> tuple[Tensor, Tensor]:
         """Append ``(b, kv, n, ·)`` to the layer's keys and values and return all that the n new queries may see.
@@ -49,7 +60,8 @@ class KVCache:
         require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
         mine = self._layers.get(layer)
         if mine is None:
-            mine = self._layers[layer] = _LayerCache(k[:, :, :0], v[:, :, :0])
+            fresh = _LayerCache(k[:, :, :0], v[:, :, :0])
+            mine = self._layers[layer] = self._of_nobody.pop(0) if self._of_nobody else fresh
         expected = f"every layer to have seen {self.length} tokens, by one call in each forward pass"
         require(mine.seen == self.length, "cache", expected, f"one that has seen {mine.seen}")
         if self.limit is not None:

@@ -22,17 +22,17 @@ class RotaryEmbedding(nn.Module):
         base: the slowest rotation's wavelength is about ``2π · base`` tokens.
     """
 
-    frequencies: Tensor
-
     def __init__(self, dim: int, base: float = 10000.0) -> None:
         super().__init__()
         require_positive_int("dim", dim)
         require(dim % 2 == 0, "dim", "an even width for rotary positions", dim)
-        self.register_buffer("frequencies", base ** (-torch.arange(0, dim, 2).float() / dim), persistent=False)
+        self.dim, self.base = dim, base
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """positions ``(n,)`` or ``(b, n)`` → cosines and sines ``(…, n, dim/2)`` in fp32."""
-        angles = positions[..., None].float() * self.frequencies.float()
+        # Made here: a buffer would lose its contents on the meta device and its digits in low precision.
+        exponents = -torch.arange(0, self.dim, 2, dtype=torch.float32, device=positions.device) / self.dim
+        angles = positions[..., None].float() * self.base**exponents
         return angles.cos(), angles.sin()
 
 
@@ -50,20 +50,21 @@ class AlibiBias(nn.Module):
     by every second slope of the next higher one, as in the paper's code.
     """
 
-    slopes: Tensor
-
     def __init__(self, heads: int) -> None:
         super().__init__()
         require_positive_int("heads", heads)
-        lower = 2 ** math.floor(math.log2(heads))
-        exponents = [-8 * (i + 1) / lower for i in range(lower)]
-        exponents += [-4 * (2 * i + 1) / lower for i in range(heads - lower)]
-        self.register_buffer("slopes", 2.0 ** torch.tensor(exponents), persistent=False)
+        self.heads = heads
 
     def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
-        """Positions ``(i,)`` and ``(j,)`` → ``(h, i, j)``, of the ``heads`` asked for."""
+        """Positions ``(i,)`` and ``(j,)`` → ``(h, i, j)`` in fp32, of the ``heads`` asked for."""
         distance = (query_positions[:, None] - key_positions[None, :]).abs()
-        return -self.slopes[heads, None, None] * distance
+        return -self.slopes(query_positions.device)[heads, None, None] * distance
+
+    def slopes(self, device: torch.device | None = None) -> Tensor:
+        """``(h,)`` in fp32; made where they are used, as the frequencies of :class:`RotaryEmbedding`."""
+        lower = 2 ** math.floor(math.log2(self.heads))
+        number = torch.arange(self.heads, dtype=torch.float32, device=device)
+        return 2.0 ** torch.where(number < lower, -8 * (number + 1), -4 * (2 * (number - lower) + 1)).div(lower)
 
 
 class RelativePositionBias(nn.Module):

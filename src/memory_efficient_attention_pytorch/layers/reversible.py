@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -120,6 +121,19 @@ class ReversibleSequence(nn.Sequential):
 
 def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
     """Accept the keys ``blocks.{i}.f.net.…`` and ``blocks.{i}.g.net.…`` of memory_efficient_attention_pytorch 0.1."""
-    for key in [name for name in state_dict if name.startswith(f"{prefix}blocks.")]:
-        number, side, _net, rest = key.removeprefix(f"{prefix}blocks.").split(".", 3)
-        state_dict.setdefault(f"{prefix}{number}.{'fg'.index(side)}.{rest}", state_dict.pop(key))
+    take_over_keys(module, state_dict, prefix, prefix)
+
+
+def take_over_keys(sequence: nn.Module, state_dict: dict[str, Any], source: str, prefix: str) -> None:
+    """Rename what is a tensor of the sequence by version 0.1's name, or by its own, under ``source``; drop doubles.
+
+    prefix: the sequence's own. Keys that name none of its tensors stay, and are reported as any others.
+    """
+    known = {name for name, _ in (*sequence.named_parameters(), *sequence.named_buffers())}
+    for key in [name for name in state_dict if name.startswith(source)]:
+        name = _OF_UPSTREAM.sub(lambda found: f"{found[1]}.{'fg'.index(found[2])}.", key.removeprefix(source))
+        if name in known and prefix + name != key:
+            state_dict.setdefault(prefix + name, state_dict.pop(key))
+
+
+_OF_UPSTREAM = re.compile(r"^blocks\.(\d+)\.([fg])\.net\.")

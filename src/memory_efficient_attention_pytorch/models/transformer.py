@@ -14,7 +14,7 @@ from ..layers.attention import Attention, FlashAttention
 from ..layers.cache import KVCache
 from ..layers.feedforward import FeedForward, PreNorm
 from ..layers.positions import AlibiBias, RotaryEmbedding
-from ..layers.reversible import ReversibleSequence
+from ..layers.reversible import ReversibleSequence, take_over_keys
 from ..layers.working_set import feed_forward_chunks, head_chunks
 from ..loss.linear_cross_entropy import linear_cross_entropy
 from ..loss.reversible import normed_sum
@@ -148,7 +148,7 @@ class Transformer(nn.Module):
         positions = torch.arange(total, device=x.device)
         if mask is None:
             return positions[before:]
-        padding = mask.int().argmax(dim=1, keepdim=True) if total else 0
+        padding = mask.int().argmax(dim=1, keepdim=True) if total else positions.new_zeros(len(mask), 1)
         return (positions - padding).clamp(min=0)[:, before:]
 
     def _check(self, x: Tensor, labels: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> None:
@@ -188,6 +188,8 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Te
 
 
 def _drop_upstream_duplicates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """memory_efficient_attention_pytorch 0.1 saves every layer a second time under ``net.blocks``."""
-    for key in [key for key in state_dict if key.startswith(f"{prefix}net.blocks.")]:
-        del state_dict[key]
+    """A Transformer that keeps its layers in a list and hands them to a ReversibleSequence ``net`` has them twice.
+
+    So has that of memory_efficient_attention_pytorch 0.1.
+    """
+    take_over_keys(module.layers, state_dict, f"{prefix}net.", f"{prefix}layers.")  # type: ignore[arg-type]

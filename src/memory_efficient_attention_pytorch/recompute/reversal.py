@@ -90,7 +90,7 @@ class Chain:
 
     def watch(self, stream: Tensor) -> None:
         """Remember the stream's largest magnitude, for :meth:`report`."""
-        if self.grid is not None and not is_fake(stream):
+        if self.grid is not None and stream.numel() and not is_fake(stream):
             self._peaks.append(torch.linalg.vector_norm(stream.detach(), math.inf))
 
     def report(self, dtype: torch.dtype) -> None:
