@@ -15,6 +15,7 @@ del globals()["memory_efficient_attention"]
 
 if TYPE_CHECKING:
     from .attention.functional import BackendChoice, dot_product_attention, select_backend
+    from .attention.mask_function import MaskFunction
     from .attention.version_0_1 import memory_efficient_attention, numerically_unstable_memory_efficient_attention
     from .layers.attention import Attention, FlashAttention
     from .layers.cache import KVCache
@@ -38,6 +39,7 @@ __all__ = [
     "FeedForward",
     "FlashAttention",
     "KVCache",
+    "MaskFunction",
     "Plan",
     "PreNorm",
     "RelativePositionBias",
@@ -56,6 +58,7 @@ __all__ = [
 # Where the public names are. PyTorch is loaded when one of them is first used: until then the command line can answer.
 _NAMES = {
     "attention.functional": ("BackendChoice", "dot_product_attention", "select_backend"),
+    "attention.mask_function": ("MaskFunction",),
     "attention.version_0_1": ("memory_efficient_attention", "numerically_unstable_memory_efficient_attention"),
     "layers.attention": ("Attention", "FlashAttention"),
     "layers.cache": ("KVCache",),

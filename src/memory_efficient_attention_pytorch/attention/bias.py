@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from ..common.errors import require
 from ..common.gradients import GradientSums, accumulator
 from ..common.parameters import SeenParameters
-from .visibility import Tile, canonical_broadcast, narrow_broadcast
+from .broadcasting import canonical_broadcast, narrow_broadcast
+from .visibility import Tile
 
 BiasModule = Callable[..., Tensor]
 """Called with the positions of queries ``(i,)`` and keys ``(j,)``; returns what broadcasts to ``(b, h, i, j)``."""

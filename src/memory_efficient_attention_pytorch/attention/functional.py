@@ -12,7 +12,7 @@ from ..common.errors import require
 from .bias import BiasModule
 from .decision import WAYS, decide
 from .request import build_request
-from .visibility import Window
+from .visibility import Mask, Window
 
 
 @dataclass(frozen=True)
@@ -28,7 +28,7 @@ class BackendChoice:
 class Options(TypedDict, total=False):
     """The keyword arguments of :func:`dot_product_attention`, save that on which its result's type depends."""
 
-    mask: Tensor | None
+    mask: Mask | None
     attn_bias: Tensor | BiasModule | None
     causal: bool
     window: Window | None
@@ -53,7 +53,7 @@ def dot_product_attention(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Mask | None = None,
     attn_bias: Tensor | BiasModule | None = None,
     causal: bool = False,
     window: Window | None = None,
@@ -70,7 +70,10 @@ def dot_product_attention(
     Args:
         q, k, v: ``(b, h, n, d)``, ``(b, kv, m, d)``, ``(b, kv, m, e)``; floating point, one dtype and device;
             h a multiple of kv (grouped queries: query head i uses key/value head ``i // (h // kv)``).
-        mask: bool, True = may attend; key padding ``(b, m)``, or any shape broadcastable to ``(b, h, n, m)``.
+        mask: bool, True = may attend; key padding ``(b, m)``, or any shape broadcastable to ``(b, h, n, m)``. Or a
+            function of indices, ``mask(batch, head, query, key) -> bool``, as FlexAttention's ``mask_mod``: called per
+            tile with integer tensors that broadcast, queries and keys counted from 0. A :class:`MaskFunction` keeps
+            for later calls which tiles are empty or full.
         attn_bias: added to the scaled scores before masking: a tensor broadcastable to ``(b, h, n, m)``, or a module
             called per tile as ``module(query_positions (i,), key_positions (j,))`` that returns a tensor broadcastable
             to ``(b, h, i, j)``. Positions are those of the keys, consecutive; query i stands at ``i + m - n``.

@@ -100,7 +100,7 @@ class _Shared:
     def _hidden(self, of_tile: Scores) -> Tensor:
         """What a tile that is not full must not see: bool, in the shape of its scores."""
         tile = of_tile.tile
-        repeated = not self.request.visibility.tensors
+        repeated = self.request.visibility.structural
         place = (tile.i0 - tile.j0, tile.i1 - tile.i0, tile.j1 - tile.j0)
         if repeated and place in self.kept:
             return self.kept[place]

@@ -11,7 +11,7 @@ from ..common.dry_run import device_type
 from ..common.errors import require, require_positive_int, require_probability
 from ..torch_internals.tensors import is_fake
 from .bias import Bias, BiasModule
-from .visibility import Visibility, Window
+from .visibility import Mask, Visibility, Window
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def build_request(
     k: Tensor,
     v: Tensor,
     *,
-    mask: Tensor | None = None,
+    mask: Mask | None = None,
     attn_bias: Tensor | BiasModule | None = None,
     causal: bool = False,
     window: Window | None = None,

@@ -54,6 +54,8 @@ def not_whole(request: AttentionRequest) -> str | None:
         return "dropout: the kernels draw other masks than the tiles, and on a CPU they hold the whole score matrix"
     if request.d != request.e:
         return f"q and v differ in width ({request.d} and {request.e})"
+    if visibility.function is not None:
+        return "a mask function would have to be evaluated for all n × m positions at once"
     if visibility.document_ids is not None:
         return "document_ids need a mask of n × m"
     if not (visibility.structurally_trivial or visibility.plain_causal):

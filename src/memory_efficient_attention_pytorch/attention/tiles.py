@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from ..common.dry_run import each
+from .broadcasting import EVERYTHING
 from .request import AttentionRequest
-from .visibility import EVERYTHING, Row, Tile, Visibility
+from .visibility import Row, Tile, Visibility
 from .way import BackwardInputs, Way
 
 # Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 stay in a CPU's cache, a GPU wants more work.
@@ -44,7 +45,7 @@ class Part(NamedTuple):
 
     def rows(self, request: AttentionRequest) -> Iterable[Row]:
         """The rows of tiles, of which a dry run goes through a few."""
-        rows = self.visibility.schedule(request.q_bucket_size, request.k_bucket_size)
+        rows = self.visibility.schedule(request.q_bucket_size, request.k_bucket_size, request.device)
         # Under causality rows grow, and end in wide and narrow tiles by turns; the very last may have few queries.
         return each(rows, size=lambda row: row.scores, last=3)
 

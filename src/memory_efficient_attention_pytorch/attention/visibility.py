@@ -17,9 +17,13 @@ from torch import Tensor
 
 from ..common.errors import require
 from ..torch_internals.tensors import is_fake
+from .broadcasting import EVERYTHING, canonical_broadcast, narrow_broadcast
+from .mask_function import MaskFunction, MaskMod, Place, mask_function
 
 Window = int | tuple[int | None, int | None]
-EVERYTHING = slice(0, None)
+Mask = Tensor | MaskMod
+# What a tile is as far as a mask or the documents say; of several, the least.
+EMPTY, PARTIAL, FULL = range(3)
 
 
 class Tile(NamedTuple):
@@ -64,8 +68,8 @@ class _Tiles(Sequence[Tile]):
     def __getitem__(self, index: int) -> Tile:  # type: ignore[override]
         j0 = self.keys[index]
         corners = (self.i0, self.i1, j0, min(j0 + self.keys.step, self.keys.stop))
-        # What mask and documents hide is not known from places.
-        return Tile(*corners, full=not self.visibility.tensors and self.visibility.structurally_full(*corners))
+        # What mask and documents hide is not known from window and causality.
+        return Tile(*corners, full=self.visibility.structural and self.visibility.structurally_full(*corners))
 
 
 @dataclass(frozen=True)
@@ -74,6 +78,7 @@ class Visibility:
 
     mask: bool ``(b|1, h|1, n|1, m|1)``, True = may attend. document_ids: integers ``(b, m)``, queries are the last n.
     left, right: how many keys before and after its own position a query may see (None: all of them).
+    function: a mask of indices; batch and heads: those that it is asked for, None where all are alike to it.
     """
 
     n: int
@@ -82,23 +87,30 @@ class Visibility:
     right: int | None = None
     mask: Tensor | None = None
     document_ids: Tensor | None = None
+    function: MaskFunction | None = None
+    batch: slice | None = None
+    heads: slice | None = None
 
     @staticmethod
     def build(
         shape: tuple[int, int, int, int],
         device: torch.device,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         causal: bool = False,
         window: Window | None = None,
         document_ids: Tensor | None = None,
     ) -> Visibility:
         """Validate the public arguments once, for scores of shape ``(b, h, n, m)``."""
-        b, _, n, m = shape
+        b, h, n, m = shape
         left, right = window_sides(window)
         if causal:
             right = 0 if right is None else min(right, 0)
+        function = None
+        if callable(mask) and not isinstance(mask, Tensor):
+            function, mask = mask_function(mask), None
         if mask is not None:
-            require(isinstance(mask, Tensor), "mask", "a tensor", type(mask).__name__)
+            expected = "a tensor or a function (batch, head, query, key) -> bool"
+            require(isinstance(mask, Tensor), "mask", expected, type(mask).__name__)
             require(mask.dtype == torch.bool, "mask", "dtype torch.bool (True = may attend)", mask.dtype)
             require(mask.device == device, "mask", f"device {device}, that of q", mask.device)
             padding = mask.shape == (b, m)
@@ -111,7 +123,11 @@ class Visibility:
             expected = f"shape (batch, keys) = {(b, m)} with no more queries than keys"
             require(fits, "document_ids", expected, f"{tuple(document_ids.shape)} and {n} queries")
             require(document_ids.device == device, "document_ids", f"device {device}", document_ids.device)
-        return Visibility(n, m, left, right, mask, document_ids)
+        batch = heads = None
+        if function is not None and 0 not in shape:
+            by_sequence, by_head = function.looks_at(device)
+            batch, heads = slice(0, b) if by_sequence else None, slice(0, h) if by_head else None
+        return Visibility(n, m, left, right, mask, document_ids, function, batch, heads)
 
     @property
     def offset(self) -> int:
@@ -121,7 +137,12 @@ class Visibility:
     @property
     def trivial(self) -> bool:
         """Every query sees every key, known without looking at a tensor."""
-        return self.mask is None and self.document_ids is None and self.structurally_trivial
+        return self.structural and self.structurally_trivial
+
+    @property
+    def structural(self) -> bool:
+        """Window and causality are all there is."""
+        return self.mask is None and self.document_ids is None and self.function is None
 
     @property
     def structurally_trivial(self) -> bool:
@@ -132,7 +153,7 @@ class Visibility:
     def plain_causal(self) -> bool:
         """Square and causal, and nothing besides: what PyTorch's kernels call causal."""
         unrestricted_left = self.left is None or self.left >= self.m - 1
-        return self.right == 0 and unrestricted_left and 1 < self.n == self.m and not self.tensors
+        return self.right == 0 and unrestricted_left and 1 < self.n == self.m and self.structural
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
@@ -143,12 +164,14 @@ class Visibility:
         """The same question for a part of the batch and of the heads."""
         mask = None if self.mask is None else narrow_broadcast(self.mask, batch, heads)
         ids = None if self.document_ids is None else self.document_ids[batch]
-        return replace(self, mask=mask, document_ids=ids)
+        batch_asked, heads_asked = None if self.batch is None else batch, None if self.heads is None else heads
+        return replace(self, mask=mask, document_ids=ids, batch=batch_asked, heads=heads_asked)
 
-    def schedule(self, q_bucket_size: int, k_bucket_size: int) -> list[Row]:
+    def schedule(self, q_bucket_size: int, k_bucket_size: int, device: torch.device) -> list[Row]:
         """The buckets of queries that see anything, each with the tiles that are not empty.
 
-        Positions decide first what is empty or full, then what the tensors hold, in one copy from device to host.
+        Positions decide first what is empty or full, then what the tensors hold and a mask function says, each in one
+        copy from device to host. Where there are no contents (a dry run) every tile may be partial.
         """
         rows = []
         for i0 in range(0, self.n, q_bucket_size):
@@ -157,8 +180,8 @@ class Visibility:
             high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
             tiles = _Tiles(self, i0, i1, range(low, high, k_bucket_size))
             rows.append(Row(slice(i0, i1), (i1 - i0) * max(0, high - low), tiles))
-        if self.tensors and not any(is_fake(t) or t.device.type == "meta" for t in self.tensors):
-            rows = self._refined(rows)
+        if not self.structural:
+            rows = self._refined(rows, (q_bucket_size, k_bucket_size), device)
         return [row for row in rows if row.tiles]
 
     def tile_mask(self, tile: Tile, device: torch.device) -> Tensor | None:
@@ -173,6 +196,8 @@ class Visibility:
         if self.document_ids is not None:
             of_queries, of_keys = self._documents(self.document_ids, tile)
             parts.append((of_queries[:, :, None] == of_keys[:, None, :])[:, None])
+        if self.function is not None:
+            parts.append(self.function.at(self._place(tile).indices(device)))
         return reduce(operator.and_, parts)
 
     def structurally_full(self, i0: int, i1: int, j0: int, j1: int) -> bool:
@@ -192,28 +217,59 @@ class Visibility:
         assert visible is not None
         return visible[None, None]
 
-    def _refined(self, rows: list[Row]) -> list[Row]:
-        """Drop tiles that the tensors make empty and mark those that they leave full."""
+    def _refined(self, rows: list[Row], buckets: tuple[int, int], device: torch.device) -> list[Row]:
+        """Drop tiles that tensors or the function make empty and mark those that they leave full."""
+        said = [
+            kinds for kinds in (self._by_tensors(rows), self._by_function(rows, buckets, device)) if kinds is not None
+        ]
+        if not said:
+            return rows
+        kinds = map(min, *said) if len(said) > 1 else iter(said[0])
+        refined = []
+        for row in rows:
+            of_tiles = zip(row.tiles, kinds, strict=False)
+            tiles = [t._replace(full=k == FULL and self.structurally_full(*t[:4])) for t, k in of_tiles if k != EMPTY]
+            refined.append(row._replace(tiles=tiles))
+        return refined
+
+    def _by_tensors(self, rows: list[Row]) -> Sequence[int] | None:
+        """What mask and documents leave of each tile; None where nobody can tell."""
+        if not self.tensors or not all(map(_has_contents, self.tensors)):
+            return None
         depends_on_queries = self.document_ids is not None or (self.mask is not None and self.mask.shape[2] > 1)
         corners = slice(0 if depends_on_queries else 2, 4)
         different = {tile[corners]: tile for row in rows for tile in row.tiles}
-        if not different:
-            return rows
-        contents = torch.stack([self._content(tile) for tile in different.values()]).tolist()
-        found = dict(zip(different, contents, strict=True))
-        refined = []
-        for row in rows:
-            of_tiles = ((tile, *found[tile[corners]]) for tile in row.tiles)
-            tiles = [t._replace(full=every and self.structurally_full(*t[:4])) for t, some, every in of_tiles if some]
-            refined.append(row._replace(tiles=tiles))
-        return refined
+        found = dict(zip(different, _on_host([self._content(tile) for tile in different.values()]), strict=True))
+        return [found[tile[corners]] for row in rows for tile in row.tiles]
+
+    def _by_function(self, rows: list[Row], buckets: tuple[int, int], device: torch.device) -> Sequence[int] | None:
+        """The same of the mask function, which keeps it."""
+        if self.function is None:
+            return None
+        first = self.function.first_head
+        heads = None if self.heads is None else (first + self.heads.start, first + self.heads.stop)
+        batch = None if self.batch is None else (self.batch.start, self.batch.stop)
+        key = (batch, heads, self.n, self.m, self.left, self.right, *buckets)
+        if key not in self.function.kept:
+            kinds = []
+            for row in rows:
+                for tile in row.tiles:
+                    visible = self.function.at(self._place(tile).indices(device))
+                    if not _has_contents(visible):
+                        return None
+                    kinds.append(visible.any().int() + visible.all())
+            self.function.kept[key] = bytes(_on_host(kinds))
+        return self.function.kept[key]
+
+    def _place(self, tile: Tile) -> Place:
+        return Place(self.batch or slice(0, 1), self.heads or slice(0, 1), tile.queries, tile.keys)
 
     def _documents(self, ids: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
         """The document numbers of the tile's queries ``(b, i)`` and keys ``(b, j)``."""
         return ids[:, tile.i0 + self.offset : tile.i1 + self.offset], ids[:, tile.keys]
 
     def _content(self, tile: Tile) -> Tensor:
-        """Two booleans: may any pair of the tile be visible, and are all of them, as far as the tensors say."""
+        """What the tile is as far as the tensors say, or PARTIAL, as a number on their device."""
         some = every = torch.ones((), dtype=torch.bool, device=self.tensors[0].device)
         if self.mask is not None:
             part = narrow_broadcast(self.mask, EVERYTHING, EVERYTHING, tile.queries, tile.keys)
@@ -223,13 +279,16 @@ class Visibility:
             (q_low, q_high), (k_low, k_high) = of_queries.aminmax(dim=1), of_keys.aminmax(dim=1)
             some = some & ((q_low <= k_high) & (k_low <= q_high)).any()
             every = every & ((q_low == q_high) & (k_low == k_high) & (q_low == k_low)).all()
-        return torch.stack((some, every))
+        return some.int() + (some & every)
 
 
-def narrow_broadcast(tensor: Tensor, *places: slice) -> Tensor:
-    """``tensor (b|1, h|1, n|1, m|1)`` restricted to places along the first few dimensions, unless those broadcast."""
-    sizes = zip(places, tensor.shape, strict=False)
-    return tensor[tuple(place if size > 1 else EVERYTHING for place, size in sizes)]
+def _has_contents(tensor: Tensor) -> bool:
+    return not is_fake(tensor) and tensor.device.type != "meta"
+
+
+def _on_host(numbers: list[Tensor]) -> list[int]:
+    found: list[int] = torch.stack(numbers).tolist() if numbers else []
+    return found
 
 
 def window_sides(window: Window | None) -> tuple[int | None, int | None]:
@@ -242,12 +301,3 @@ def window_sides(window: Window | None) -> tuple[int | None, int | None]:
     valid = valid and all(s is None or (isinstance(s, int) and not isinstance(s, bool) and s >= 0) for s in sides)
     require(valid, "window", expected, repr(window))
     return sides[0], sides[1]
-
-
-def canonical_broadcast(tensor: Tensor, shape: tuple[int, int, int, int], argument: str) -> Tensor:
-    """``tensor`` with leading dimensions of 1 added until it has four, checked against the scores' ``shape``."""
-    sizes = zip(reversed(tensor.shape), reversed(shape), strict=False)
-    fits = tensor.dim() <= 4 and all(size in (1, full) for size, full in sizes)
-    expected = f"a shape broadcastable to (batch, heads, queries, keys) = {shape}"
-    require(fits, argument, expected, tuple(tensor.shape))
-    return tensor[(None,) * (4 - tensor.dim())]

@@ -11,7 +11,8 @@ from torch import Tensor, nn
 from ..attention.bias import BiasModule, BiasOfHeads
 from ..attention.decision import BACKENDS, Decision, decide
 from ..attention.functional import dot_product_attention
-from ..attention.visibility import window_sides
+from ..attention.mask_function import mask_function
+from ..attention.visibility import Mask, window_sides
 from ..common.errors import require, require_positive_int, require_probability
 from ..recompute.by_hand import reason_against
 from ..recompute.kept import KeptResults
@@ -97,7 +98,7 @@ class Attention(nn.Module):
         self,
         x: Tensor,
         context: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         attn_bias: Tensor | BiasModule | None = None,
         memory_efficient: bool | None = None,
         q_bucket_size: int | None = None,
@@ -111,12 +112,12 @@ class Attention(nn.Module):
 
         mask, attn_bias, document_ids: as for :func:`dot_product_attention`. rotary: cosines and sines of the tokens'
         positions (see :class:`RotaryEmbedding`), for attention of x to itself. cache: keys and values of earlier
-        tokens; mask and document_ids then cover those too.
+        tokens; mask, a tensor then, and document_ids cover those too.
         """
-        self.check(x, context, rotary, cache)
+        self.check(x, context, rotary, cache, mask=mask)
         given: dict[str, Any] = {"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "rotary": rotary}
         given |= {"cache": cache, "q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
-        given = {name: value for name, value in given.items() if value is not None}
+        given = _shared_by_groups(given)
         if cache is None:
             groups = self._groups(x, context)
             if len(groups) > 1 and self._comes_in_groups(groups):
@@ -130,7 +131,7 @@ class Attention(nn.Module):
 
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Pieces over groups of heads, or all of it at once where the projections have to run by themselves."""
-        kwargs = {k: v for k, v in kwargs.items() if v is not None and k != "memory_efficient"}
+        kwargs = _shared_by_groups({k: v for k, v in kwargs.items() if k != "memory_efficient"})
         if "cache" not in kwargs:
             groups = self._groups(x, kwargs.get("context"))
             if self._comes_in_groups(groups):
@@ -177,7 +178,9 @@ class Attention(nn.Module):
             k, v = cache.extend(self, k, v, window_sides(self.window)[0])
             given |= {name: _last_keys(given[name], k.shape[2]) for name in ("mask", "document_ids") if name in given}
         if group is not None:
-            given |= {name: _of_heads(given[name], group.heads) for name in ("mask", "attn_bias") if name in given}
+            given |= {
+                name: _of_heads(name, given[name], group.heads) for name in ("mask", "attn_bias") if name in given
+            }
         given = {"q_bucket_size": self.q_bucket_size, "k_bucket_size": self.k_bucket_size, **given}
         dropout = self.dropout if self.training else 0.0
         # As keywords of a call, since those refuse to be given twice.
@@ -198,7 +201,13 @@ class Attention(nn.Module):
         return q, k, None
 
     def check(
-        self, x: Tensor, context: Tensor | None = None, rotary: Any = None, cache: KVCache | None = None, **_: Any
+        self,
+        x: Tensor,
+        context: Tensor | None = None,
+        rotary: Any = None,
+        cache: KVCache | None = None,
+        mask: Mask | None = None,
+        **_: Any,
     ) -> None:
         """Raise ValueError for arguments of :meth:`forward` that do not go together."""
         for argument, tensor in (("x", x), ("context", x if context is None else context)):
@@ -207,18 +216,31 @@ class Attention(nn.Module):
         if context is not None:
             require(len(context) == len(x), "context", f"batch {len(x)}, that of x", len(context))
             require(rotary is None and cache is None, "context", "none beside rotary or cache", "both")
+        require(
+            cache is None or not callable(mask), "mask", "a tensor beside a cache, which may drop keys", "a function"
+        )
+
+
+def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords that were given, a mask function in the form in which groups of heads share what they find out."""
+    given = {name: value for name, value in given.items() if value is not None}
+    if callable(given.get("mask")):
+        given["mask"] = mask_function(given["mask"])
+    return given
 
 
 def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:
     return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., -keys:]
 
 
-def _of_heads(tensor: Any, heads: slice) -> Any:
-    """The part for some heads of a mask, a bias tensor or a bias module."""
+def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
+    """The part for some heads of a mask or a bias, be it a tensor or a function."""
     if isinstance(tensor, Tensor):
         per_head = tensor.dim() >= 3 and tensor.shape[-3] > 1
         return tensor[..., heads, :, :] if per_head else tensor
-    return tensor if tensor is None else BiasOfHeads(tensor, heads)
+    if tensor is None:
+        return None
+    return mask_function(tensor).of_heads(heads) if argument == "mask" else BiasOfHeads(tensor, heads)
 
 
 class FlashAttention(Attention):
@@ -233,7 +255,7 @@ class FlashAttention(Attention):
         self,
         x: Tensor,
         context: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         q_bucket_size: int | None = None,
         k_bucket_size: int | None = None,
         **kwargs: Any,

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..attention.mask_function import mask_function
+from ..attention.visibility import Mask
 from ..common.errors import require
 from ..layers.attention import Attention, FlashAttention
 from ..layers.cache import KVCache
@@ -73,7 +75,7 @@ class Transformer(nn.Module):
         self,
         x: Tensor,
         labels: Tensor | None = None,
-        mask: Tensor | None = None,
+        mask: Mask | None = None,
         cache: KVCache | None = None,
         ignore_index: int = -100,
     ) -> Tensor:
@@ -84,6 +86,7 @@ class Transformer(nn.Module):
             labels: ``(b, n)``, what each position shall predict; ``ignore_index`` counts for nothing.
             mask: bool ``(b, n)``, True = a token, False = padding, which is not attended to; with a cache ``(b, tokens
                 in the cache + n)``. A row's positions start at its first token, so padding on the left changes nothing.
+                Or, without a cache, a function of indices as for :func:`dot_product_attention`, which all layers share.
             cache: keys and values of the tokens before x (causal models, without gradients); x is added to it.
 
         Returns:
@@ -93,6 +96,8 @@ class Transformer(nn.Module):
             ValueError: a wrong shape or dtype, a token outside the vocabulary, too many tokens for learned positions.
         """
         self._check(x, labels, mask, cache)
+        if callable(mask):
+            mask = mask_function(mask)  # what one layer finds out of its tiles serves all
         head: Any = self.to_logits[1] if len(self.to_logits) > 1 else self.token_emb
         if labels is not None and self._plain_head:
             # Only _rows has what enters the first block: where the loss is made it would be n · dim elements too many.
@@ -124,7 +129,7 @@ class Transformer(nn.Module):
             given["cache"].advance(tokens.shape[1])
         return out
 
-    def _embed(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
+    def _embed(self, x: Tensor, mask: Mask | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
         """What enters the first block ``(b, n, dim)``, and the blocks' keywords."""
         try:
             tokens = self.token_emb(x)
@@ -139,24 +144,26 @@ class Transformer(nn.Module):
             given["rotary"] = self.rotary(positions)
         return tokens, {name: value for name, value in given.items() if value is not None}
 
-    def _positions(self, x: Tensor, mask: Tensor | None, cache: KVCache | None) -> Tensor:
+    def _positions(self, x: Tensor, mask: Mask | None, cache: KVCache | None) -> Tensor:
         """``(n,)``, or ``(b, n)`` where rows may start late."""
         before = 0 if cache is None else cache.length
         total = before + x.shape[1]
         fits = self.pos_emb is None or total <= self.max_seq_len
         require(fits, "x", f"at most max_seq_len = {self.max_seq_len} tokens for learned positions", total)
         positions = torch.arange(total, device=x.device)
-        if mask is None:
+        if not isinstance(mask, Tensor):
             return positions[before:]
         padding = mask.int().argmax(dim=1, keepdim=True) if total else positions.new_zeros(len(mask), 1)
         return (positions - padding).clamp(min=0)[:, before:]
 
-    def _check(self, x: Tensor, labels: Tensor | None, mask: Tensor | None, cache: KVCache | None) -> None:
+    def _check(self, x: Tensor, labels: Tensor | None, mask: Mask | None, cache: KVCache | None) -> None:
         integers = not x.is_floating_point() and x.dtype != torch.bool
         require(x.dim() == 2 and integers, "x", "integers of shape (batch, tokens)", f"{x.dtype} {tuple(x.shape)}")
         if labels is not None:
             require(labels.shape == x.shape, "labels", f"the shape of x, {tuple(x.shape)}", tuple(labels.shape))
-        if mask is not None:
+        if callable(mask):
+            require(cache is None, "mask", "a tensor beside a cache, which may drop keys", "a function")
+        elif mask is not None:
             shape = (x.shape[0], x.shape[1] + (0 if cache is None else cache.length))
             fits = mask.dtype == torch.bool and mask.shape == shape
             expected = f"bool of shape (batch, tokens with those of the cache) = {shape}"

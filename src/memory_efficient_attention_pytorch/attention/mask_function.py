@@ -1,0 +1,76 @@
+"""Masks as functions of indices, evaluated one tile at a time: FlexAttention's ``mask_mod``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from ..common.errors import require
+from .broadcasting import canonical_broadcast
+
+MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
+"""``(batch, head, query, key)``, integer tensors that broadcast → bool: True = may attend."""
+
+
+class Place(NamedTuple):
+    """A block of scores: which sequences, query heads, queries and keys, by their numbers."""
+
+    batch: slice
+    heads: slice
+    queries: slice
+    keys: slice
+
+    def indices(self, device: torch.device) -> list[Tensor]:
+        """The numbers, int64, as ``(b, 1, 1, 1)``, ``(1, h, 1, 1)``, ``(1, 1, i, 1)`` and ``(1, 1, 1, j)``."""
+        ranges = (torch.arange(place.start, place.stop, device=device) for place in self)
+        return [r.view([-1 if axis == own else 1 for axis in range(4)]) for own, r in enumerate(ranges)]
+
+
+@dataclass(frozen=True)
+class MaskFunction:
+    """A ``mask_mod``, and what is found out about its tiles, for the calls and layers that share it.
+
+    Given as ``mask``, it has each tile evaluated once to tell the empty and the full ones from the others, and keeps
+    the answer, a byte a tile, for later calls with the same sizes. What is kept goes with the object. A plain function
+    is classified in every call.
+
+    Args:
+        function: ``(batch, head, query, key) → bool``, element by element. Indices are int64 tensors that broadcast
+            against each other; query and key are counted from 0, wherever causality aligns them. It may index tensors
+            that it captures, which must not change while the object is in use.
+        first_head: what is added to head numbers, where a call has only some of a layer's heads.
+    """
+
+    function: MaskMod
+    first_head: int = 0
+    kept: dict[Hashable, bytes] = field(default_factory=dict, compare=False, repr=False)
+
+    def __call__(self, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self.function(batch, head + self.first_head if self.first_head else head, query, key)
+
+    def of_heads(self, heads: slice) -> MaskFunction:
+        """The same for a call that has these heads only; what is found out is shared."""
+        return replace(self, first_head=self.first_head + heads.start)
+
+    def at(self, indices: Sequence[Tensor]) -> Tensor:
+        """Bool, of four dimensions, broadcastable to what the indices broadcast to."""
+        visible = self(*indices)
+        came = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
+        require(came == torch.bool, "mask function's output", "a tensor of dtype torch.bool (True = may attend)", came)
+        b, h, n, m = torch.broadcast_shapes(*(index.shape for index in indices))
+        return canonical_broadcast(visible, (b, h, n, m), "mask function's output")
+
+    def looks_at(self, device: torch.device) -> tuple[bool, bool]:
+        """Whether it looks at which sequence, and at which head: asked about one place twice, it gives two answers."""
+        zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
+        b, h, _, _ = self.at((zero.expand(2, 1, 1, 1), zero.expand(1, 2, 1, 1), zero, zero)).shape
+        return b > 1, h > 1
+
+
+def mask_function(mask: MaskMod) -> MaskFunction:
+    """The mask itself, where it is one already, so that what it keeps is shared."""
+    return mask if isinstance(mask, MaskFunction) else MaskFunction(mask)
