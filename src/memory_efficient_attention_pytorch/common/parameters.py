@@ -1,13 +1,15 @@
-"""The parameters that a forward pass saw, for its repetition."""
+"""The parameters and buffers that a forward pass saw, for its repetition."""
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 
 from torch import Tensor, nn
 
-from ..torch_internals.hooks import put_parameter, tensor_is_watched
+from ..torch_internals.engine import version, version_attribute
+from ..torch_internals.hooks import get_buffer, put_buffer, put_parameter, tensor_is_watched
 
 
 class SeenParameters:
@@ -53,4 +55,44 @@ class SeenParameters:
                     if before is not leaf:
                         stack.callback(put_parameter, module, name, before)
                         put_parameter(module, name, leaf)
+            yield
+
+
+_SMALL = 2**16
+
+
+class SeenBuffers:
+    """The buffers of some modules as a forward pass found them, which may change them as it goes.
+
+    Batch norms count what they see and spectral norms go on with their power iteration, once in forward: the repetition
+    starts from what forward started from, and what it changes is forgotten. Of state elsewhere nothing is known.
+    """
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        self._places: dict[Tensor, list[tuple[nn.Module, str]]] = {}
+        for part in dict.fromkeys(part for module in modules for part in module.modules()):
+            for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
+                self._places.setdefault(buffer, []).append((part, name))
+        self._before: dict[Tensor, Tensor] = {}
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Inside is the forward pass. Of each buffer that it changes in place the value before is kept.
+
+        Of a small one in any case: what PyTorch's kernel for batch norms changes it does not count as changed.
+        """
+        before = [(buffer, version(buffer), buffer.clone()) for buffer in self._places]
+        yield
+        small = math.inf if version_attribute() is None else _SMALL
+        self._before = {b: copy for b, number, copy in before if b.numel() <= small or version(b) != number}
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Inside is the repetition, for which the modules have buffers of the values before."""
+        with ExitStack() as stack:
+            for buffer, places in self._places.items():
+                value = self._before[buffer].clone() if buffer in self._before else buffer
+                for module, name in places:
+                    stack.callback(put_buffer, module, name, get_buffer(module, name))
+                    put_buffer(module, name, value)
             yield

@@ -122,8 +122,10 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:
-        offer = pieces_of(self.fn) if is_norm_of_tokens(self.norm) else None
-        return Branch(self, kwargs) if offer is None else offer(x, kwargs, norm=self.norm)
+        if not is_norm_of_tokens(self.norm):
+            return Branch(self, kwargs)
+        offer = pieces_of(self.fn)
+        return Branch(self.fn, kwargs, self.norm) if offer is None else offer(x, kwargs, norm=self.norm)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         out: Tensor = self.fn(self.norm(x), **kwargs)

@@ -20,7 +20,8 @@ from ..common.autograd import once_differentiable
 from ..common.dry_run import each, working_on
 from ..common.errors import require
 from ..common.gradients import GradientSums
-from ..common.parameters import SeenParameters
+from ..common.parameters import SeenBuffers, SeenParameters
+from ..torch_internals.engine import version
 from .by_hand import reason_against
 from .replay import Replay
 
@@ -33,7 +34,8 @@ class Branch:
 
     ``inputs`` are the tensors besides x that may be differentiated: those among the keyword arguments (nested ones
     too), then the parameters. They are handed to an autograd Function, which keeps them; the branch itself keeps no
-    tensor. ``overlapping``: several pieces add to the same slice of the output. ``single_piece``: all of it at once.
+    tensor but buffers, which its modules may change as they go. ``overlapping``: several pieces add to the same slice
+    of the output. ``single_piece``: all of it at once.
     """
 
     overlapping = False
@@ -56,6 +58,8 @@ class Branch:
         self._kwargs = _map_leaves(note, dict(kwargs))
         self._count = len(self._tensors)
         self._parameters = SeenParameters(holders)
+        # Without gradients there is no repetition.
+        self._buffers = SeenBuffers(holders if torch.is_grad_enabled() else ())
 
     def bound(self) -> tuple[Tensor, ...]:
         """``inputs``, of which the branch then lets go."""
@@ -79,7 +83,7 @@ class Branch:
 
     def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
         """Compute every piece once and hand it to ``add(index, value)``."""
-        with self._working(inputs):
+        with self._working(inputs), self._buffers.watched():
             self.compute(x, self.kwargs(inputs), add)
 
     def differentiate(
@@ -99,7 +103,7 @@ class Branch:
         cut = [t.detach().requires_grad_(need) for t, need in zip(inputs[:count], needed[:count], strict=True)]
         parameters = self._parameters.leaves(inputs[count:], needed[count:])
         sums = GradientSums([*cut, *parameters], needed)
-        with self._working(inputs), self._parameters.held(parameters):
+        with self._working(inputs), self._parameters.held(parameters), self._buffers.held():
             self.compute_again(x, self.kwargs(cut), Repetition(cotangent, sums, add, add_gradient))
             return sums.results
 
@@ -122,7 +126,9 @@ class Branch:
                 again.add_gradient(index, of_piece)
 
     def _value(self, piece: Tensor, kwargs: dict[str, Any]) -> Tensor:
-        value: Tensor = self.module(piece if self.norm is None else self.norm(piece), **kwargs)
+        if self.norm is None:
+            return value_of(self.module, piece, kwargs)
+        value: Tensor = self.module(self.norm(piece), **kwargs)
         return value
 
     def _working(self, inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
@@ -160,6 +166,19 @@ def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
     if isinstance(value, list | tuple):
         return type(value)(_map_leaves(function, item) for item in value)
     return function(value)
+
+
+def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """``module(x)`` of a stream x, which others go on with: a module that works in place gets a copy.
+
+    Raises ValueError for one that changes x without an attribute ``inplace`` to tell.
+    """
+    in_place = any(getattr(part, "inplace", False) for part in module.modules())
+    before = version(x)
+    value: Tensor = module(x.clone() if in_place else x, **kwargs)
+    expected = "a branch that leaves its input as it is, or one of whose modules has an attribute inplace = True"
+    require(version(x) == before, type(module).__name__, expected, "an input changed in place")
+    return value
 
 
 def branch_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:

@@ -18,9 +18,9 @@ from torch import Tensor, nn
 from ..common.autograd import once_differentiable
 from ..common.errors import require
 from ..common.precision import full_dtype
-from ..torch_internals.engine import graph_is_kept, version
-from ..torch_internals.tensors import is_fake
-from .pieces import Branch, Index, branch_of, refuse_sharded
+from ..torch_internals.engine import version
+from ..torch_internals.tensors import is_fake, memory_is_shared
+from .pieces import Branch, Index, branch_of, refuse_sharded, value_of
 from .replay import Replay
 
 
@@ -108,9 +108,8 @@ class Chain:
 
     def begin(self, y1: Tensor, y2: Tensor, *gradients: Tensor) -> None:
         """Start backward from the last block's output. ``gradients``: those that the steps may overwrite."""
-        if graph_is_kept():
-            y1, y2 = y1.clone(), y2.clone()
-        self.streams = (y1, y2)
+        # Tensors of the chain's own: others of the same memory are then somebody else's.
+        self.streams = (y1.detach(), y2.detach())
         self.own(*gradients)
 
     def own(self, *gradients: Tensor) -> None:
@@ -158,9 +157,12 @@ class _Step(torch.autograd.Function):
         if chain.rebuild:
             assert chain.streams is not None, "a step of a reversible chain ran backward before its end did"
             b, c = chain.streams
+            chain.streams = None
+            if memory_is_shared(c):
+                # By a hook or a module that kept what it saw, or by a graph that is kept for another pass.
+                c = c.clone()
         needs_streams = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         total = chain.overwritable(grad_b) if needs_streams else None
-        chain.streams = None
 
         def subtract(index: Index, value: Tensor) -> None:
             assert c is not None
@@ -220,5 +222,5 @@ def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mappi
         refuse_sharded(module)
         streams: tuple[Tensor, Tensor] = _Step.apply(chain, branch, Replay(b), a, b, *branch.bound())
         return streams
-    value = module(b.to(chain.dtype), **kwargs)
+    value = value_of(module, b.to(chain.dtype), kwargs)
     return b, a + (value if chain.grid is None else OntoGrid.apply(value, chain.grid))

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from .capabilities import capability
+from .tensors import storage_holders
 
 T = TypeVar("T")
 
@@ -63,7 +64,9 @@ def holders() -> Callable[[Tensor], tuple[int, int, int]] | None:
 
     By these the autograd engine decides to add two gradients in place. Without them a sum is taken to be a new tensor.
     """
-    of_storage = torch._C._storage_Use_Count
+    of_storage = storage_holders()
+    if of_storage is None:
+        return None
 
     def count(tensor: Tensor) -> tuple[int, int, int]:
         storage = tensor.untyped_storage()

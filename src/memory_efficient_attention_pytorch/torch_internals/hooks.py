@@ -66,3 +66,13 @@ def node_is_watched(node: Node) -> bool:
 def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Let the module's parameter of this name be ``tensor``, of any class, as ``torch.func.functional_call`` does."""
     module._parameters[name] = tensor  # type: ignore[assignment]
+
+
+def get_buffer(module: nn.Module, name: str) -> Tensor | None:
+    """The module's buffer of this name, if it has any by now."""
+    return module._buffers.get(name)
+
+
+def put_buffer(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Let the module's buffer of this name be ``tensor``."""
+    module._buffers[name] = tensor

@@ -16,6 +16,20 @@ def functorch_is_active() -> Callable[[], bool]:
     return torch._C._are_functorch_transforms_active
 
 
+@capability
+def storage_holders() -> Callable[[int], int]:
+    """A function from a storage's address to the number of references to it."""
+    return torch._C._storage_Use_Count
+
+
+def memory_is_shared(tensor: Tensor) -> bool:
+    """True where another tensor has the memory of this one too, and where PyTorch does not tell."""
+    count = storage_holders()
+    storage = tensor.untyped_storage()
+    # The tensor and, in Python, the storage itself.
+    return count is None or count(storage._cdata) > 2
+
+
 def is_fake(tensor: Tensor) -> bool:
     """True for a tensor with a shape and a device but no contents, which dry runs and tracers send through the code."""
     return type(tensor).__name__ == "FakeTensor"
