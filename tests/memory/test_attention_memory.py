@@ -45,7 +45,15 @@ def test_memory_is_linear_with_everything_on(backend, backward):
     assert peaks[-1] < 2048 * 2048, "less than one byte for each pair of tokens"
 
 
-@pytest.mark.parametrize("name", ["plain", "causal", "padding", "window", "documents", "gqa", "dropout", "bias"])
+FUNCTIONS = {
+    "mask function": {"mask": lambda b, h, q, k: (q - k).abs() % 100 < 50},
+    "score function": {"bias": lambda score, b, h, q, k: 30 * torch.tanh(score / 30)},
+}
+
+
+@pytest.mark.parametrize(
+    "name", ["plain", "causal", "padding", "window", "documents", "gqa", "dropout", "bias", *FUNCTIONS]
+)
 def test_memory_is_linear_for_each_feature(name):
     def peak(n):
         kwargs = {
@@ -57,6 +65,7 @@ def test_memory_is_linear_for_each_feature(name):
             "gqa": {"kv": 1, "causal": True},
             "dropout": {"dropout": 0.1},
             "bias": {"bias": RelativePositionBias(2)},
+            **FUNCTIONS,
         }[name]
         return step(n, **kwargs).peak
 

@@ -1,4 +1,4 @@
-"""What is added to scores: a tensor, or a module that is evaluated one tile at a time; and its gradient."""
+"""What changes scores: a tensor or a module that is added, or a function of the score; by tiles, and the gradient."""
 
 from __future__ import annotations
 
@@ -13,11 +13,15 @@ from torch import Tensor, nn
 from ..common.errors import require
 from ..common.gradients import GradientSums, accumulator
 from ..common.parameters import SeenParameters
+from ..common.precision import full_dtype
 from .broadcasting import canonical_broadcast, narrow_broadcast
+from .mask_function import Place
+from .score_function import captured_by, is_score_mod, modified, refuse_watched
 from .visibility import Tile
 
 BiasModule = Callable[..., Tensor]
-"""Called with the positions of queries ``(i,)`` and keys ``(j,)``; returns what broadcasts to ``(b, h, i, j)``."""
+"""Called with the positions of queries ``(i,)`` and keys ``(j,)``; returns what broadcasts to ``(b, h, i, j)``. Or with
+a score and four indices, as ``ScoreMod``."""
 
 
 @dataclass(frozen=True)
@@ -26,12 +30,15 @@ class Bias:
     while the tensor is kept elsewhere.
 
     wants_gradient: of a tensor, whatever the grad mode, since a forward pass without gradients and its repetition with
-    them are to do the same; of a module, where gradients are on.
+    them are to do the same; of a module, where gradients are on. of_score: values is a function of the score, of which
+    ``captured`` are the tensors with gradients that are no parameters of its.
     """
 
     values: Tensor | BiasModule | None
     shape: tuple[int, int, int, int]
     wants_gradient: bool
+    of_score: bool = False
+    captured: tuple[Tensor, ...] = ()
 
     @staticmethod
     def of(values: Tensor | BiasModule, shape: tuple[int, int, int, int], q: Tensor) -> Bias:
@@ -41,8 +48,10 @@ class Bias:
             require(values.is_floating_point(), "attn_bias", expected, values.dtype)
             require(values.device == q.device, "attn_bias", f"device {q.device}, that of q", values.device)
             return Bias(canonical_broadcast(values, shape, "attn_bias"), shape, values.requires_grad)
-        expected = "a tensor or a module called with query and key positions"
+        expected = "a tensor, a module called with query and key positions or a function of a score and four indices"
         require(callable(values), "attn_bias", expected, type(values).__name__)
+        if is_score_mod(values):
+            return Bias._of_score(values, shape, q)
         trained = isinstance(values, nn.Module) and any(p.requires_grad for p in values.parameters())
         position = torch.zeros(1, dtype=torch.long, device=q.device)
         at_one = values(position, position)
@@ -51,6 +60,12 @@ class Bias:
         require(trained or not at_one.requires_grad, "attn_bias", expected, "a captured tensor")
         return Bias(values, shape, trained and torch.is_grad_enabled())
 
+    @staticmethod
+    def _of_score(function: BiasModule, shape: tuple[int, int, int, int], q: Tensor) -> Bias:
+        captured = () if 0 in shape else captured_by(function, q.device, full_dtype(q.dtype))
+        refuse_watched(captured)
+        return Bias(function, shape, False, True, captured)
+
     @property
     def tensor(self) -> Tensor | None:
         """The tensor that it is, if it is one."""
@@ -58,10 +73,10 @@ class Bias:
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """What gradients reach: the tensor, or a module's parameters; nothing of a plain function."""
+        """What gradients reach: the tensor, or a module's parameters and what a function of the score captures."""
         if isinstance(self.values, nn.Module):
-            return tuple(self.values.parameters())
-        return () if self.tensor is None else (self.tensor,)
+            return *self.values.parameters(), *self.captured
+        return self.captured if self.tensor is None else (self.tensor,)
 
     def with_tensor(self, tensor: Tensor | None) -> Bias:
         """The same bias by another tensor; a module stays what it is."""
@@ -82,6 +97,13 @@ class Bias:
         values = canonical_broadcast(self.values(queries, keys), of_tile, "attn_bias module's output")
         return narrow_broadcast(values, batch, heads)
 
+    def modified(self, tile: Tile, batch: slice, heads: slice, scores: Tensor) -> Tensor:
+        """What a function of the score makes of one tile's ``scores (b, h, i, j)``."""
+        assert callable(self.values)
+        b, h = self.shape[:2]
+        place = Place(slice(*batch.indices(b)[:2]), slice(*heads.indices(h)[:2]), tile.queries, tile.keys)
+        return modified(self.values, scores, place.indices(scores.device))
+
 
 class BiasGradient:
     """The gradient of a bias, summed over tiles in the bias's own broadcast shape.
@@ -95,7 +117,8 @@ class BiasGradient:
         # Stand-ins of parameters that are watched: their hooks run once, on the whole gradient.
         self._seen = SeenParameters([] if module is None else [module])
         self._leaves = [] if module is None else self._seen.leaves(self._seen.take(), needed)
-        leaves = bias.leaves if bias is not None and module is None else self._leaves
+        captured = () if bias is None else bias.captured
+        leaves = bias.leaves if bias is not None and module is None else [*self._leaves, *captured]
         total = accumulator if dtype == torch.float32 else partial(torch.zeros_like, dtype=dtype)
         self._sums = GradientSums(leaves, needed, total)
         self.wanted = bool(self._sums.wanted)
@@ -113,12 +136,44 @@ class BiasGradient:
             values = self.bias.tile(tile, batch, heads, grad_scores.device)
         self._sums.backward(values, grad_scores.sum_to_size(values.shape).to(values.dtype))
 
+    def modified(self, tile: Tile, batch: slice, heads: slice, scores: Tensor) -> Tensor:
+        """:meth:`Bias.modified` with a graph, for :meth:`through`."""
+        assert self.bias is not None
+        with self._seen.held(self._leaves), torch.enable_grad():
+            return self.bias.modified(tile, batch, heads, scores.requires_grad_())
+
+    def through(self, value: Tensor, scores: Tensor, gradient: Tensor) -> Tensor:
+        """From the gradient of :meth:`modified` to that of the scores; captured tensors and parameters get theirs."""
+        (found,) = self._sums.backward(value, gradient, [scores])
+        return torch.zeros_like(gradient) if found is None else found
+
     @property
     def results(self) -> list[Tensor | None]:
         """What is left to add for each leaf, in its dtype; zeros where no tile had anything to add."""
         for leaf in self._sums.wanted:
             self._sums.total(leaf)
         return self._sums.results
+
+
+def refuse_captured(bias: BiasModule, device: torch.device) -> None:
+    """Raise where a function of the score captures what a branch that is computed again would not know of."""
+    if is_score_mod(bias) and torch.is_grad_enabled():
+        expected = "a module that holds what needs a gradient as parameters, in head groups and reversible blocks"
+        require(not captured_by(bias, device, torch.float32), "attn_bias", expected, "a captured tensor")
+
+
+def bias_of_heads(bias: BiasModule, heads: slice) -> nn.Module:
+    """A bias module or a function of the score, restricted to some of its heads."""
+    return _ScoreOfHeads(bias, heads.start) if is_score_mod(bias) else BiasOfHeads(bias, heads)
+
+
+class _ScoreOfHeads(nn.Module):
+    def __init__(self, function: BiasModule, first: int) -> None:
+        super().__init__()
+        self.function, self.first = function, first
+
+    def forward(self, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return self.function(score, batch, head + self.first, query, key)
 
 
 class BiasOfHeads(nn.Module):

@@ -8,7 +8,7 @@ from ..torch_internals import attention_kernels
 from .products import Products
 from .request import AttentionRequest
 from .tiles import QueryBucket, Scores, Tiled, TileGradients
-from .way import BackwardInputs
+from .way import OF_SCORE, BackwardInputs
 
 
 class CpuKernel(Tiled):
@@ -23,6 +23,8 @@ class CpuKernel(Tiled):
             return f"it is for the CPU, not for {request.device_type}"
         if request.dropout:
             return "it drops nothing of a tile"
+        if request.bias is not None and request.bias.of_score:
+            return OF_SCORE
         if request.d != request.e:
             return f"q and v differ in width ({request.d} and {request.e})"
         return "this PyTorch does not have it" if attention_kernels.cpu_kernel() is None else None

@@ -77,7 +77,10 @@ def dot_product_attention(
         attn_bias: added to the scaled scores before masking: a tensor broadcastable to ``(b, h, n, m)``, or a module
             called per tile as ``module(query_positions (i,), key_positions (j,))`` that returns a tensor broadcastable
             to ``(b, h, i, j)``. Positions are those of the keys, consecutive; query i stands at ``i + m - n``.
-            Gradients reach the tensor or the module's parameters.
+            Gradients reach the tensor or the module's parameters. Or a function of the score and of indices,
+            ``f(score, batch, head, query, key) -> score``, as FlexAttention's ``score_mod``, whose result takes the
+            scaled score's place; queries and keys are counted from 0. Gradients go through it, and reach the tensors
+            that it captures.
         causal: query i sees keys ``j <= i + m - n``: aligned at the end, so a decode step equals the full pass.
         window: ``(left, right)``, how many keys before and after its own position a query sees; w means (w, w).
         document_ids: integers ``(b, m)``; a token sees its own document only. The queries are the last n.

@@ -34,6 +34,8 @@ class Naive(Way):
             bias, visible = everything.bias, everything.visible
             if bias is not None:
                 scores = scores + bias.to(dtype)
+            if everything.is_modified:
+                scores = everything.modified(scores)
             if visible is not None:
                 scores = scores.masked_fill(~visible, float("-inf"))
             # A row of −∞ has no softmax: take it from finite scores and set it to zero.

@@ -22,7 +22,7 @@ from ..torch_internals.tensors import are_plain, is_fake
 from .request import AttentionRequest
 from .tiles import Part, QueryBucket, Scores, empty_results, parts, tiles
 from .visibility import Tile
-from .way import BackwardInputs, Way
+from .way import OF_SCORE, BackwardInputs, Way
 
 # The scores of a tile and the width below which calling its operators costs more than they gain, the scores of a head
 # below which PyTorch's fused kernel is no slower, and the CPU's threads above which one tile is too little for all.
@@ -44,6 +44,8 @@ class OneDnn(Way):
             return f"it is for the CPU, not for {request.device_type}"
         if request.dtype == torch.float64:
             return "it computes in fp32"
+        if request.bias is not None and request.bias.of_score:
+            return OF_SCORE
         if not are_plain(q, k, v):
             return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
         usable = products.onednn_is_usable(q.device) and onednn.in_place_product() is not None
@@ -189,7 +191,7 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
     k, v, grad_k, grad_v = (part.of_key(x)[0, 0] for x in (given.k, given.v, *gradients[1:]))
     survivor_scale = 1 / (1 - request.dropout)
     for row in part.rows(request):
-        q, _, grad_out, lse, delta = (x[0, 0] for x in QueryBucket.of(part, row.queries, given, torch.float32))
+        q, _, grad_out, lse, delta = (x[0, 0] for x in QueryBucket.of(part, row.queries, given, torch.float32)[:5])
         queries, upstream = _scaled(q, request.scale * LOG2_E), _scaled(grad_out, 1.0)
         i, j = len(queries), row.tiles[0].j1 - row.tiles[0].j0
         minus_delta, minus_lse = delta.neg_(), lse.mul_(-LOG2_E)

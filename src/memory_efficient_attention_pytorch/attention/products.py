@@ -16,7 +16,10 @@ class Products(Tiled):
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
         request = scores.request
         dtype = request.compute_dtype
-        weights = _scores(scores, q.to(dtype), k.to(dtype))
+        weights = _products(scores, q.to(dtype), k.to(dtype))
+        if scores.is_modified:
+            weights = scores.modified(weights).clone()  # it may be a tensor that the function captures
+        _add_and_hide(scores, weights)
         top = weights.amax(dim=-1, keepdim=True)
         top.masked_fill_(top == float("-inf"), 0.0)
         weights = weights.sub_(top).exp_()
@@ -32,7 +35,12 @@ class Products(Tiled):
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
         request = scores.request
         q, grad_out, keys, values = (x.to(request.compute_dtype) for x in (bucket.q, bucket.grad_out, k, v))
-        weights = _scores(scores, q, keys).sub_(bucket.lse.unsqueeze(-1)).exp_()
+        weights = raw = _products(scores, q, keys)
+        if scores.is_modified:
+            modified = scores.modified(raw, bucket.bias_gradient)
+            weights = modified.detach().clone()
+        _add_and_hide(scores, weights)
+        weights.sub_(bucket.lse.unsqueeze(-1)).exp_()
         survivors, survivor_scale = scores.survivors, 1 / (1 - request.dropout)
         grad_weights = _unfold(_fold(grad_out, values) @ values.mT, grad_out)
         if survivors is not None:
@@ -40,21 +48,33 @@ class Products(Tiled):
         grad_scores = grad_weights.sub_(bucket.delta.unsqueeze(-1)).mul_(weights)
         if survivors is not None:
             weights.mul_(survivors).mul_(survivor_scale)
+        if scores.is_modified:
+            grad_scores = bucket.bias_gradient.through(modified, raw, grad_scores)
+            # A score that nobody sees counts for nothing, even where the function has no finite slope.
+            _hide(scores, grad_scores, 0.0)
         grad_v = _fold(weights, values).mT @ _fold(grad_out, values)
         folded = _fold(grad_scores, keys)
         grad_q = _unfold(folded @ keys, q).mul_(request.scale)
         grad_k = (folded.mT @ _fold(q, keys)).mul_(request.scale)
-        return grad_q, grad_k, grad_v, grad_scores
+        return grad_q, grad_k, grad_v, None if scores.is_modified else grad_scores
 
 
-def _scores(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
-    values = _unfold(_fold(q * scores.request.scale, k) @ k.mT, q)
-    bias, visible = scores.bias, scores.visible
+def _products(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
+    """``scale · q kᵀ``."""
+    return _unfold(_fold(q * scores.request.scale, k) @ k.mT, q)
+
+
+def _add_and_hide(scores: Scores, values: Tensor) -> None:
+    bias = scores.bias
     if bias is not None:
         values.add_(bias)
+    _hide(scores, values, float("-inf"))
+
+
+def _hide(scores: Scores, values: Tensor, by: float) -> None:
+    visible = scores.visible
     if visible is not None:
-        values.masked_fill_(~visible, float("-inf"))
-    return values
+        values.masked_fill_(~visible, by)
 
 
 def _fold(queries: Tensor, keys: Tensor) -> Tensor:

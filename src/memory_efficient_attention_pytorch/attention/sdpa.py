@@ -10,7 +10,7 @@ from ..torch_internals.tensors import is_fake
 from .cpu_kernel import unit_stride
 from .request import AttentionRequest
 from .tiles import Scores
-from .way import Way
+from .way import OF_SCORE, Way
 
 
 class Fused(Way):
@@ -61,6 +61,8 @@ def not_whole(request: AttentionRequest) -> str | None:
     if not (visibility.structurally_trivial or visibility.plain_causal):
         return "the window, or causality together with a mask or with unequal lengths, needs a mask of n × m"
     if bias is not None:
+        if bias.of_score:
+            return OF_SCORE
         if bias.tensor is None and request.n > 1:
             return "a bias module would have to be evaluated for all n × m positions at once"
         if bias.wants_gradient:

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from ..common.dry_run import each
+from .bias import BiasGradient
 from .broadcasting import EVERYTHING
 from .request import AttentionRequest
 from .visibility import Row, Tile, Visibility
@@ -97,9 +98,24 @@ class Scores(NamedTuple):
 
     @property
     def bias(self) -> Tensor | None:
-        """Broadcastable to ``(b, h, i, j)``; None without a bias."""
+        """Broadcastable to ``(b, h, i, j)``; None where nothing is added."""
         bias = self.request.bias
-        return None if bias is None else bias.tile(self.tile, self.part.batch, self.part.heads, self.request.device)
+        return (
+            None
+            if bias is None or bias.of_score
+            else bias.tile(self.tile, self.part.batch, self.part.heads, self.request.device)
+        )
+
+    @property
+    def is_modified(self) -> bool:
+        """A function of the score makes others of them."""
+        return self.request.bias is not None and self.request.bias.of_score
+
+    def modified(self, values: Tensor, gradient: BiasGradient | None = None) -> Tensor:
+        """What the function makes of ``values (b, h, i, j)``; with ``gradient`` as the start of its graph."""
+        by = self.request.bias if gradient is None else gradient
+        assert by is not None
+        return by.modified(self.tile, self.part.batch, self.part.heads, values)
 
     def added(self, dtype: torch.dtype) -> Tensor | None:
         """Bias and what is hidden as one tensor added to the scores; None without either."""
@@ -151,7 +167,7 @@ class QueryBucket(NamedTuple):
     """The queries of one row in backward.
 
     delta: rowsum of output times its gradient, less the gradient of the log-sum-exp. lse: +∞ where nothing is seen, so
-    that ``exp(score − lse)`` is 0 and no NaN.
+    that ``exp(score − lse)`` is 0 and no NaN. bias_gradient: that of all buckets.
     """
 
     q: Tensor
@@ -159,6 +175,7 @@ class QueryBucket(NamedTuple):
     grad_out: Tensor
     lse: Tensor
     delta: Tensor
+    bias_gradient: BiasGradient
 
     @staticmethod
     def of(part: Part, queries: slice, given: BackwardInputs, dtype: torch.dtype) -> QueryBucket:
@@ -168,7 +185,8 @@ class QueryBucket(NamedTuple):
         delta = (grad_out.to(dtype) * out).sum(dim=-1)
         if given.grad_lse is not None:
             delta = delta - part.of_query(given.grad_lse)[:, :, queries]
-        return QueryBucket(q, out, grad_out, lse.masked_fill(lse == float("-inf"), float("inf")), delta)
+        lse = lse.masked_fill(lse == float("-inf"), float("inf"))
+        return QueryBucket(q, out, grad_out, lse, delta, given.bias_gradient)
 
 
 TileGradients = tuple[Tensor, Tensor, Tensor, Tensor | None]

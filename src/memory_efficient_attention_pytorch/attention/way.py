@@ -11,6 +11,8 @@ from torch import Tensor
 from .bias import BiasGradient
 from .request import AttentionRequest
 
+OF_SCORE = "a function of the score needs the scores themselves, which it keeps inside"
+
 
 class BackwardInputs(NamedTuple):
     """What backward is given: the arguments of forward, its results, their gradients, and where the bias's is summed.

@@ -6,9 +6,10 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
-from ..attention.bias import BiasModule, BiasOfHeads
+from ..attention.bias import BiasModule, bias_of_heads, refuse_captured
 from ..attention.decision import BACKENDS, Decision, decide
 from ..attention.functional import dot_product_attention
 from ..attention.mask_function import mask_function
@@ -121,6 +122,7 @@ class Attention(nn.Module):
         if cache is None:
             groups = self._groups(x, context)
             if len(groups) > 1 and self._comes_in_groups(groups):
+                _refuse_captured(attn_bias, x.device)
                 return apply_piecewise(HeadGroupBranch(self, groups, {"context": context, **given}), x)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
@@ -132,6 +134,7 @@ class Attention(nn.Module):
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Pieces over groups of heads, or all of it at once where the projections have to run by themselves."""
         kwargs = _shared_by_groups({k: v for k, v in kwargs.items() if k != "memory_efficient"})
+        _refuse_captured(kwargs.get("attn_bias"), x.device)
         if "cache" not in kwargs:
             groups = self._groups(x, kwargs.get("context"))
             if self._comes_in_groups(groups):
@@ -229,6 +232,11 @@ def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
+def _refuse_captured(attn_bias: Any, device: torch.device) -> None:
+    if callable(attn_bias) and not isinstance(attn_bias, Tensor):
+        refuse_captured(attn_bias, device)
+
+
 def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:
     return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., -keys:]
 
@@ -240,7 +248,7 @@ def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
         return tensor[..., heads, :, :] if per_head else tensor
     if tensor is None:
         return None
-    return mask_function(tensor).of_heads(heads) if argument == "mask" else BiasOfHeads(tensor, heads)
+    return mask_function(tensor).of_heads(heads) if argument == "mask" else bias_of_heads(tensor, heads)
 
 
 class FlashAttention(Attention):
