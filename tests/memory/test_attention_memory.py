@@ -14,7 +14,7 @@ def step(n, *, h=2, kv=2, d=16, bias=None, backward=True, buckets=(128, 128), **
     q = torch.randn(1, h, n, d, requires_grad=True)
     k, v = (torch.randn(1, kv, n, d, requires_grad=True) for _ in range(2))
     cotangent = torch.randn(1, h, n, d)
-    wanted = (q, k, v, *(bias.parameters() if bias is not None else ()))
+    wanted = (q, k, v, *(bias.parameters() if isinstance(bias, torch.nn.Module) else ()))
     with LiveBytes() as count:
         out = dot_product_attention(
             q, k, v, attn_bias=bias, q_bucket_size=buckets[0], k_bucket_size=buckets[1], **kwargs
