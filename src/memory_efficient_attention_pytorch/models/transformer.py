@@ -98,15 +98,24 @@ class Transformer(nn.Module):
         self._check(x, labels, mask, cache)
         if callable(mask):
             mask = mask_function(mask)  # what one layer finds out of its tiles serves all
-        head: Any = self.to_logits[1] if len(self.to_logits) > 1 else self.token_emb
+        head: Any = self.to_logits[1] if len(self.to_logits) > 1 else None
         if labels is not None and self._plain_head:
             # Only _rows has what enters the first block: where the loss is made it would be n · dim elements too many.
             rows = self._rows(*self._embed(x, mask, cache))
             options: dict[str, Any] = {"bias": getattr(head, "bias", None), "chunk_size": self.loss_chunk_size}
-            return linear_cross_entropy(rows, head.weight, labels, ignore_index=ignore_index, **options)
+            weight = self._tied_weight(x) if head is None else head.weight
+            return linear_cross_entropy(rows, weight, labels, ignore_index=ignore_index, **options)
         hidden = self.to_logits(self._through(self.layers, *self._embed(x, mask, cache)))
-        logits = nn.functional.linear(hidden, head.weight) if head is self.token_emb else hidden
+        logits = nn.functional.linear(hidden, self._tied_weight(x)) if head is None else hidden
         return logits if labels is None else _mean_cross_entropy(logits, labels, ignore_index)
+
+    def _tied_weight(self, x: Tensor) -> Tensor:
+        weight = self.token_emb.weight
+        if weight.device == x.device:
+            return weight
+        # It is here while the embedding runs, and elsewhere after (accelerate's offloading).
+        every_row: Tensor = self.token_emb(torch.arange(self.num_tokens, device=x.device))
+        return every_row
 
     @property
     def _plain_head(self) -> bool:

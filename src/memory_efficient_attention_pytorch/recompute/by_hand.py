@@ -16,7 +16,9 @@ def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
     """
     if known and type(module) not in known:
         return f"it is a {type(module).__name__}, no {' or '.join(kind.__name__ for kind in known)}"
-    if "forward" in vars(module):
+    # Hooks that were taken away again leave the class's own behind (accelerate).
+    own = module.forward
+    if getattr(own, "__func__", None) is not type(module).forward or getattr(own, "__self__", None) is not module:
         return "its forward has been replaced"
     if module_is_watched(module):
         return "it has hooks"
