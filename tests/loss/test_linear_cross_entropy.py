@@ -27,9 +27,29 @@ EPSILON = {torch.float64: 1e-13, torch.float32: 1e-6, torch.bfloat16: 2.0**-9, t
 LOW = [torch.bfloat16, torch.float16]
 
 
-def plain(hidden, weight, labels, *, bias=None, **options):
-    logits = F.linear(hidden, weight, bias)
-    loss = F.cross_entropy(logits.flatten(0, -2), labels.flatten(), **options)
+def plain(
+    hidden,
+    weight,
+    labels,
+    *,
+    bias=None,
+    class_weights=None,
+    scale=1.0,
+    softcap=None,
+    z_loss=0.0,
+    chunk_size=None,
+    **options,
+):
+    logits, labels_of_all = scale * F.linear(hidden, weight, bias).flatten(0, -2), labels.flatten()
+    if softcap is not None:
+        logits = softcap * torch.tanh(logits / softcap)
+    of_classes = None if class_weights is None else class_weights.to(logits.dtype)
+    loss = F.cross_entropy(logits, labels_of_all, weight=of_classes, **options)
+    if z_loss:
+        counted = labels_of_all != options.get("ignore_index", -100)
+        squares = z_loss * logits.logsumexp(-1).square() * counted
+        reduction = options.get("reduction", "mean")
+        loss = loss + {"none": squares, "sum": squares.sum(), "mean": squares.sum() / counted.sum()}[reduction]
     return loss.view(labels.shape) if options.get("reduction") == "none" else loss
 
 
@@ -77,6 +97,97 @@ def test_equals_the_plain_loss_and_gradients(reduction, smoothing, bias, dtype):
         tensors, incoming=incoming, reduction=reduction, label_smoothing=smoothing, chunk_size=7
     )
     assert fast[0].dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+
+
+CLASS_WEIGHTS = torch.linspace(0, 2.5, 29)
+VARIANTS = {
+    "softcap": {"softcap": 1.5},
+    "wide softcap": {"softcap": 1e4},
+    "scale": {"scale": 0.37},
+    "class weights": {"class_weights": CLASS_WEIGHTS},
+    "z-loss": {"z_loss": 0.1},
+    "all": {"softcap": 2.0, "scale": -1.7, "class_weights": CLASS_WEIGHTS.double(), "z_loss": 0.02},
+}
+
+
+@pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
+@pytest.mark.parametrize("smoothing", [0.0, 0.2])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32], ids=str)
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_equal_the_plain_loss_and_gradients(variant, dtype, smoothing, reduction):
+    tensors = problem(dtype=dtype)
+    incoming = torch.randn(3, 17) if reduction == "none" else torch.tensor(-1.7)
+    options = {**VARIANTS[variant], "reduction": reduction, "label_smoothing": smoothing, "chunk_size": 7}
+    assert_as_good_as_plain(tensors, incoming=incoming, **options)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_in_bf16_are_as_exact_as_the_plain_loss_on_average(variant):
+    excess = []
+    for _ in range(12):
+        tensors, incoming = problem(dtype=torch.bfloat16), torch.tensor(-1.7)
+        truth = outcome(plain, *tensors, incoming=incoming, dtype=torch.float64, **VARIANTS[variant])
+        naive = outcome(plain, *tensors, incoming=incoming, **VARIANTS[variant])
+        fast = outcome(linear_cross_entropy, *tensors, incoming=incoming, chunk_size=7, **VARIANTS[variant])
+        excess.append([difference(a, t) - difference(b, t) for a, b, t in zip(fast, naive, truth, strict=True)])
+    assert (torch.tensor(excess).mean(0) <= 2.0**-11).all()
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_when_gradients_wait_for_an_accumulating_backward(variant):
+    hidden, weight, bias, labels = problem(dtype=torch.float64, shape=(2, 10))
+    options = {**VARIANTS[variant], "label_smoothing": 0.2}
+    truth = outcome(plain, hidden, weight, bias, labels, **options)
+    leaves = [x.detach().requires_grad_() for x in (hidden, weight, bias)]
+    for leaf in leaves:
+        leaf.grad = torch.ones_like(leaf)
+    held = leaves[1].grad
+    linear_cross_entropy(leaves[0], leaves[1], labels, bias=leaves[2], **options).backward()
+    assert leaves[1].grad is held
+    for leaf, true in zip(leaves, truth[1:], strict=True):
+        torch.testing.assert_close(leaf.grad - 1, true)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_variants_at_the_end_of_a_reversible_chain(variant):
+    from memory_efficient_attention_pytorch import FeedForward, ReversibleSequence
+    from memory_efficient_attention_pytorch.loss.reversible import normed_sum
+
+    _, weight, bias, labels = problem(dtype=torch.float64)
+    blocks = ReversibleSequence([(FeedForward(12, 2), FeedForward(12, 2)) for _ in range(2)]).double()
+    norm, x = torch.nn.LayerNorm(12).double(), torch.randn(3, 17, 12, dtype=torch.float64, requires_grad=True)
+    options = {**VARIANTS[variant], "label_smoothing": 0.2, "bias": bias}
+    leaves = (x, weight, bias, *norm.parameters(), *blocks.parameters())
+    loss = linear_cross_entropy(normed_sum(norm, *blocks.streams(x)), weight, labels, chunk_size=7, **options)
+    truth = plain(norm(blocks(x)), weight, labels, **options)
+    torch.testing.assert_close(loss, truth)
+    found, true = (torch.autograd.grad(value, leaves) for value in (loss, truth))
+    for ours, theirs in zip(found, true, strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_mean_over_a_given_count_is_a_sum_divided():
+    hidden, weight, _, labels = problem(dtype=torch.float64, bias=False)
+    halves = [linear_cross_entropy(h, weight, y, reduction="sum") / 40 for h, y in zip(hidden, labels, strict=True)]
+    torch.testing.assert_close(sum(halves), plain(hidden, weight, labels, reduction="sum") / 40)
+
+
+def test_classes_of_no_weight_alone_give_the_loss_0():
+    hidden, weight, _, labels = problem(bias=False, dtype=torch.float64)
+    options = {"class_weights": torch.zeros(29), "z_loss": 0.1}
+    assert linear_cross_entropy(hidden, weight, labels, class_weights=torch.zeros(29)).item() == 0
+    counted = labels != -100
+    squares = F.linear(hidden, weight).logsumexp(-1).square()[counted]
+    torch.testing.assert_close(linear_cross_entropy(hidden, weight, labels, **options), 0.1 * squares.mean())
+
+
+def test_saturated_and_far_logits_have_finite_gradients():
+    hidden = torch.tensor([[1e4, 0.0], [0.0, 1e4]], requires_grad=True)
+    weight = torch.tensor([[1.0, -1.0], [-1.0, 1.0], [0.5, 0.5]], requires_grad=True)
+    for softcap in (30.0, 500.0):
+        tensors = (hidden, weight, None, torch.tensor([0, 0]))
+        found = assert_as_good_as_plain(tensors, softcap=softcap, label_smoothing=0.1)
+        assert all(x.isfinite().all() for x in found)
 
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
@@ -139,12 +250,16 @@ def test_chunk_size_changes_nothing(chunk_size, tokens, seed):
 
 @pytest.mark.parametrize("reduction", ["none", "mean", "sum"])
 @pytest.mark.parametrize("smoothing", [0.0, 0.3])
-def test_gradcheck(reduction, smoothing):
+@pytest.mark.parametrize("variant", ["plain", *VARIANTS])
+def test_gradcheck(reduction, smoothing, variant):
     hidden, weight, bias, labels = problem(shape=(5,), width=3, vocabulary=4, dtype=torch.float64)
     labels[0], labels[1] = -100, 2
 
     def loss(hidden, weight, bias):
         options = {"bias": bias, "reduction": reduction, "label_smoothing": smoothing, "chunk_size": 2}
+        options |= VARIANTS.get(variant, {})
+        if "class_weights" in options:
+            options["class_weights"] = options["class_weights"][8:12]
         return linear_cross_entropy(hidden, weight, labels, **options)
 
     assert torch.autograd.gradcheck(loss, (hidden, weight, bias))
@@ -284,6 +399,17 @@ def test_holds_one_chunk_of_logits_and_the_two_gradients():
         loss.backward()
     assert backward.peak <= PER_TOKEN  # scaled in place, and handed over
     assert weight.grad is not None
+
+
+@pytest.mark.parametrize(
+    "options", [{"scale": 0.5, "z_loss": 0.1}, {"class_weights": torch.rand(V)}, {"softcap": 5.0}], ids=str
+)
+def test_variants_hold_no_second_chunk_of_logits(options):
+    hidden, weight, _, labels = big()
+    with LiveBytes() as forward:
+        linear_cross_entropy(hidden, weight, labels, chunk_size=C, label_smoothing=0.1, **options)
+    # Capped logits are worked on in sixteenths of a chunk, with two buffers beside them.
+    assert forward.peak <= 4 * (C * V + N * D + V * D) + PER_TOKEN + 4 * 2 * (C // 16 + 1) * V
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="resident memory is read from /proc")
@@ -453,6 +579,14 @@ def test_a_label_out_of_range(label):
         ("label_smoothing", {"label_smoothing": 1.5}),
         ("label_smoothing", {"label_smoothing": -0.1}),
         ("chunk_size", {"chunk_size": 0}),
+        ("class_weights", {"class_weights": torch.ones(28)}),
+        ("class_weights", {"class_weights": torch.ones(29, dtype=torch.int64)}),
+        ("class_weights", {"class_weights": torch.ones(29, requires_grad=True)}),
+        ("class_weights", {"class_weights": [1.0] * 29}),
+        ("scale", {"scale": math.inf}),
+        ("softcap", {"softcap": 0.0}),
+        ("softcap", {"softcap": -30.0}),
+        ("z_loss", {"z_loss": -1e-4}),
         ("chunk_size", {"chunk_size": 2.0}),
     ],
     ids=str,

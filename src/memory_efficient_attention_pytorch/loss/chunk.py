@@ -18,7 +18,7 @@ from ..common.products import add_product, linear_into
 class Settings(NamedTuple):
     """The options of a loss, checked. ``gradients_wait``: for backward; otherwise forward makes them.
 
-    ``product_dtype``: of the matrix products; everything else is in fp32, for fp64 in fp64.
+    ``product_dtype``: of the matrix products; everything else is in fp32, for fp64 in fp64. ``softcap``: 0 for none.
     """
 
     ignore_index: int
@@ -26,6 +26,9 @@ class Settings(NamedTuple):
     reduction: str
     chunk_size: int
     product_dtype: torch.dtype
+    scale: float = 1.0
+    softcap: float = 0.0
+    z_loss: float = 0.0
     gradients_wait: bool = False
 
 
@@ -38,14 +41,24 @@ class ChunkLoss:
         weight, bias: ``(V, d)``, and ``(V,)`` or None.
         of_head: what the gradients of weight and bias are added to, None where nobody asks for one.
         rows: the most tokens a call may bring.
+        class_weights: ``(V,)`` or None.
+        z_loss: what multiplies the square of a row's log-sum-exp: a number, or a tensor that holds one; None for 0.
     """
 
     def __init__(
-        self, settings: Settings, weight: Tensor, bias: Tensor | None, of_head: Sequence[Tensor | None], rows: int
+        self,
+        settings: Settings,
+        weight: Tensor,
+        bias: Tensor | None,
+        of_head: Sequence[Tensor | None],
+        rows: int,
+        class_weights: Tensor | None = None,
+        z_loss: Tensor | float | None = None,
     ) -> None:
         dtype, product_dtype = full_dtype(weight.dtype), settings.product_dtype
         self.weight, self.bias = weight.to(product_dtype), bias
-        self.label_smoothing = settings.label_smoothing
+        self.settings, self.z_loss = settings, z_loss
+        self.class_weights = None if class_weights is None else class_weights.to(dtype)
         self.logits = weight.new_empty(rows, len(weight), dtype=dtype)
         self.products = self.logits if product_dtype == dtype else torch.empty_like(self.logits, dtype=product_dtype)
         self.grad_weight, self.grad_bias = of_head
@@ -53,18 +66,40 @@ class ChunkLoss:
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
         """``(c, d)`` and ``(c,)`` labels in ``[0, V)`` → losses ``(c,)``; :meth:`add_gradients` may follow."""
         logits, products = self.logits[: len(hidden)], self.products[: len(hidden)]
+        scale, softcap, smoothing = self.settings.scale, self.settings.softcap, self.settings.label_smoothing
         linear_into(products, hidden.to(products.dtype), self.weight)
         if products.dtype != logits.dtype:
             logits.copy_(products)
         if self.bias is not None:
             logits.add_(self.bias)
+        if scale != 1:
+            logits.mul_(scale)
+        if softcap:
+            logits.div_(softcap).tanh_().mul_(softcap)
         expected = logits.gather(1, labels[:, None]).squeeze(1)
-        if self.label_smoothing:
-            expected.lerp_(logits.mean(1), self.label_smoothing)
+        # mass: of a token's whole target, which is 1 without class weights; target: of its label alone.
+        mass: Tensor | None = None
+        self.target: Tensor | None = None
+        if self.class_weights is not None:
+            mass = self.target = self.class_weights[labels]
+            expected.mul_(mass)
+            if smoothing:
+                mass = mass.lerp(self.class_weights.mean(), smoothing)
+                expected.lerp_(logits.mv(self.class_weights).div_(logits.shape[1]), smoothing)
+        elif smoothing:
+            expected.lerp_(logits.mean(1), smoothing)
         largest = logits.amax(1)
-        torch.softmax(logits, 1, out=logits)
-        # The largest logit's probability is 1 / sum(exp(x - max(x))), so this is logsumexp(x) without another buffer.
-        return (largest - expected).sub_(logits.amax(1).log_())
+        # The largest logit's probability is 1 / sum(exp(x - max(x))), so its logarithm is max(x) - logsumexp(x) without
+        # another buffer.
+        log_largest = self._softmax(logits, largest)
+        self.factor = mass
+        losses = (largest if mass is None else largest * mass) - expected
+        losses.sub_(log_largest if mass is None else log_largest * mass)
+        if self.z_loss is not None:
+            lse = largest - log_largest
+            losses.add_(self.z_loss * lse.square())
+            self.factor = 2 * self.z_loss * lse + (1 if mass is None else mass)
+        return losses
 
     def add_gradients(self, hidden: Tensor, labels: Tensor, row_weight: Tensor, of_hidden: bool) -> Tensor | None:
         """Differentiate ``sum(row_weight * losses)`` of the chunk that :meth:`losses` just had; row_weight ``(c,)``.
@@ -72,10 +107,8 @@ class ChunkLoss:
         Returns the hidden vectors' gradient ``(c, d)`` if that is asked for.
         """
         logits, products = self.logits[: len(hidden)], self.products[: len(hidden)]
-        row_weight = row_weight[:, None]
-        logits.scatter_add_(1, labels[:, None], logits.new_full((len(hidden), 1), self.label_smoothing - 1))
-        if self.label_smoothing:
-            logits.sub_(self.label_smoothing / logits.shape[1])
+        row_weight = row_weight[:, None] * self.settings.scale
+        self._to_gradient(logits, labels)
         if self.grad_bias is not None:
             self.grad_bias.addmv_(logits.T, row_weight[:, 0])
         if products.dtype == logits.dtype:
@@ -89,3 +122,45 @@ class ChunkLoss:
         if self.grad_weight is not None:
             add_product(self.grad_weight, products, hidden.to(products.dtype))
         return products @ self.weight if of_hidden else None
+
+    def _softmax(self, logits: Tensor, largest: Tensor) -> Tensor:
+        """The logarithm of each row's largest probability ``(c,)``; the logits become probabilities.
+
+        Not those that are capped: the slope of the cap is known from them alone, so they stay till gradients are made.
+        """
+        if not self.settings.softcap:
+            torch.softmax(logits, 1, out=logits)
+            return logits.amax(1).log_()
+        blocks = zip(logits.split(self._block), largest.split(self._block), strict=True)
+        return torch.cat([(rows - top[:, None]).exp_().sum(1).log_().neg_() for rows, top in blocks])
+
+    def _to_gradient(self, logits: Tensor, labels: Tensor) -> None:
+        """Make of what :meth:`_softmax` left ``(c, V)`` the gradient of the losses."""
+        softcap = self.settings.softcap
+        if not softcap:
+            self._subtract_target(logits, labels, slice(None))
+            return
+        for start in range(0, len(logits), self._block):
+            rows = slice(start, start + self._block)
+            slope = logits[rows].div(softcap).square_().neg_().add_(1)
+            torch.softmax(logits[rows], 1, out=logits[rows])
+            self._subtract_target(logits[rows], labels[rows], rows)
+            logits[rows].mul_(slope)
+
+    def _subtract_target(self, probabilities: Tensor, labels: Tensor, rows: slice) -> None:
+        smoothing, classes = self.settings.label_smoothing, probabilities.shape[1]
+        if self.factor is not None:
+            probabilities.mul_(self.factor[rows, None])
+        if self.target is None:
+            target = probabilities.new_full((len(labels), 1), smoothing - 1)
+        else:
+            target = self.target[rows, None] * (smoothing - 1)
+        probabilities.scatter_add_(1, labels[:, None], target)
+        if smoothing:
+            of_all = smoothing / classes
+            probabilities.sub_(of_all if self.class_weights is None else self.class_weights * of_all)
+
+    @property
+    def _block(self) -> int:
+        """Rows of capped logits that are worked on at once, so that what is needed beside them stays small."""
+        return max(1, len(self.logits) // 16)

@@ -25,15 +25,22 @@ from .chunk import ChunkLoss, Settings
 from .rows import Rows, RowSource
 
 
-def chunked_loss(settings: Settings, source: RowSource, weight: Tensor, bias: Tensor | None, labels: Tensor) -> Tensor:
-    """The losses ``(N,)`` of rows against labels ``(N,)``, or their sum or mean."""
+def chunked_loss(
+    settings: Settings,
+    source: RowSource,
+    weight: Tensor,
+    bias: Tensor | None,
+    labels: Tensor,
+    class_weights: Tensor | None = None,
+) -> Tensor:
+    """The losses ``(N,)`` of rows against labels ``(N,)``, or their sum or mean; class_weights ``(V,)``."""
     # Inside a Function gradients are off whatever the caller chose, so whether any is wanted must be asked here.
     inputs = (weight, bias, *source.tensors)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     waits = not wanted or settings.reduction == "none" or gradients_wait(settings.product_dtype, source.shape, weight)
     replay = Replay(weight) if source.random and wanted and waits else None
     settings = settings._replace(gradients_wait=waits)
-    losses: Tensor = LinearCrossEntropy.apply(settings, source.make, replay, labels, *inputs)
+    losses: Tensor = LinearCrossEntropy.apply(settings, source.make, replay, labels, class_weights, *inputs)
     return losses
 
 
@@ -42,15 +49,21 @@ class LinearCrossEntropy(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, settings: Settings, make: Callable[..., Rows], replay: Replay | None, labels: Tensor, *inputs: Any
+        ctx: Any,
+        settings: Settings,
+        make: Callable[..., Rows],
+        replay: Replay | None,
+        labels: Tensor,
+        class_weights: Tensor | None,
+        *inputs: Any,
     ) -> Tensor:
         ctx.settings, ctx.make, ctx.replay = settings, make, replay
-        needed = [need and not settings.gradients_wait for need in ctx.needs_input_grad[4:]]
-        share, early, late = share_of_each(settings, labels, inputs[0].dtype)
+        needed = [need and not settings.gradients_wait for need in ctx.needs_input_grad[5:]]
+        share, early, late = share_of_each(settings, labels, class_weights, inputs[0].dtype)
         with nullcontext() if replay is None else replay.first():
-            losses, gradients = over_chunks(settings, make, labels, inputs, needed, early)
+            losses, gradients = over_chunks(settings, make, (labels, class_weights), inputs, needed, early)
         if settings.gradients_wait:
-            ctx.save_for_backward(labels, *inputs, *(() if replay is None else replay.release()))
+            ctx.save_for_backward(labels, class_weights, *inputs, *(() if replay is None else replay.release()))
         else:
             ctx.dtypes = [x if x is None else x.dtype for x in inputs]
             ctx.save_for_backward(late, *gradients)
@@ -60,26 +73,29 @@ class LinearCrossEntropy(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
         first, *others = ctx.saved_tensors
-        needed = ctx.needs_input_grad[4:]
+        needed = ctx.needs_input_grad[5:]
         if not ctx.settings.gradients_wait:
             factor = cotangent * first
             # A graph that is not kept has no more use for the gradients: scaling them in place spares a second (V, d).
             scale = torch.mul if torch.compiler.is_compiling() or graph_is_kept() else Tensor.mul_
             pairs = zip(others, ctx.dtypes, strict=True)
-            return None, None, None, None, *(x if x is None else scale(x, factor).to(dtype) for x, dtype in pairs)
+            return *[None] * 5, *(x if x is None else scale(x, factor).to(dtype) for x, dtype in pairs)
+        class_weights, *others = others
         inputs, kept = others[: len(needed)], others[len(needed) :]
-        share = share_of_each(ctx.settings, first, inputs[0].dtype)[0]
+        share = share_of_each(ctx.settings, first, class_weights, inputs[0].dtype)[0]
         with nullcontext() if ctx.replay is None else ctx.replay.again(kept):
             of_each = cotangent * share
-            _, gradients = over_chunks(ctx.settings, ctx.make, first, inputs, needed, of_each, accumulator)
+            _, gradients = over_chunks(
+                ctx.settings, ctx.make, (first, class_weights), inputs, needed, of_each, accumulator
+            )
         of_head = [g if g is None else left_to_add(x, g) for x, g in zip(inputs[:2], gradients[:2], strict=True)]
-        return None, None, None, None, *of_head, *gradients[2:]
+        return *[None] * 5, *of_head, *gradients[2:]
 
 
 def over_chunks(
     settings: Settings,
     make: Callable[..., Rows],
-    labels: Tensor,
+    targets: tuple[Tensor, Tensor | None],
     inputs: Sequence[Any],
     needed: Sequence[bool],
     row_weight: Tensor,
@@ -87,10 +103,12 @@ def over_chunks(
 ) -> tuple[Tensor, list[Tensor | None]]:
     """Losses ``(N,)``, 0 where ignored, and the gradients of ``sum(row_weight * losses)`` for the needed inputs.
 
-    inputs: weight, bias, and what the rows are made of. row_weight: ``(N,)``, or one for all. total: makes what the
-    gradients of weight and bias are added to; they come back in its dtype.
+    targets: labels and class weights. inputs: weight, bias, and what the rows are made of. row_weight: ``(N,)``, or one
+    for all. total: makes what the gradients of weight and bias are added to; they come back in its dtype.
     """
     weight, bias, *made_of = inputs
+    labels, class_weights = targets
+    z_loss = z_loss_of_each(settings, labels, class_weights, weight.dtype)
     counted = labels != settings.ignore_index
     labels = labels.masked_fill(~counted, 0)
     losses = weight.new_empty(len(labels), dtype=full_dtype(weight.dtype))
@@ -99,7 +117,8 @@ def over_chunks(
     rows = make(needed[2:], *made_of)
     with working_on("loss"), full_precision(weight.device):
         of_head = [total(x) if need else None for x, need in zip((weight, bias), needed, strict=False)]
-        chunk_loss = ChunkLoss(settings, weight, bias, of_head, rows=chunks[0].stop if chunks else 1)
+        most = chunks[0].stop if chunks else 1
+        chunk_loss = ChunkLoss(settings, weight, bias, of_head, most, class_weights, z_loss)
         for chunk in each(chunks):
             hidden = rows.forward(chunk)
             losses[chunk] = chunk_loss.losses(hidden, labels[chunk])
@@ -129,8 +148,10 @@ def gradients_wait(product_dtype: torch.dtype, shape: Sequence[int], weight: Ten
     return large and may_add_in_place(weight)
 
 
-def share_of_each(settings: Settings, labels: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
-    """What multiplies the sum of losses (one over the number of labels that count, or one), and its two factors.
+def share_of_each(
+    settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What multiplies the sum of losses (one over the weights of the labels that count, or one), and its two factors.
 
     Gradients take the first, in [1/2, 1], when they are made and the second, a power of two, in backward. So they are
     rounded once, and one kept in fp16 has not lost its small values before a loss scaler's factor comes to save them.
@@ -138,6 +159,28 @@ def share_of_each(settings: Settings, labels: Tensor, dtype: torch.dtype) -> tup
     one = labels.new_ones((), dtype=full_dtype(dtype))
     if settings.reduction != "mean":
         return one, one, one
-    share = one / (labels != settings.ignore_index).sum().clamp_min(1)
+    share = one / _total_weight(settings, labels, class_weights, dtype)
     early, _ = torch.frexp(share)
     return share, early, share / early
+
+
+def z_loss_of_each(
+    settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype
+) -> Tensor | float | None:
+    """What multiplies each squared log-sum-exp, so that in a weighted mean all of them count alike."""
+    if not settings.z_loss:
+        return None
+    if class_weights is None or settings.reduction != "mean":
+        return settings.z_loss
+    total, number = (_total_weight(settings, labels, weights, dtype) for weights in (class_weights, None))
+    return settings.z_loss * total / number
+
+
+def _total_weight(settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
+    """Of the labels that count; their number without class weights; 1 where it would be 0."""
+    counted = labels != settings.ignore_index
+    if class_weights is None:
+        return counted.sum().clamp_min(1)
+    of_labels = class_weights.to(full_dtype(dtype))[labels.masked_fill(~counted, 0)]
+    total = of_labels.masked_fill(~counted, 0).sum()
+    return total.masked_fill(total == 0, 1)

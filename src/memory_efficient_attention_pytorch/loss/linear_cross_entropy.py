@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -25,6 +27,10 @@ def linear_cross_entropy(
     reduction: str = "mean",
     label_smoothing: float = 0.0,
     chunk_size: int | None = None,
+    class_weights: Tensor | None = None,
+    scale: float = 1.0,
+    softcap: float | None = None,
+    z_loss: float = 0.0,
 ) -> Tensor:
     """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels`` without the ``(N, V)`` logits.
 
@@ -33,6 +39,11 @@ def linear_cross_entropy(
     Equal to ``F.cross_entropy(F.linear(hidden, weight, bias), labels, ...)``: with logits x, label y and smoothing e,
     ``loss = logsumexp(x) - (1 - e) x_y - e mean(x)``, and 0 where the label is ``ignore_index``; ``"mean"`` divides the
     sum by the number of the other labels. With none of those the mean is 0 with zero gradients (PyTorch's is NaN).
+    Divide a ``"sum"`` for a mean over a count of your own, as that of a batch whose parts are accumulated.
+
+    The logits are ``x = scale (hidden @ weight.T + bias)``, and with a softcap ``softcap · tanh(x / softcap)`` of that
+    (Gemma Team 2024, arXiv:2408.00118). ``z_loss`` adds its multiple of ``logsumexp(x)²`` to each token's loss; of
+    these terms ``"mean"`` takes the plain mean (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
 
     Args:
         hidden: ``(..., d)``, floating point; or a :class:`RowSource`, which makes these vectors chunk by chunk.
@@ -44,6 +55,11 @@ def linear_cross_entropy(
         label_smoothing: the share of each target that is spread evenly over the vocabulary, in ``[0, 1]``.
         chunk_size: the most tokens whose logits exist at once, :func:`default_chunk_size` if None. It changes memory
             and time, and the result by rounding only.
+        class_weights: ``(V,)``, floating point, the ``weight`` of F.cross_entropy, which multiplies each class's terms;
+            ``"mean"`` then divides by the sum of the labels' weights. It may not require a gradient.
+        scale: multiplies the logits (Granite, Cohere).
+        softcap: a positive bound of the logits, None for none.
+        z_loss: coefficient of the squared log-sum-exp, at least 0.
 
     Returns:
         The loss in fp32, for fp64 in fp64. Gradients have the dtypes of their tensors.
@@ -67,14 +83,25 @@ def linear_cross_entropy(
     """
     source = hidden if isinstance(hidden, RowSource) else RowSource(hidden.shape, hidden.dtype, (hidden,), WholeRows)
     product_dtype = _check_tensors(source, weight, labels, bias)
+    if class_weights is not None:
+        _check_class_weights(class_weights, weight)
     require(reduction in REDUCTIONS, "reduction", f"one of {REDUCTIONS}", repr(reduction))
     require(0 <= label_smoothing <= 1, "label_smoothing", "a number in [0, 1]", repr(label_smoothing))
     if chunk_size is not None:
         require_positive_int("chunk_size", chunk_size)
+    require(_is_finite(scale), "scale", "a finite number", repr(scale))
+    positive = softcap is None or (_is_finite(softcap) and softcap > 0)
+    require(positive, "softcap", "a positive number or None", repr(softcap))
+    require(_is_finite(z_loss) and z_loss >= 0, "z_loss", "a finite number of at least 0", repr(z_loss))
     _check_labels(labels, len(weight), ignore_index)
     chunk_size = chunk_size or default_chunk_size(len(weight), source.device)
-    settings = Settings(ignore_index, float(label_smoothing), reduction, chunk_size, product_dtype)
-    loss = chunked_loss(settings, source, weight, bias, labels.reshape(-1))
+    settings = Settings(
+        *(ignore_index, float(label_smoothing), reduction, chunk_size, product_dtype),
+        scale=float(scale),
+        softcap=float(softcap or 0),
+        z_loss=float(z_loss),
+    )
+    loss = chunked_loss(settings, source, weight, bias, labels.reshape(-1), class_weights)
     return loss.view(labels.shape) if reduction == "none" else loss
 
 
@@ -112,6 +139,19 @@ def _check_tensors(hidden: RowSource, weight: Tensor, labels: Tensor, bias: Tens
     # Few CPUs multiply fp16, and the others take tens of times as long as for fp32.
     slow = product_dtype == torch.float16 and device_type(hidden.device) == "cpu"
     return torch.float32 if slow else product_dtype
+
+
+def _check_class_weights(class_weights: Tensor, weight: Tensor) -> None:
+    name, shape = "class_weights", weight.shape[:1]
+    require(isinstance(class_weights, Tensor), name, "a tensor", type(class_weights).__name__)
+    require(class_weights.shape == shape, name, f"shape {tuple(shape)}", tuple(class_weights.shape))
+    require(class_weights.is_floating_point(), name, "a floating-point dtype", class_weights.dtype)
+    require(class_weights.device == weight.device, name, f"device {weight.device}", class_weights.device)
+    require(not class_weights.requires_grad, name, "a tensor without gradient", "one that requires it")
+
+
+def _is_finite(value: object) -> bool:
+    return isinstance(value, int | float) and math.isfinite(value)
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
