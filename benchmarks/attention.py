@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memory_efficient_attention_pytorch import dot_product_attention
+from memory_efficient_attention_pytorch import MaskFunction, dot_product_attention
 
 Call = Callable[[], Tensor]
 
@@ -33,6 +33,17 @@ def cases() -> Iterator[tuple[str, Call, Call, list[Tensor]]]:
     ids = (torch.arange(n) // 700)[None]
     mask = (causal & (ids[0][:, None] == ids[0][None]))[None, None]
     yield "documents, causal", ours(leaves, causal=True, document_ids=ids), theirs(leaves, attn_mask=mask), leaves
+    numbers = ids.expand(1, n)
+
+    def together(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+        return (i >= j) & (numbers[b, i] == numbers[b, j])
+
+    yield "the same, a function", ours(leaves, mask=together), theirs(leaves, attn_mask=mask), leaves
+    kept = MaskFunction(together)
+    yield "the same, tiles kept", ours(leaves, mask=kept), theirs(leaves, attn_mask=mask), leaves
+    # PyTorch has no kernel for it on a CPU: beside what it caps.
+    capped = ours(leaves, attn_bias=lambda score, b, h, i, j: 30 * torch.tanh(score / 30), causal=True)
+    yield "soft cap, causal", capped, theirs(leaves, is_causal=True), leaves
 
     leaves = heads(8192, 8)
     distance = torch.arange(8192)[:, None] - torch.arange(8192)[None]
