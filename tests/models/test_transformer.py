@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from memory_efficient_attention_pytorch import KVCache, ReversibleSequence, Transformer
+from memory_efficient_attention_pytorch import AutoregressiveWrapper, KVCache, ReversibleSequence, Transformer
 from tests import reference
 from tests.agreement import assert_same, difference, gradients, with_seed
 from tests.memory.live_bytes import LiveBytes
@@ -337,3 +337,18 @@ def test_batches_without_rows_or_tokens(kwargs, exact, shape):
             later = torch.zeros(shape[0], 3, dtype=torch.long)
             seen = torch.ones(shape[0], shape[1] + 3, dtype=torch.bool)
             assert model(later, cache=cache, mask=seen).shape == (shape[0], 3, 29)
+
+
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.int8, torch.uint16, torch.uint32, torch.uint64, torch.int16])
+def test_tokens_and_labels_of_every_integer_dtype(dtype):
+    torch.manual_seed(0)
+    model = Transformer(num_tokens=20, max_seq_len=16, dim=16, depth=1, heads=2, dim_head=8, causal=True)
+    tokens = torch.randint(0, 20, (2, 9))
+    mask = torch.arange(9) > torch.tensor([[-1], [2]])
+    assert torch.equal(model(tokens.to(dtype)), model(tokens))
+    assert torch.equal(model(tokens.to(dtype), labels=tokens.to(dtype)), model(tokens, labels=tokens))
+    wrapped = AutoregressiveWrapper(model)
+    assert torch.equal(wrapped(tokens.to(dtype), mask=mask), wrapped(tokens, mask=mask))
+    assert torch.equal(
+        wrapped.generate(tokens.to(dtype), 3, temperature=0.0), wrapped.generate(tokens, 3, temperature=0.0)
+    )

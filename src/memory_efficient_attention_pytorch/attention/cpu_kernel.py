@@ -6,8 +6,8 @@ from torch import Tensor
 
 from ..torch_internals import attention_kernels
 from .products import Products
-from .request import AttentionRequest
-from .tiles import QueryBucket, Scores, Tiled, TileGradients
+from .request import IMMODERATE, AttentionRequest
+from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
 
 
@@ -21,6 +21,8 @@ class CpuKernel(Tiled):
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if request.device_type != "cpu":
             return f"it is for the CPU, not for {request.device_type}"
+        if not request.moderate:
+            return IMMODERATE
         if request.dropout:
             return "it drops nothing of a tile"
         if request.bias is not None and request.bias.of_score:
@@ -34,27 +36,31 @@ class CpuKernel(Tiled):
         by_products = given.grad_lse is not None or given.bias_gradient.wanted
         return Products().backward(request, given) if by_products else super().backward(request, given)
 
-    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         dtype = scores.request.compute_dtype
-        added = scores.added(dtype)
+        added, level = scores.relative(dtype, scores.visible)
         out, lse = kernel.forward(*unit_stride(q, k, v), attn_mask=added, scale=scores.request.scale)
         if added is not None:
             # The kernel leaves a finite log-sum-exp on a row that sees nothing here.
             lse = lse.masked_fill((added == float("-inf")).all(dim=-1), float("-inf"))
-        return out.to(dtype), lse
+        return out.to(dtype), LogSumExp.of(lse, *(() if level is None else (level.squeeze(-1),)))
 
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
-        added = scores.added(scores.request.compute_dtype)
+        added, level = scores.relative(scores.request.compute_dtype, scores.visible)
+        lse = bucket.above(level).squeeze(-1)
+        if bucket.rest is not None:
+            lse = lse + bucket.rest
         heads = unit_stride(bucket.grad_out.to(bucket.q.dtype), bucket.q, k, v)
-        found = kernel.backward(*heads, bucket.out, bucket.lse, 0.0, False, attn_mask=added, scale=scores.request.scale)
+        found = kernel.backward(*heads, bucket.out, lse, 0.0, False, attn_mask=added, scale=scores.request.scale)
         grad_q, grad_k, grad_v = found
         return grad_q, grad_k, grad_v, None
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies where the last dimension is not contiguous: PyTorch's kernels take for granted that it is."""
-    return tuple(t if t.stride(-1) == 1 else t.contiguous() for t in tensors)
+    """Copies where the last dimension is not contiguous or rows overlap: PyTorch's kernels take for granted that it is,
+    and that they do not."""
+    return tuple(t if t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] else t.contiguous() for t in tensors)

@@ -13,6 +13,7 @@ from ..common.autograd import once_differentiable
 from ..common.errors import require
 from ..common.precision import full_precision
 from .bias import BiasGradient
+from .broadcasting import canonical_broadcast
 from .cpu_kernel import CpuKernel
 from .kernel import Cpu, Efficient, Flash
 from .naive import Naive
@@ -69,6 +70,13 @@ def decide(
     Raises ValueError for a wrong argument, and NotImplementedError where no way of that name can compute the request.
     """
     q, k, v = _autocast(q, k, v)
+    scale = arguments.get("scale")
+    if isinstance(scale, Tensor):
+        # Autograd has its gradient then, whatever the way.
+        expected = "a number, or a floating-point tensor that broadcasts to (batch, heads, queries, 1)"
+        fits = scale.is_floating_point() and canonical_broadcast(scale, (*q.shape[:-1], 1), "scale") is not None
+        require(fits, "scale", expected, scale.dtype)
+        q, arguments = (q * scale).to(q.dtype), {**arguments, "scale": 1.0}
     with torch.set_grad_enabled(keep or torch.is_grad_enabled()):
         request = build_request(q, k, v, **arguments)
     able: Way | None = None

@@ -34,7 +34,7 @@ class Options(TypedDict, total=False):
     window: Window | None
     document_ids: Tensor | None
     dropout: float
-    scale: float | None
+    scale: float | Tensor | None
     backend: str
     q_bucket_size: int
     k_bucket_size: int
@@ -59,7 +59,7 @@ def dot_product_attention(
     window: Window | None = None,
     document_ids: Tensor | None = None,
     dropout: float = 0.0,
-    scale: float | None = None,
+    scale: float | Tensor | None = None,
     backend: str = "auto",
     q_bucket_size: int = 512,
     k_bucket_size: int = 1024,
@@ -86,7 +86,8 @@ def dot_product_attention(
         document_ids: integers ``(b, m)``; a token sees its own document only. The queries are the last n.
         dropout: probability in [0, 1) of dropping a normalised weight; survivors are scaled by 1/(1 − dropout).
             Applied whenever it is above 0. The seed comes from PyTorch's default CPU generator.
-        scale: defaults to ``d ** -0.5``.
+        scale: defaults to ``d ** -0.5``. A tensor that broadcasts to ``(b, h, n, 1)``, which may want a gradient,
+            multiplies q in q's dtype.
         backend: ``"auto"`` picks; ``"naive"`` (O(n·m) memory, the reference), ``"tiled"`` and ``"fused"``, and the name
             of any single way (``select_backend(...).way``), are honoured or refused.
         q_bucket_size, k_bucket_size: the tiles' sides. They move time and memory, not the result (except which
@@ -101,9 +102,16 @@ def dot_product_attention(
         ValueError: an argument has the wrong shape, dtype, device or value.
         NotImplementedError: the backend asked for cannot serve the request.
 
-    Scores, softmax and accumulators are fp32, or fp64 for fp64. Under autocast q, k and v are cast as for PyTorch's own
-    attention. Differentiable once (the tiled backend raises on a second derivative). Sources: Rabe & Staats 2021
-    (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
+    Scores, softmax and accumulators are fp32, or fp64 for fp64. A bias over a whole row may be of any finite size: the
+    largest that a row sees is taken out first, where fp64 would not round the scores away beside it (2**56 and above,
+    as finfo.min: there they count as equal). Finite values that are hidden reach neither output nor gradients; where
+    scores of them may exceed 2**16 the way of computing is another, though, which rounds differently. Both end where
+    PyTorch's kernels run whole on other devices than a CPU, on which q, k and v are not looked at first: they lose
+    scores above 2**16 in the log-sum-exp, and give NaN for hidden products beyond fp32; ``backend="tiled"`` there
+    does not. Asked for by name, oneDNN's tiles have the same limits.
+
+    Under autocast q, k and v are cast as for PyTorch's own attention. Differentiable once (the tiled backend raises on
+    a second derivative). Sources: Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
     """
     decision, q, k, v = decide(
         *(q, k, v),

@@ -6,8 +6,8 @@ import torch
 from torch import Tensor
 
 from ..common.precision import full_precision
-from .request import AttentionRequest
-from .tiles import Scores, parts, tiles
+from .request import ROUNDED_AWAY, AttentionRequest
+from .tiles import Scores, finite, parts, tiles
 from .way import Way
 
 
@@ -32,8 +32,13 @@ class Naive(Way):
             scores = q.to(dtype) @ keys.mT * request.scale
             everything = Scores.all_of(request)
             bias, visible = everything.bias, everything.visible
+            level = None
             if bias is not None:
-                scores = scores + bias.to(dtype)
+                # Scores above the largest bias a row sees, at which fp32 would round them away, up to where fp64 would.
+                seen_bias = bias.detach() if visible is None else bias.detach().masked_fill(~visible, float("-inf"))
+                level = finite(seen_bias.to(dtype).amax(dim=-1, keepdim=True))
+                scores = torch.where(level.abs() < ROUNDED_AWAY, scores, scores - scores.detach())
+                scores = scores + (bias.to(dtype) - level)
             if everything.is_modified:
                 scores = everything.modified(scores)
             if visible is not None:
@@ -42,9 +47,13 @@ class Naive(Way):
             seen = (scores != float("-inf")).any(dim=-1, keepdim=True)
             scores = scores.masked_fill(~seen, 0.0)
             probabilities = scores.softmax(dim=-1).masked_fill(~seen, 0.0)
+            if visible is not None:
+                # The gradient of a hidden one may be infinite.
+                probabilities = probabilities.masked_fill(~visible, 0.0)
             if request.dropout:
                 probabilities = probabilities * _survivors(request) / (1 - request.dropout)
             lse = scores.logsumexp(dim=-1).masked_fill(~seen.squeeze(-1), float("-inf"))
+            lse = lse if level is None else lse + level.squeeze(-1)
             return (probabilities @ values).to(v.dtype), lse
 
 

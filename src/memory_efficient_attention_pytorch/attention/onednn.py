@@ -19,8 +19,8 @@ from ..common.gradients import fresh_total
 from ..common.products import PackedWeight, Scratch, product
 from ..torch_internals import onednn
 from ..torch_internals.tensors import are_plain, is_fake
-from .request import AttentionRequest
-from .tiles import Part, QueryBucket, Scores, empty_results, parts, tiles
+from .request import IMMODERATE, AttentionRequest
+from .tiles import LogSumExp, Part, QueryBucket, Scores, empty_results, finite, parts, tiles
 from .visibility import Tile
 from .way import OF_SCORE, BackwardInputs, Way
 
@@ -52,6 +52,8 @@ class OneDnn(Way):
         return None if usable else "this PyTorch has no oneDNN, or none of its products that add in place"
 
     def drawback(self, request: AttentionRequest) -> str | None:
+        if not request.moderate:
+            return IMMODERATE
         small = request.tile_scores < LEAST_TILE_SCORES or request.n * request.m < LEAST_HEAD_SCORES
         if small or min(request.d, request.e) < LEAST_WIDTH:
             return "calling its operators would cost more than they gain in tiles this small"
@@ -60,12 +62,12 @@ class OneDnn(Way):
         return None if products.onednn_is_faster() else "MKL is as fast on this CPU"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out, lse = empty_results(request, v)
+        out, *log_sum_exp = empty_results(request, v)
         shared = _Shared(request, transposed=False)
         for part in parts(request, 1):
-            heads = (part.of_query(q), part.of_key(k), part.of_key(v), part.of_query(out), part.of_query(lse))
+            heads = (part.of_query(q), part.of_key(k), part.of_key(v), *map(part.of_query, (out, *log_sum_exp)))
             _attend(shared, part, *(x[0, 0] for x in heads))
-        return out, lse
+        return out, *log_sum_exp
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         # oneDNN adds to what has no gaps: each head's gradient in one piece, not each token's.
@@ -88,15 +90,12 @@ class _Shared:
         self.kept: dict[tuple[int, ...], Tensor] = {}
 
     def start(self, of_tile: Scores, scores: Tensor, value: Tensor) -> None:
-        """Fill ``scores (i, j)``, or transposed, to which products are added, with value, bias and what is hidden.
+        """Fill ``scores (i, j)``, or transposed, to which products are added, with value and what is hidden.
 
-        value: of each query, shaped to broadcast.
+        value: of each query, shaped to broadcast; or of each score, biases and what is hidden included.
         """
         scores.copy_(value)
-        bias = of_tile.bias
-        if bias is not None:
-            scores.add_(bias[0, 0].t() if self.transposed else bias[0, 0], alpha=LOG2_E)
-        if not of_tile.tile.full:
+        if not of_tile.tile.full and of_tile.request.bias is None:
             scores.masked_fill_(self._hidden(of_tile), -math.inf)
 
     def _hidden(self, of_tile: Scores) -> Tensor:
@@ -118,8 +117,9 @@ class _Shared:
         return hidden
 
 
-def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: Tensor, lse: Tensor) -> None:
-    """Write ``out (n, e)`` and ``lse (n,)`` of the rows that see anything, for a part that is one head of one sequence.
+def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *log_sum_exp: Tensor) -> None:
+    """Write ``out (n, e)`` and the log-sum-exp ``(n,)`` of rows that see anything, for a part that is one head of one
+    sequence.
 
     q: ``(n, d)``. k: ``(m, d)``. v: ``(m, e)``.
     """
@@ -138,7 +138,8 @@ def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: T
             if survivors is not None:
                 weights.mul_(survivors[0, 0])
             packed_values.take(tile, len(queries)).add_product(total, weights)
-        lse[row.queries] = (softmax.top + softmax.mass.log2()).mul_(1 / LOG2_E).squeeze(1)
+        for whole, of_row in zip(log_sum_exp, softmax.log_sum_exp.rounded(), strict=False):
+            whole[row.queries] = of_row.squeeze(1)
         mass = softmax.mass.mul_(1 - request.dropout)
         out[row.queries] = total.div_(mass.masked_fill_(mass == 0, 1.0))
 
@@ -148,20 +149,23 @@ class _Softmax:
 
     A row's top is its largest score in the first tile; later tiles keep it while their weights stay small. Their own
     largest scores need not be found then, and products are added to ``-top``: two passes over a tile fewer. Each row's
-    numbers are its own, bit for bit, whatever the other rows hold.
+    numbers are its own, bit for bit, whatever the other rows hold. With biases scores and top are above the largest
+    bias that the row has seen, its ``level`` in units of 1.
     """
 
     def __init__(self, shared: _Shared, queries: Tensor) -> None:
         self.shared, self.queries = shared, queries
         self.mass, self.top = queries.new_zeros(2, len(queries), 1)
         self.unseen = torch.ones_like(self.top, dtype=torch.bool)
+        self.level = torch.full_like(self.top, -math.inf)
         self.first = True
 
     def add(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> None:
         """Make this tile's weights of ``scores (i, j)``; what earlier tiles added to ``total (i, e)`` is scaled."""
+        if of_tile.request.bias is not None:
+            return self._add_biased(of_tile, scores, keys, total)
         higher = torch.ones_like(self.unseen)
-        # With a bias scores often rise from tile to tile (ALiBi's do), and all would be computed twice.
-        if not self.first and of_tile.request.bias is None and not is_fake(scores):
+        if not self.first and not is_fake(scores):
             self._relative(of_tile, scores, keys)
             mass = scores.exp2_().sum(1, keepdim=True)
             higher = ~(mass <= MOST_MASS) | self.unseen
@@ -179,6 +183,28 @@ class _Softmax:
         self.mass.mul_(shrink).add_(scores.sub_(rise).exp2_().sum(1, keepdim=True))
         total.mul_(shrink)
 
+    @property
+    def log_sum_exp(self) -> LogSumExp:
+        return LogSumExp.of((self.top + self.mass.log2()).mul_(1 / LOG2_E), self.level)
+
+    def _add_biased(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> None:
+        # Scores often rise from tile to tile (ALiBi's do): all would be computed twice if the top were kept.
+        added, level = of_tile.relative(torch.float32, of_tile.visible)
+        assert added is not None
+        assert level is not None
+        scores.copy_(added[0, 0]).mul_(LOG2_E)
+        keys.add_product(scores, self.queries)
+        level = level[0, 0]
+        higher = torch.maximum(self.level, level)
+        before = self.top + (self.level - finite(higher)).mul_(LOG2_E)
+        rise = (level - finite(higher)).mul_(LOG2_E)
+        top = finite(torch.maximum(before, scores.amax(1, keepdim=True) + rise))
+        shrink = (before - top).exp2_()
+        weights = scores.add_(rise - top).exp2_()
+        self.mass.mul_(shrink).add_(weights.sum(1, keepdim=True))
+        total.mul_(shrink)
+        self.level, self.top = higher, top
+
     def _relative(self, of_tile: Scores, scores: Tensor, keys: PackedWeight) -> None:
         self.shared.start(of_tile, scores, -self.top)
         keys.add_product(scores, self.queries)
@@ -191,10 +217,11 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
     k, v, grad_k, grad_v = (part.of_key(x)[0, 0] for x in (given.k, given.v, *gradients[1:]))
     survivor_scale = 1 / (1 - request.dropout)
     for row in part.rows(request):
-        q, _, grad_out, lse, delta = (x[0, 0] for x in QueryBucket.of(part, row.queries, given, torch.float32)[:5])
+        bucket = QueryBucket.of(part, row.queries, given, torch.float32)
+        q, grad_out, delta = (x[0, 0] for x in (bucket.q, bucket.grad_out, bucket.delta))
         queries, upstream = _scaled(q, request.scale * LOG2_E), _scaled(grad_out, 1.0)
         i, j = len(queries), row.tiles[0].j1 - row.tiles[0].j0
-        minus_delta, minus_lse = delta.neg_(), lse.mul_(-LOG2_E)
+        minus_delta, minus_lse = delta.neg_(), bucket.lse[0, 0] * -LOG2_E
         operands = (queries, upstream, (queries / LOG2_E).t(), upstream.t())
         by_queries, by_upstream, to_keys, to_values = (PackedWeight(x, length=i, rows=j) for x in operands)
         of_queries = queries.new_zeros(request.d, i)
@@ -202,7 +229,7 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
             j = tile.j1 - tile.j0
             of_tile, keys, values = Scores(request, part, tile), k[tile.keys], v[tile.keys]
             weights, grads = scratch.take("weights", j, i), scratch.take("gradients", j, i)
-            shared.start(of_tile, weights, minus_lse)
+            shared.start(of_tile, weights, minus_lse if request.bias is None else _biased(of_tile, bucket))
             by_queries.add_product(weights, scratch.take("keys", *keys.shape).copy_(keys))
             weights.exp2_()
             survivors, values = of_tile.survivors, scratch.take("values", *values.shape).copy_(values)
@@ -220,6 +247,15 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
             if given.bias_gradient.wanted:
                 given.bias_gradient.add(tile, part.batch, part.heads, grads.t()[None, None])
         grad_q[row.queries] = of_queries.t().mul_(request.scale)
+
+
+def _biased(of_tile: Scores, bucket: QueryBucket) -> Tensor:
+    """A tile's biases less the log-sum-exp, transposed ``(j, i)``, −∞ where hidden."""
+    added, level = of_tile.relative(torch.float32, of_tile.visible)
+    assert added is not None
+    assert bucket.rest is not None
+    lse = bucket.above(level) + bucket.rest.unsqueeze(-1)
+    return (added - lse)[0, 0].mul_(LOG2_E).t()
 
 
 class _Packed:

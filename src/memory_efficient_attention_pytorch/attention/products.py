@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .tiles import QueryBucket, Scores, Tiled, TileGradients
+from .request import ROUNDED_AWAY
+from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite
 
 
 class Products(Tiled):
@@ -13,18 +14,17 @@ class Products(Tiled):
     name = "products"
     merit = "serves every request in linear memory"
 
-    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
         request = scores.request
         dtype = request.compute_dtype
         weights = _products(scores, q.to(dtype), k.to(dtype))
         if scores.is_modified:
             weights = scores.modified(weights).clone()  # it may be a tensor that the function captures
-        _add_and_hide(scores, weights)
-        top = weights.amax(dim=-1, keepdim=True)
-        top.masked_fill_(top == float("-inf"), 0.0)
+        level = _add_and_hide(scores, weights, scores.visible)
+        top = finite(weights.amax(dim=-1, keepdim=True))
         weights = weights.sub_(top).exp_()
         total = weights.sum(dim=-1, keepdim=True)
-        lse = (top + total.log()).squeeze(-1)
+        lse = LogSumExp.of(total.log().squeeze(-1), *(x.squeeze(-1) for x in (level, top) if x is not None))
         survivors = scores.survivors
         if survivors is not None:
             weights.mul_(survivors)
@@ -35,12 +35,15 @@ class Products(Tiled):
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
         request = scores.request
         q, grad_out, keys, values = (x.to(request.compute_dtype) for x in (bucket.q, bucket.grad_out, k, v))
-        weights = raw = _products(scores, q, keys)
+        weights, visible = _products(scores, q, keys), scores.visible
         if scores.is_modified:
+            raw = weights
             modified = scores.modified(raw, bucket.bias_gradient)
             weights = modified.detach().clone()
-        _add_and_hide(scores, weights)
-        weights.sub_(bucket.lse.unsqueeze(-1)).exp_()
+        weights.sub_(bucket.above(_add_and_hide(scores, weights, visible)))
+        if bucket.rest is not None:
+            weights.sub_(bucket.rest.unsqueeze(-1))
+        weights.exp_()
         survivors, survivor_scale = scores.survivors, 1 / (1 - request.dropout)
         grad_weights = _unfold(_fold(grad_out, values) @ values.mT, grad_out)
         if survivors is not None:
@@ -50,8 +53,9 @@ class Products(Tiled):
             weights.mul_(survivors).mul_(survivor_scale)
         if scores.is_modified:
             grad_scores = bucket.bias_gradient.through(modified, raw, grad_scores)
-            # A score that nobody sees counts for nothing, even where the function has no finite slope.
-            _hide(scores, grad_scores, 0.0)
+        if visible is not None and (scores.is_modified or not request.moderate):
+            # What nobody sees counts for nothing, even where the function has no finite slope or a product no end.
+            grad_scores.masked_fill_(~visible, 0.0)
         grad_v = _fold(weights, values).mT @ _fold(grad_out, values)
         folded = _fold(grad_scores, keys)
         grad_q = _unfold(folded @ keys, q).mul_(request.scale)
@@ -64,17 +68,16 @@ def _products(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
     return _unfold(_fold(q * scores.request.scale, k) @ k.mT, q)
 
 
-def _add_and_hide(scores: Scores, values: Tensor) -> None:
-    bias = scores.bias
-    if bias is not None:
-        values.add_(bias)
-    _hide(scores, values, float("-inf"))
-
-
-def _hide(scores: Scores, values: Tensor, by: float) -> None:
-    visible = scores.visible
+def _add_and_hide(scores: Scores, values: Tensor, visible: Tensor | None) -> Tensor | None:
+    """Add biases to the scores less each row's level, and hide; the level, if there are biases."""
+    added, level = scores.relative(values.dtype, visible)
+    if added is not None and level is not None:
+        if not scores.request.moderate:
+            values.masked_fill_(finite(level).abs() >= ROUNDED_AWAY, 0.0)
+        values.add_(added)
     if visible is not None:
-        values.masked_fill_(~visible, by)
+        values.masked_fill_(~visible, float("-inf"))
+    return level
 
 
 def _fold(queries: Tensor, keys: Tensor) -> Tensor:

@@ -9,16 +9,27 @@ from torch import Tensor
 
 from ..common.dry_run import device_type
 from ..common.errors import require, require_positive_int, require_probability
-from ..torch_internals.tensors import is_fake
+from ..common.precision import full_dtype
+from ..torch_internals.tensors import are_plain, is_fake
 from .bias import Bias, BiasModule
 from .visibility import Mask, Visibility, Window
+
+LARGEST_BIAS, LARGEST_SCORE, LARGEST_VALUE = 2.0**12, 2.0**16, 2.0**96
+"""Up to these biases of a row and scores a log-sum-exp in fp32 is right to 2.4e-4 and 4e-3, as scores are
+in fp32 at best; up to these values products of theirs stay finite."""
+ROUNDED_AWAY = 2.0**56
+"""Biases from which on fp64 has no digit left for ordinary scores beside them: there they count as equal."""
+IMMODERATE = (
+    f"scores of q and k may exceed {LARGEST_SCORE:.0f}, values be near the end of fp32, or a row's biases all be huge"
+)
 
 
 @dataclass(frozen=True)
 class AttentionRequest:
     """One call of :func:`dot_product_attention`, validated. Shapes by the legend of ``visibility``.
 
-    device_type: that of the device whose choices are made; in a dry run not ``device``'s own.
+    device_type: that of the device whose choices are made; in a dry run not ``device``'s own. moderate: q, k and v are
+    known to be so small that no product comes near to where fp32 rounds a log-sum-exp, or ends.
     """
 
     b: int
@@ -39,6 +50,12 @@ class AttentionRequest:
     q_bucket_size: int
     k_bucket_size: int
     return_lse: bool
+    moderate: bool
+
+    @property
+    def keeps_rest(self) -> bool:
+        """Tiles keep for backward what fp32 rounds from a log-sum-exp."""
+        return self.bias is not None or not self.moderate
 
     @property
     def compute_dtype(self) -> torch.dtype:
@@ -88,20 +105,22 @@ def build_request(
     require_positive_int("q_bucket_size", q_bucket_size)
     require_positive_int("k_bucket_size", k_bucket_size)
     require_probability("dropout", dropout)
-    shape = (b, h, n, m)
+    shape, scale = (b, h, n, m), float(d**-0.5 if scale is None else scale)
+    bias = None if attn_bias is None else Bias.of(attn_bias, shape, q)
     return AttentionRequest(
         *(b, h, kv, n, m, d, e),
         device=q.device,
         device_type=device_type(q.device),
         dtype=v.dtype,
-        scale=float(d**-0.5 if scale is None else scale),
+        scale=scale,
         visibility=Visibility.build(shape, q.device, mask, causal, window, document_ids),
-        bias=None if attn_bias is None else Bias.of(attn_bias, shape, q),
+        bias=bias,
         dropout=float(dropout),
         seed=_draw_seed() if dropout else 0,
         q_bucket_size=q_bucket_size,
         k_bucket_size=k_bucket_size,
         return_lse=return_lse,
+        moderate=_are_moderate(q, k, v, scale, bias),
     )
 
 
@@ -122,6 +141,22 @@ def _dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
     return b, h, kv, n, m, d, e
 
 
+def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | None) -> bool:
+    """Looked at on a CPU, at less than a hundredth of attention's time; elsewhere it would be waited for."""
+    if device_type(q.device) != "cpu":
+        return False
+    if torch.compiler.is_compiling() or not are_plain(q, k, v) or is_fake(q) or 0 in (*q.shape, *k.shape, *v.shape):
+        return True
+    q, k, v = (x.detach() for x in (q, k, v))
+    q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=full_dtype(x.dtype)).amax() for x in (q, k))
+    largest = torch.stack(v.aminmax()).abs().amax()
+    moderate = (q_norm * k_norm * abs(scale) <= LARGEST_SCORE) & ((largest <= LARGEST_VALUE) | largest.isinf())
+    if bias is not None and bias.tensor is not None:
+        level = bias.tensor.detach().amax(dim=-1)
+        moderate = moderate & ((level.abs() < ROUNDED_AWAY) | (level == float("-inf"))).all()
+    return bool(moderate)
+
+
 def _draw_seed() -> int:
-    seed = torch.randint(2**62, ())
+    seed = torch.randint(2**62, (), device="cpu")
     return 0 if is_fake(seed) else int(seed)

@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..torch_internals.tensors import is_fake
 from .cpu_kernel import unit_stride
-from .request import AttentionRequest
-from .tiles import Scores
+from .request import IMMODERATE, LARGEST_BIAS, AttentionRequest
+from .tiles import Scores, less_level
 from .way import OF_SCORE, Way
 
 
@@ -50,6 +50,8 @@ def not_whole(request: AttentionRequest) -> str | None:
     visibility, bias = request.visibility, request.bias
     if request.return_lse:
         return "scaled_dot_product_attention does not return the log-sum-exp"
+    if request.device_type == "cpu" and not request.moderate:
+        return IMMODERATE
     if request.dropout:
         return "dropout: the kernels draw other masks than the tiles, and on a CPU they hold the whole score matrix"
     if request.d != request.e:
@@ -83,7 +85,14 @@ def whole_mask(request: AttentionRequest) -> Tensor | None:
     """
     if request.bias is None:
         return request.visibility.mask
-    return Scores.all_of(request).added(request.compute_dtype if request.n == 1 else request.dtype)
+    added = Scores.all_of(request).added(request.compute_dtype if request.n == 1 else request.dtype)
+    assert added is not None
+    # The kernels keep a row's log-sum-exp in fp32, and with it the level of its biases. On a CPU that is looked at
+    # first; elsewhere it would be waited for.
+    looked_at = request.device_type == "cpu" and not is_fake(added) and not torch.compiler.is_compiling()
+    if looked_at and bool((added.amax(-1).abs() <= LARGEST_BIAS).all()):
+        return added
+    return added if request.device_type == "cpu" and not looked_at else less_level(added)[0]
 
 
 def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> set[str]:

@@ -121,6 +121,16 @@ class Scores(NamedTuple):
         """Bias and what is hidden as one tensor added to the scores; None without either."""
         return additive(self.visible, self.bias, dtype)
 
+    def relative(self, dtype: torch.dtype, visible: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+        """:meth:`added` less each row's level, and the level ``(b|1, h|1, i|1, 1)``: the largest bias that a row sees
+        in this tile, −∞ where it sees none. Without a bias the level is None.
+
+        Softmax is the same at any level, but at one of −1e9 fp32 would round the scores away.
+        """
+        bias = self.bias
+        added = additive(visible, bias, dtype)
+        return (added, None) if bias is None or added is None else less_level(added)
+
     @property
     def survivors(self) -> Tensor | None:
         """Bool ``(b, h, i, j)``: which probabilities dropout keeps; None without dropout.
@@ -152,6 +162,17 @@ def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) ->
     return torch.where(visible, value, float("-inf"))
 
 
+def less_level(added: Tensor) -> tuple[Tensor, Tensor]:
+    """What is added to scores less its largest value in each row, and that value, −∞ where there is no other."""
+    level = added.amax(dim=-1, keepdim=True)
+    return added - finite(level), level
+
+
+def finite(level: Tensor) -> Tensor:
+    """0 in the place of −∞."""
+    return level.masked_fill(level == float("-inf"), 0.0)
+
+
 def _mix(*values: int) -> int:
     """A 63-bit hash of integers (the finalizer of SplitMix64, Steele et al. 2014, chained)."""
     state = 0
@@ -167,13 +188,15 @@ class QueryBucket(NamedTuple):
     """The queries of one row in backward.
 
     delta: rowsum of output times its gradient, less the gradient of the log-sum-exp. lse: +∞ where nothing is seen, so
-    that ``exp(score − lse)`` is 0 and no NaN. bias_gradient: that of all buckets.
+    that ``exp(score − lse)`` is 0 and no NaN. rest: what rounding left of the log-sum-exp, None where that is nothing.
+    bias_gradient: that of all buckets.
     """
 
     q: Tensor
     out: Tensor
     grad_out: Tensor
     lse: Tensor
+    rest: Tensor | None
     delta: Tensor
     bias_gradient: BiasGradient
 
@@ -185,8 +208,40 @@ class QueryBucket(NamedTuple):
         delta = (grad_out.to(dtype) * out).sum(dim=-1)
         if given.grad_lse is not None:
             delta = delta - part.of_query(given.grad_lse)[:, :, queries]
+        rest = part.of_query(given.state[0])[:, :, queries] if given.state else None
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
-        return QueryBucket(q, out, grad_out, lse, delta, given.bias_gradient)
+        return QueryBucket(q, out, grad_out, lse, rest, delta, given.bias_gradient)
+
+    def above(self, level: Tensor | None) -> Tensor:
+        """The log-sum-exp without its rest, ``(b, h, i, 1)``, less the level of a tile's biases, if there are any."""
+        lse = self.lse.unsqueeze(-1)
+        return lse if level is None else lse - finite(level)
+
+
+class LogSumExp(NamedTuple):
+    """Of each row ``(b, h, i)``, as the sum of two: the level of its scores, −∞ where it sees nothing, and what their
+    sum adds to it, which beside a level of millions fp32 would round away."""
+
+    high: Tensor
+    low: Tensor
+
+    @staticmethod
+    def of(low: Tensor, *levels: Tensor) -> LogSumExp:
+        """The sum of levels and ``low``, which is −∞ where nothing is seen."""
+        high = torch.zeros_like(low)
+        for level in levels:
+            addend = finite(level)
+            total = high + addend
+            # What rounding takes from the sum (Knuth's TwoSum).
+            low = low + ((high - (total - (total - high))) + (addend - (total - high)))
+            high = total
+        return LogSumExp(high.masked_fill(low == float("-inf"), float("-inf")), low)
+
+    def rounded(self) -> tuple[Tensor, Tensor]:
+        """The sum, and what rounding left of it."""
+        high = finite(self.high)
+        total = high + self.low
+        return total, ((high - total) + self.low).masked_fill(total == float("-inf"), 0.0)
 
 
 TileGradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
@@ -202,7 +257,7 @@ class Tiled(Way):
     elements: int | None = None
 
     @abstractmethod
-    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
         """The normalised output of this tile alone ``(b, h, i, e)`` and its log-sum-exp, in the compute dtype."""
 
     @abstractmethod
@@ -210,20 +265,22 @@ class Tiled(Way):
         """This tile's part of the gradients of q, k and v, and the gradient of its scores or None."""
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out, lse = empty_results(request, v)
+        out, *log_sum_exp = empty_results(request, v)
         for part in parts(request, self.elements):
             keys, values = part.of_key(k), part.of_key(v)
             for row in part.rows(request):
                 queries = part.of_query(q)[:, :, row.queries]
-                merged: tuple[Tensor, Tensor] | None = None
+                merged: tuple[Tensor, LogSumExp] | None = None
                 for tile in tiles(row):
                     scores = Scores(request, part, tile)
                     found = self.attend(scores, queries, keys[:, :, tile.keys], values[:, :, tile.keys])
                     merged = found if merged is None else _merge(*merged, *found)
                 assert merged is not None  # a row has a tile
                 here = (part.batch, part.heads, row.queries)
-                out[here], lse[here] = merged
-        return out, lse
+                out[here] = merged[0]
+                for whole, of_row in zip(log_sum_exp, merged[1].rounded(), strict=False):
+                    whole[here] = of_row
+        return out, *log_sum_exp
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
@@ -247,17 +304,18 @@ class Tiled(Way):
         return grad_q, grad_k, grad_v
 
 
-def empty_results(request: AttentionRequest, v: Tensor) -> tuple[Tensor, Tensor]:
-    """The output and the log-sum-exp of rows that see nothing, for all rows."""
+def empty_results(request: AttentionRequest, v: Tensor) -> tuple[Tensor, ...]:
+    """The output and the log-sum-exp of rows that see nothing, for all rows; and its rest, where that is kept."""
     # Token-major in memory, so that merging the heads afterwards is a view.
     out = v.new_zeros(request.b, request.n, request.h, request.e).transpose(1, 2)
     lse = v.new_full((request.b, request.h, request.n), float("-inf"), dtype=request.compute_dtype)
-    return out, lse
+    return (out, lse, torch.zeros_like(lse)) if request.keeps_rest else (out, lse)
 
 
-def _merge(out: Tensor, lse: Tensor, other: Tensor, other_lse: Tensor) -> tuple[Tensor, Tensor]:
+def _merge(out: Tensor, lse: LogSumExp, other: Tensor, other_lse: LogSumExp) -> tuple[Tensor, LogSumExp]:
     """The attention over two disjoint sets of keys from the attention over each."""
-    total = torch.logaddexp(lse, other_lse)
-    finite = total.masked_fill(total == float("-inf"), 0.0)
-    mine, others = (torch.exp(part - finite).unsqueeze(-1) for part in (lse, other_lse))
-    return out * mine + other * others, total
+    high = torch.maximum(lse.high, other_lse.high)
+    mine, others = (part.low + (part.high - finite(high)) for part in (lse, other_lse))
+    low = torch.logaddexp(mine, others)
+    shares = (torch.exp(part - finite(low)).unsqueeze(-1) for part in (mine, others))
+    return out * next(shares) + other * next(shares), LogSumExp(high, low)

@@ -123,6 +123,8 @@ class Visibility:
             expected = f"shape (batch, keys) = {(b, m)} with no more queries than keys"
             require(fits, "document_ids", expected, f"{tuple(document_ids.shape)} and {n} queries")
             require(document_ids.device == device, "document_ids", f"device {device}", document_ids.device)
+            if document_ids.dtype in (torch.uint16, torch.uint32, torch.uint64):
+                document_ids = document_ids.long()  # PyTorch has little to compare these with
         batch = heads = None
         if function is not None and 0 not in shape:
             by_sequence, by_head = function.looks_at(device)

@@ -176,7 +176,7 @@ def onednn_is_faster() -> bool:
 def _seconds_of_products() -> tuple[float, float]:
     """The least time of a product of 512 × 512 matrices on one thread, by PyTorch's usual library and by oneDNN."""
     torch.set_num_threads(1)
-    values, weight = torch.ones(512, 512), torch.ones(512, 512)
+    values, weight = (torch.ones(512, 512, device="cpu") for _ in range(2))
     ways: tuple[Callable[[], Tensor], ...] = (lambda: values @ weight.t(), lambda: _onednn(values, weight))
     least = [math.inf, math.inf]
     for _ in range(6):

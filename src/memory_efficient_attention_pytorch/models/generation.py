@@ -60,7 +60,7 @@ class AutoregressiveWrapper(nn.Module):
             ValueError: fewer than two tokens, or a mask of another shape or dtype.
         """
         require(x.dim() == 2 and x.shape[1] > 1, "x", "shape (batch, tokens) with two tokens or more", tuple(x.shape))
-        labels = x[:, 1:]
+        labels = x[:, 1:] if x.is_floating_point() else x[:, 1:].long()  # a mask writes a negative number
         if mask is not None:
             _check_mask(mask, x.shape, "x")
             labels = labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), kwargs.get("ignore_index", -100))

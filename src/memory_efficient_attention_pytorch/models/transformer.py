@@ -82,8 +82,8 @@ class Transformer(nn.Module):
         """Logits, or the mean cross-entropy in nats when ``labels`` are given.
 
         Args:
-            x: token numbers ``(b, n)``.
-            labels: ``(b, n)``, what each position shall predict; ``ignore_index`` counts for nothing.
+            x: token numbers ``(b, n)``, of any integer dtype.
+            labels: integers ``(b, n)``, what each position shall predict; ``ignore_index`` counts for nothing.
             mask: bool ``(b, n)``, True = a token, False = padding, which is not attended to; with a cache ``(b, tokens
                 in the cache + n)``. A row's positions start at its first token, so padding on the left changes nothing.
                 Or, without a cache, a function of indices as for :func:`dot_product_attention`, which all layers share.
@@ -96,6 +96,7 @@ class Transformer(nn.Module):
             ValueError: a wrong shape or dtype, a token outside the vocabulary, too many tokens for learned positions.
         """
         self._check(x, labels, mask, cache)
+        x, labels = x.long(), None if labels is None else labels.long()
         if callable(mask):
             mask = mask_function(mask)  # what one layer finds out of its tiles serves all
         head: Any = self.to_logits[1] if len(self.to_logits) > 1 else None
@@ -170,6 +171,8 @@ class Transformer(nn.Module):
         require(x.dim() == 2 and integers, "x", "integers of shape (batch, tokens)", f"{x.dtype} {tuple(x.shape)}")
         if labels is not None:
             require(labels.shape == x.shape, "labels", f"the shape of x, {tuple(x.shape)}", tuple(labels.shape))
+            integers = not labels.is_floating_point() and labels.dtype != torch.bool
+            require(integers, "labels", "an integer dtype", labels.dtype)
         if callable(mask):
             require(cache is None, "mask", "a tensor beside a cache, which may drop keys", "a function")
         elif mask is not None:

@@ -72,7 +72,7 @@ def holders() -> Callable[[Tensor], tuple[int, int, int]] | None:
         storage = tensor.untyped_storage()
         return sys.getrefcount(tensor), tensor._use_count(), of_storage(storage._cdata)  # type: ignore[attr-defined]
 
-    count(torch.empty(()))
+    count(torch.empty((), device="cpu"))
     return count
 
 
