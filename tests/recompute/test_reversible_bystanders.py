@@ -40,6 +40,37 @@ def test_hooks_anywhere_may_keep_what_they_see(kind, keep, exact):
         assert torch.equal(tensor, value)
 
 
+def keep_gradients_of_outputs(module, keep):
+    def watch(module, args, out):
+        for tensor in out if isinstance(out, tuple) else [out]:
+            if tensor.requires_grad:
+                tensor.register_hook(keep)
+
+    module.register_forward_hook(watch)
+
+
+def keep_gradients_by_module(module, keep):
+    module.register_full_backward_hook(lambda module, of_in, of_out: [keep(g) for g in (*of_in, *of_out)] and None)
+
+
+@pytest.mark.filterwarnings("ignore:head_chunks")
+@pytest.mark.parametrize("watch", [keep_gradients_of_outputs, keep_gradients_by_module])
+@pytest.mark.parametrize("of", ["blocks", "branches", "all within"])
+@pytest.mark.parametrize("kind", KINDS)
+def test_hooks_may_keep_the_gradients_that_they_see(kind, of, watch):
+    torch.manual_seed(0)
+    net, x, seen = ReversibleSequence(KINDS[kind]()), tokens(), []
+    wanted = (x, *net.parameters())
+    truth = gradients(net(x), wanted)
+    branches = [branch for block in net for branch in block]
+    watched = {"blocks": list(net), "branches": branches, "all within": [m for m in net.modules() if m is not net]}
+    for module in watched[of]:
+        watch(module, lambda g: seen.append((g, g.clone())) if g is not None else None)
+    assert_same(gradients(net(x), wanted), truth, 1e-5)
+    assert len(seen) >= len(watched[of])
+    assert all(torch.equal(*pair) for pair in seen)
+
+
 @pytest.mark.parametrize("where", ["block", "sequence"])
 def test_the_last_blocks_output_in_a_language_model(where):
     model = Transformer(num_tokens=16, max_seq_len=8, dim=8, depth=2, heads=2, dim_head=4, causal=True)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import require
+from ..recompute.by_hand import reason_against
 from ..recompute.reversal import Chain, ChainEnd, Grid, OntoGrid, advance
 
 Routes = Mapping[str, Sequence[tuple[bool, bool]]]
@@ -32,6 +33,7 @@ class ReversibleBlock(nn.Sequential):
         """Two streams in and out; the keywords of f and those of g."""
         streams = (x1, x2)
         chain.enter(*streams)
+        chain.watched |= reason_against(self) is not None
         for module, kwargs in zip(self, kwargs_of_each, strict=True):
             streams = advance(module, chain, *streams, kwargs)
             chain.watch(streams[1])

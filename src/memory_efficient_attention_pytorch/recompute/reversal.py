@@ -62,13 +62,13 @@ class Chain:
     """What the steps of one forward call share: the rebuilt streams and the gradients that they may overwrite.
 
     dtype: of what enters and leaves the chain. rebuild: backward will rebuild the streams. in_pieces: branches may be
-    computed in pieces.
+    computed in pieces. watched: somebody may get hold of the streams between the steps, and so of their gradients.
     """
 
     def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool, in_pieces: bool) -> None:
         self.grid, self.dtype, self.rebuild, self.in_pieces = grid, dtype, rebuild, in_pieces
         self.streams: tuple[Tensor, Tensor] | None = None
-        self.started = False
+        self.started = self.watched = False
         self._own: list[weakref.ref[torch.UntypedStorage]] = []
         self._peaks: list[Tensor] = []
         self._left: list[tuple[weakref.ref[torch.UntypedStorage], int]] = []
@@ -117,6 +117,8 @@ class Chain:
         self._own = [weakref.ref(g.untyped_storage()) for g in gradients]
 
     def owns(self, gradient: Tensor) -> bool:
+        if self.watched or memory_is_shared(gradient):
+            return False
         storage = gradient.untyped_storage()
         return any(own() is storage for own in self._own)
 
