@@ -119,6 +119,16 @@ def test_inputs_of_any_rank_and_none():
         assert x.grad.shape == shape
 
 
+@pytest.mark.parametrize("shape", [(16,), (40, 16), (1, 2, 40, 16), (2, 40, 8)], ids=str)
+def test_inputs_that_attention_refuses_are_named(shape):
+    net = Attention(dim=16, heads=4, dim_head=4)
+    for ours in (net, ReversibleSequence([(net, nn.Identity())])):
+        with pytest.raises(ValueError, match="x: expected shape"):
+            ours(torch.randn(shape))
+    with pytest.raises(ValueError, match="context: expected shape"):
+        net(torch.randn(2, 40, 16), torch.randn(shape))
+
+
 @pytest.mark.usefixtures("small_sets")
 def test_transforms_and_compilers_see_the_whole():
     net, x = FeedForward(16).double(), torch.randn(2, 40, 16, dtype=torch.float64)

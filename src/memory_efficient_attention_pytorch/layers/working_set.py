@@ -6,6 +6,8 @@ the same way again. Decided once for a call, in its forward pass.
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -68,23 +70,23 @@ def splits(heads: int, kv_heads: int) -> list[int]:
 
 def chunks_for(x: Tensor, hidden: int) -> int:
     """:func:`feed_forward_chunks` of x ``(b, n, …, dim)``, 1 for less than three dimensions."""
-    if x.dim() < 3 or not _may_be_cut(x):
+    if not _may_be_cut(x):
         return 1
-    rows = x[..., 0].numel()
-    return feed_forward_chunks(rows // max(x.shape[1], 1), x.shape[1], hidden, *_kind(x))
+    rows = math.prod(x.shape[:-1]) // max(x.shape[1], 1)
+    return feed_forward_chunks(rows, x.shape[1], hidden, *_kind(x))
 
 
 def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], dim_head: int) -> int:
     """:func:`head_chunks` of x ``(b, n, dim)`` and the tokens whose keys and values it sees."""
-    if not _may_be_cut(x):
+    seen = x if context is None else context
+    if not _may_be_cut(x, seen):
         return 1
-    tokens = (x.shape[1], (x if context is None else context).shape[1])
-    return head_chunks(len(x), tokens, heads, dim_head, *_kind(x), dry_run.num_threads())
+    return head_chunks(len(x), (x.shape[1], seen.shape[1]), heads, dim_head, *_kind(x), dry_run.num_threads())
 
 
-def _may_be_cut(x: Tensor) -> bool:
+def _may_be_cut(*inputs: Tensor) -> bool:
     """False for a compiler, which plans memory itself and may not know the shape, and in a transform of torch.func."""
-    return not torch.compiler.is_compiling() and are_plain(x)
+    return not torch.compiler.is_compiling() and are_plain(*inputs) and all(x.dim() > 2 for x in inputs)
 
 
 def _kind(x: Tensor) -> tuple[int, str]:
