@@ -1,0 +1,97 @@
+"""Attention of transformers' models, through its ``AttentionInterface`` and ``AttentionMaskInterface``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AttentionInterface, AttentionMaskInterface
+
+from ..attention.functional import dot_product_attention
+from .visibility import Visible, memory_efficient_mask
+
+NAME = "memory_efficient"
+"""What transformers knows this way of computing by."""
+
+
+def memory_efficient_attention(
+    module: nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Visible | Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    is_causal: bool | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
+    position_bias: Tensor | None = None,
+    cache: Any = None,
+    **others: Any,
+) -> tuple[Tensor, None]:
+    """``(b, h, n, d)`` and its keys and values → ``(b, n, h, e)``, as an attention function of transformers.
+
+    softcap: scores become ``softcap · tanh(score / softcap)`` (Gemma 2). s_aux: a score for each head which takes part
+    in the softmax and has no value (gpt-oss): with log-sum-exp L the output is multiplied by ``sigmoid(L − s_aux)``.
+
+    Raises:
+        NotImplementedError: attention weights are asked for, a paged cache, or a mask that cannot be told.
+    """
+    if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
+        raise _refusal(module, "output_attentions: attention weights never exist as a whole")
+    if cache is not None:
+        raise _refusal(module, "cache: a paged cache is not supported")
+    arguments = _what_is_seen(module, query, key, attention_mask, is_causal)
+    if softcap is not None and (position_bias is not None or "attn_bias" in arguments):
+        raise _refusal(module, "softcap: not together with a bias")
+    if softcap is not None:
+        arguments["attn_bias"] = SoftCap(softcap)
+    if position_bias is not None:
+        before = arguments.get("attn_bias")
+        arguments["attn_bias"] = position_bias if before is None else position_bias + before
+    options = {"dropout": float(dropout), "scale": scaling, **arguments}
+    if s_aux is None:
+        out = dot_product_attention(query, key, value, **options)
+    else:
+        out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
+        out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
+    return out.transpose(1, 2).contiguous(), None
+
+
+class SoftCap:
+    """A ``score_mod``: ``softcap · tanh(score / softcap)``."""
+
+    def __init__(self, softcap: float) -> None:
+        self.softcap = softcap
+
+    def __call__(self, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.tanh(score / self.softcap) * self.softcap
+
+
+def _what_is_seen(
+    module: nn.Module, query: Tensor, key: Tensor, mask: Visible | Tensor | None, is_causal: bool | None
+) -> dict[str, Any]:
+    n, m = query.shape[2], key.shape[2]
+    if isinstance(mask, Visible):
+        if (mask.queries, mask.keys) != (n, m):
+            raise _refusal(module, f"its mask is for {mask.queries} × {mask.keys} tokens, and it attends with {n} × {m}")
+        return dict(mask.arguments)
+    if mask is not None:
+        return {"mask" if mask.dtype == torch.bool else "attn_bias": mask}
+    causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and n > 1
+    if causal and n != m:
+        raise _refusal(module, f"it hands on no mask for {n} queries and {m} keys")
+    return {"causal": causal}
+
+
+def _refusal(module: nn.Module, why: str) -> NotImplementedError:
+    number = getattr(module, "layer_idx", None)
+    layer = type(module).__name__ + ("" if number is None else f" of layer {number}")
+    return NotImplementedError(f"{layer}: {why}; restore(model) gives its own attention back")
+
+
+def register() -> None:
+    """Make the name known to transformers. Other names stay what they are."""
+    AttentionInterface.register(NAME, memory_efficient_attention)
+    AttentionMaskInterface.register(NAME, memory_efficient_mask)

@@ -1,0 +1,195 @@
+"""A model of transformers made long, on the instance alone, and made what it was again."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from types import MethodType
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel, masking_utils
+
+from ..common.errors import require
+from . import attention as own_attention
+from . import feed_forward, logits
+
+_RECORD = "_memory_efficient_changes"
+_MISSING = "missing"  # a value that survives copies of a model
+
+
+@dataclass
+class Report:
+    """What :func:`make_memory_efficient` changed and what it left, as pairs of a part and how, or why."""
+
+    changed: list[tuple[str, str]] = field(default_factory=list)
+    left: list[tuple[str, str]] = field(default_factory=list)
+
+    def __str__(self) -> str:
+        lines = [f"changed  {part}: {how}" for part, how in self.changed]
+        return "\n".join(lines + [f"left     {part}: {why}" for part, why in self.left])
+
+
+def make_memory_efficient(
+    model: nn.Module, *, attention: bool = True, mlp: bool = True, loss: bool = True, checkpoint: bool | str = True
+) -> Report:
+    """Let a model of transformers train in memory that grows with its tokens alone. Results stay what they were.
+
+    Args:
+        model: a ``PreTrainedModel``, or a module that holds one (as peft's). Instances are changed, never classes.
+        attention: its attention runs in tiles, with its masks evaluated per tile.
+        mlp: its token-wise MLPs run in chunks of tokens, forward and backward.
+        loss: with labels, the loss is computed without logits; ``outputs.logits`` makes them when touched.
+        checkpoint: its layers are checkpointed, by transformers' own mechanism; ``"cpu"`` holds their inputs in pinned
+            host memory meanwhile. True leaves a model alone that is checkpointed already.
+
+    Returns:
+        What was changed, and what was left and why; it can be printed.
+
+    Raises:
+        ValueError: no model of transformers in it, or changed already.
+
+    Call it before the model is compiled, sharded or given to DDP; after adapters are added.
+    """
+    base = _model(model)
+    require(_RECORD not in base.__dict__, "model", "one as it was: restore(model) first", "one changed already")
+    require(checkpoint in (True, False, "cpu"), "checkpoint", 'True, False or "cpu"', repr(checkpoint))
+    report, record = Report(), _Record()
+    base.__dict__[_RECORD] = record.entries
+    steps: list[tuple[bool, Callable[[], None]]] = [
+        (attention, lambda: _change_attention(base, record, report)),
+        (mlp, lambda: _change_mlps(base, record, report)),
+        (loss, lambda: _change_loss(base, record, report)),
+        (bool(checkpoint), lambda: _change_checkpoints(base, record, report, checkpoint == "cpu")),
+    ]
+    try:
+        for asked, change in steps:
+            if asked:
+                change()
+    except BaseException:
+        restore(model)
+        raise
+    return report
+
+
+def restore(model: nn.Module) -> None:
+    """Undo :func:`make_memory_efficient`: every attribute that it set is what it was.
+
+    Raises:
+        ValueError: the model was not changed.
+    """
+    base = _model(model)
+    require(_RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "another")
+    for holder, name, value, was_there in reversed(base.__dict__.pop(_RECORD)):
+        if was_there:
+            holder.__dict__[name] = value
+        else:
+            holder.__dict__.pop(name, None)
+
+
+class _Record:
+    """What was in the ``__dict__`` of objects. Copied together with a model, it is the copy's."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, str, Any, bool]] = []
+
+    def note(self, holder: Any, name: str) -> None:
+        self.entries.append((holder, name, holder.__dict__.get(name), name in holder.__dict__))
+
+    def set(self, holder: Any, name: str, value: Any) -> None:
+        self.note(holder, name)
+        holder.__dict__[name] = value
+
+
+def _model(model: nn.Module) -> PreTrainedModel:
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    require(found is not None, "model", "a model of transformers, or a module that holds one", type(model).__name__)
+    assert found is not None
+    return found
+
+
+def _configs(model: PreTrainedModel) -> Iterator[Any]:
+    seen: set[int] = set()
+    ahead = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    while ahead:
+        config = ahead.pop()
+        if config is not None and id(config) not in seen:
+            seen.add(id(config))
+            yield config
+            ahead += [getattr(config, key, None) for key in config.sub_configs]
+
+
+_MAKERS = {name for name in vars(masking_utils) if name.startswith("create_") and name.endswith(("_mask", "_masks"))}
+
+
+def _change_attention(model: PreTrainedModel, record: _Record, report: Report) -> None:
+    part = "attention"
+    if not model._can_set_attn_implementation():
+        report.left.append((part, f"{type(model).__name__} has no exchangeable attention"))
+        return
+    inner = {type(m) for m in model.modules() if isinstance(m, PreTrainedModel)}
+    modules = [vars(sys.modules[kind.__module__]) for kind in inner]
+    if not any(names.get(maker) is getattr(masking_utils, maker) for names in modules for maker in _MAKERS):
+        report.left.append((part, f"{type(model).__name__} makes its masks by itself, and they would be lost"))
+        return
+    if model.config.output_attentions:
+        report.left.append((part, "its configuration asks for attention weights"))
+        return
+    own_attention.register()
+    before = model.config._attn_implementation
+    for config in _configs(model):
+        record.note(config, "_attn_implementation_internal")
+    for m in model.modules():
+        if isinstance(m, PreTrainedModel):
+            record.note(m.config, "_attn_was_changed")
+    model.set_attn_implementation(own_attention.NAME)
+    report.changed.append((part, f"in tiles, instead of {before}"))
+
+
+def _change_mlps(model: PreTrainedModel, record: _Record, report: Report) -> None:
+    changed: list[str] = []
+    for name, module, why_not in feed_forward.candidates(model):
+        if why_not is not None:
+            report.left.append((name, why_not))
+            continue
+        record.set(module, feed_forward.OWN, module.__dict__.get("forward"))
+        record.set(module, "forward", MethodType(feed_forward.chunked_forward, module))
+        changed.append(name)
+    if changed:
+        report.changed.append((f"{len(changed)} MLPs", f"in chunks of tokens ({changed[0]} … {changed[-1]})"))
+    elif not any("experts" in why for _, why in report.left):
+        report.left.append(("MLPs", "none was recognised"))
+
+
+def _change_loss(model: PreTrainedModel, record: _Record, report: Report) -> None:
+    why_not = logits.objection(model)
+    if why_not is None and "forward" in {**model.__dict__, **model.get_output_embeddings().__dict__}:
+        why_not = "its forward, or its head's, is already replaced"
+    if why_not is not None:
+        report.left.append(("loss", why_not))
+        return
+    head = model.get_output_embeddings()
+    record.set(head, "forward", MethodType(logits.head_forward, head))
+    record.set(model, "forward", MethodType(logits.forward_with_lazy_logits(type(model).forward), model))
+    record.set(model, "_loss_function", logits.causal_lm_loss)
+    report.changed.append(("loss", "without logits; outputs.logits are made when touched"))
+
+
+def _change_checkpoints(model: PreTrainedModel, record: _Record, report: Report, offload: bool) -> None:
+    part = "layers"
+    if not model.supports_gradient_checkpointing:
+        report.left.append((part, f"{type(model).__name__} does not support checkpointing"))
+        return
+    if model.is_gradient_checkpointing and not offload:
+        report.left.append((part, "checkpointed already"))
+        return
+    for module in model.modules():
+        for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
+            record.note(module, name)
+    if hasattr(model, "activation_checkpointing_enable"):
+        model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
+    else:
+        require(not offload, "checkpoint", "True: this release of transformers holds no inputs on the host", "cpu")
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    report.changed.append((part, "checkpointed" + (", their inputs in pinned host memory" if offload else "")))

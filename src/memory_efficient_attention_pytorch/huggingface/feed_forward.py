@@ -1,0 +1,121 @@
+"""Token-wise MLPs found by what they are made of and tried, and computed in chunks of tokens."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+from ..layers.chunked import Chunked
+from ..layers.working_set import feed_forward_chunks
+from ..torch_internals.tensors import are_plain
+
+
+def candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, str | None]]:
+    """The outermost MLPs with their names, and why one is to be left, or None."""
+    for child_name, child in module.named_children():
+        full = f"{name}.{child_name}" if name else child_name
+        if hasattr(child, "experts"):
+            yield full, child, "a mixture of experts: tokens are routed, not cut"
+        elif _looks_like_mlp(child):
+            yield full, child, _objection(child)
+        else:
+            yield from candidates(child, full)
+
+
+def chunked_forward(module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+    """The forward of an MLP whose own is ``module.__dict__[OWN]``, or its class's: in chunks where that saves memory."""
+    whole = partial(module.__dict__.get(OWN) or partial(type(module).forward, module), *args, **kwargs)
+    chunks = 1
+    if hidden_states.dim() == 3 and not torch.compiler.is_compiling():
+        batch, tokens, _ = hidden_states.shape
+        chunks = feed_forward_chunks(
+            batch, tokens, _widest(module), hidden_states.element_size(), hidden_states.device.type
+        )
+    if chunks == 1:
+        return whole(hidden_states)
+    result: Tensor = Chunked(_Whole(module, whole), chunks=chunks)(hidden_states)
+    return result
+
+
+OWN = "_memory_efficient_own_forward"
+
+
+class _Whole(nn.Module):
+    """The MLP as it was: its parameters, and its own forward."""
+
+    def __init__(self, module: nn.Module, forward: Any) -> None:
+        super().__init__()
+        self.module, self.own_forward = module, forward
+        self.training = module.training  # as it is, not as a module that is made anew
+
+    def forward(self, x: Tensor) -> Tensor:
+        result: Tensor = self.own_forward(x)
+        return result
+
+
+def _linears(module: nn.Module) -> list[nn.Module]:
+    return [m for m in module.modules() if isinstance(m, nn.Linear | Conv1D)]
+
+
+def _widths(linear: nn.Module) -> tuple[int, int]:
+    if isinstance(linear, nn.Linear):
+        return linear.in_features, linear.out_features
+    rows, columns = linear.weight.shape
+    return int(rows), int(columns)
+
+
+def _widest(module: nn.Module) -> int:
+    # Of a gated MLP both factors and their product are kept: as wide as its widest layer for two of the two counted.
+    return max(max(_widths(linear)) for linear in _linears(module))
+
+
+def _looks_like_mlp(module: nn.Module) -> bool:
+    """Takes one tensor, and is made of linear layers, one of them wider than what comes in, and of nothing that mixes."""
+    linears = _linears(module)
+    if len(linears) < 2 or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Linear) or _is_adapted(module):
+        return False
+    required = [
+        p
+        for p in inspect.signature(module.forward).parameters.values()
+        if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
+    leaves = [m for m in module.modules() if not any(True for _ in m.children())]
+    known = all(isinstance(m, nn.Linear | Conv1D) or not any(True for _ in m.parameters()) for m in leaves)
+    d, widest = _widths(linears[0])[0], max(_widths(linear)[1] for linear in linears)
+    return len(required) == 1 and known and widest > d and any(_widths(linear)[1] == d for linear in linears)
+
+
+def _is_adapted(module: nn.Module) -> bool:
+    """Is it one linear layer with its adapter?"""
+    return hasattr(module, "base_layer")
+
+
+def _objection(module: nn.Module) -> str | None:
+    """Why the module is not to be cut, from what it does: a token's output changes with that token alone."""
+    parameters = list(module.parameters())
+    if any(p.device.type == "meta" for p in parameters):
+        return None
+    if not are_plain(*parameters):
+        return "its parameters are sharded: call make_memory_efficient before that"
+    first = parameters[0]
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        module.eval()
+        with torch.no_grad():
+            x = torch.linspace(-1, 1, 4 * _widths(_linears(module)[0])[0], device=first.device, dtype=first.dtype)
+            x = x.view(1, 4, -1)
+            before, after = module(x), module(torch.cat((x[:, :2], x[:, 2:] + 1), 1))
+    except (RuntimeError, TypeError, ValueError) as error:
+        return f"it could not be tried: {error}"
+    finally:
+        for m, training in modes:
+            m.training = training
+    if not isinstance(before, Tensor) or before.shape != x.shape:
+        return "it does not return one vector for each token"
+    return None if torch.equal(before[:, :2], after[:, :2]) else "a token's output depends on other tokens"

@@ -1,0 +1,171 @@
+"""The loss of a causal language model without its logits, which exist only when somebody touches them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from contextvars import ContextVar
+from functools import wraps
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers.loss.loss_utils import ForCausalLMLoss
+
+from ..loss.linear_cross_entropy import linear_cross_entropy
+
+_HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", default=None)
+"""The head whose model computes a loss just now: without labels logits are what is asked for."""
+
+
+class LazyLogits:
+    """``softcap · tanh(scale · (hidden @ weight.T + bias) / softcap)``, computed as a whole on first touch.
+
+    Not a tensor: any attribute, operator or function of PyTorch is that of the tensor which is made then.
+    """
+
+    def __init__(
+        self, head: nn.Linear, hidden: Tensor, scale: float = 1.0, tanh: bool = False, softcap: float = 1.0
+    ) -> None:
+        self._head, self._hidden = head, hidden
+        self._scale, self._tanh, self._softcap = scale, tanh, softcap
+        self._made: Tensor | None = None
+
+    def _changed(self, factor: float = 1.0, tanh: bool = False) -> LazyLogits:
+        if self._tanh:
+            return LazyLogits(self._head, self._hidden, self._scale, True, self._softcap * factor)
+        return LazyLogits(self._head, self._hidden, self._scale * factor, tanh)
+
+    def materialize(self) -> Tensor:
+        """The logits ``(…, V)``, with their graph."""
+        if self._made is None:
+            logits = nn.functional.linear(self._hidden, self._head.weight, self._head.bias) * self._scale
+            self._made = torch.tanh(logits) * self._softcap if self._tanh else logits
+        return self._made
+
+    def loss(self, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+        options: dict[str, Any] = {"bias": self._head.bias, "ignore_index": ignore_index, "reduction": reduction}
+        if self._tanh:
+            options |= {"softcap": self._softcap, "scale": self._scale * self._softcap}
+        elif self._scale != 1:
+            options["scale"] = self._scale
+        return linear_cross_entropy(self._hidden, self._head.weight, labels, **options)
+
+    @classmethod
+    def __torch_function__(
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        first = args[0] if args else None
+        if function is torch.tanh and isinstance(first, LazyLogits) and not first._tanh and not kwargs:
+            return first._changed(tanh=True)
+        return function(*_touched(args), **_touched(kwargs or {}))
+
+    def __truediv__(self, other: Any) -> Any:
+        return self._changed(1 / other) if isinstance(other, int | float) else self.materialize() / other
+
+    def __mul__(self, other: Any) -> Any:
+        return self._changed(other) if isinstance(other, int | float) else self.materialize() * other
+
+    __rmul__ = __mul__
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):  # copies and pickles ask for these before there is anything
+            raise AttributeError(name)
+        return getattr(self.materialize(), name)
+
+    def __repr__(self) -> str:
+        return f"LazyLogits(shape={(*self._hidden.shape[:-1], self._head.weight.shape[0])})"
+
+
+def _operator(name: str) -> Callable[..., Any]:
+    def operate(self: LazyLogits, *args: Any) -> Any:
+        return getattr(self.materialize(), name)(*_touched(args))
+
+    return operate
+
+
+for _name in (
+    *("add", "radd", "sub", "rsub", "rtruediv", "pow", "rpow", "matmul", "rmatmul", "neg", "abs", "getitem", "setitem"),
+    *("len", "iter", "eq", "ne", "lt", "le", "gt", "ge", "bool", "float", "int", "array"),
+):
+    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
+LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is element by element, as a tensor's
+
+
+def _touched(value: Any) -> Any:
+    if isinstance(value, LazyLogits):
+        return value.materialize()
+    if isinstance(value, tuple | list):
+        return type(value)(_touched(v) for v in value)
+    return {k: _touched(v) for k, v in value.items()} if isinstance(value, dict) else value
+
+
+def objection(model: nn.Module) -> str | None:
+    """Why the model's loss is to be left, or None."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    if head is None:
+        return "it has no language model's head"
+    if type(head) is not nn.Linear:
+        return f"its head is no plain linear layer: {type(head).__name__}"
+    if getattr(model, "loss_function", None) is not ForCausalLMLoss:
+        return "its loss is not ForCausalLMLoss"
+    if "loss_function" not in type(model).forward.__code__.co_names:
+        wrapped = getattr(type(model).forward, "__wrapped__", None)
+        while wrapped is not None and "loss_function" not in wrapped.__code__.co_names:
+            wrapped = getattr(wrapped, "__wrapped__", None)
+        if wrapped is None:
+            return "its forward does not call its loss_function"
+    return None
+
+
+def head_forward(head: nn.Linear, hidden: Tensor) -> Any:
+    """The head's forward: lazy logits while its model computes a loss."""
+    # A head that is wrapped by itself (sharded, offloaded) has its weight during its forward only.
+    alone = type(head) is nn.Linear and not hasattr(head, "_hf_hook") and not torch.compiler.is_compiling()
+    if alone and _HEAD_OF_A_LOSS.get() is head:
+        return LazyLogits(head, hidden)
+    return nn.Linear.forward(head, hidden)
+
+
+def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
+    """A model's forward, given its class's: where it has labels, its head returns lazy logits."""
+
+    @wraps(own)
+    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
+        if labels is None:
+            return own(self, *args, **kwargs)
+        token = _HEAD_OF_A_LOSS.set(self.get_output_embeddings())
+        try:
+            return own(self, *args, labels=labels, **kwargs)
+        finally:
+            _HEAD_OF_A_LOSS.reset(token)
+
+    return forward
+
+
+def causal_lm_loss(
+    logits: Any,
+    labels: Tensor | None,
+    vocab_size: int,
+    num_items_in_batch: Tensor | int | None = None,
+    ignore_index: int = -100,
+    shift_labels: Tensor | None = None,
+    **kwargs: Any,
+) -> Tensor:
+    """transformers' ``ForCausalLMLoss``, from lazy logits without making them.
+
+    Labels are shifted by one (shift_labels are shifted already); the sum over those that are not ignore_index is
+    divided by num_items_in_batch, or by their number. Where no label counts, that mean is 0 and not NaN.
+    """
+    if not isinstance(logits, LazyLogits) or logits._made is not None:
+        given = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
+        loss: Tensor = ForCausalLMLoss(_touched(logits), labels, vocab_size, **given, **kwargs)
+        return loss
+    if shift_labels is None:
+        assert labels is not None
+        shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+    shift_labels = shift_labels.to(logits._hidden.device).reshape(logits._hidden.shape[:-1])
+    if num_items_in_batch is None:
+        return logits.loss(shift_labels, ignore_index, "mean")
+    if isinstance(num_items_in_batch, Tensor):
+        num_items_in_batch = num_items_in_batch.to(logits._hidden.device)
+    return logits.loss(shift_labels, ignore_index, "sum") / num_items_in_batch

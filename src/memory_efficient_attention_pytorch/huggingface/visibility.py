@@ -1,0 +1,138 @@
+"""What a query may see, from transformers' mask functions: handed on as arguments of attention, never as an n × m mask.
+
+transformers describes a mask as a function of indices, put together from a few known ones. Those with a counterpart in
+:func:`dot_product_attention` (causality, windows, packed sequences, padding) are told apart by what they are made of;
+anything else stays a function and is evaluated per tile. A release that makes them in another way loses speed alone.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from transformers import masking_utils
+
+from ..attention.mask_function import MaskFunction
+
+IndexFunction = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Visible:
+    """What travels through a model in the place of its mask: arguments of :func:`dot_product_attention`.
+
+    queries, keys: how many of each the mask is for. Layers share it, and with it what is known of its tiles.
+    """
+
+    queries: int
+    keys: int
+    arguments: dict[str, Any]
+
+
+class _Simple(NamedTuple):
+    causal: bool = False
+    left: int | None = None  # keys before a query's own, None for all
+    right: int | None = None
+    document_ids: Tensor | None = None
+
+
+def memory_efficient_mask(
+    batch_size: int,
+    q_length: int,
+    kv_length: int,
+    q_offset: int | Tensor = 0,
+    kv_offset: int = 0,
+    mask_function: IndexFunction = masking_utils.causal_mask_function,
+    attention_mask: Tensor | None = None,
+    use_vmap: bool = False,
+    **ignored: Any,
+) -> Visible:
+    """A mask function for ``AttentionMaskInterface``: query i stands at ``i + q_offset``, key j at ``j + kv_offset``."""
+    arguments: dict[str, Any] = {}
+    padding = _padding(attention_mask, kv_length, kv_offset)
+    parts = None if use_vmap else _simple(mask_function)
+    aligned = isinstance(q_offset, int) and q_offset - kv_offset == kv_length - q_length
+    whole = parts is not None and parts.document_ids is not None and q_length != kv_length
+    if parts is not None and not whole and (aligned or parts == _Simple()):
+        if parts.causal:
+            arguments["causal"] = True
+        if (parts.left, parts.right) != (None, None):
+            arguments["window"] = (parts.left, parts.right)
+        if parts.document_ids is not None:
+            arguments["document_ids"] = parts.document_ids
+        if padding is not None:
+            arguments["mask"] = padding
+    else:
+        function = _vmapped(mask_function) if use_vmap else mask_function
+
+        def visible(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+            seen: Tensor = function(batch, head, query + q_offset, key + kv_offset)
+            return seen if padding is None else seen & padding[batch, key]
+
+        arguments["mask"] = MaskFunction(visible)
+    return Visible(q_length, kv_length, arguments)
+
+
+def _padding(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | None:
+    """``(b, keys)``, True where there is a token; None where there is one everywhere."""
+    if attention_mask is None:
+        return None
+    missing = max(0, keys + offset - attention_mask.shape[-1])
+    padding = torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, offset : offset + keys]
+    looks = not torch.compiler.is_compiling() and type(padding) is Tensor and padding.device.type != "meta"
+    return None if looks and bool(padding.all()) else padding
+
+
+def _simple(function: IndexFunction) -> _Simple | None:
+    """What the function is made of, if all of it has a counterpart."""
+    if function is masking_utils.causal_mask_function:
+        return _Simple(causal=True)
+    if function is masking_utils.bidirectional_mask_function:
+        return _Simple()
+    if getattr(function, "__module__", None) != masking_utils.__name__ or not inspect.isfunction(function):
+        return None
+    held = inspect.getclosurevars(function).nonlocals
+    made_by = function.__qualname__.split(".")[0]
+    if made_by == "and_masks" and set(held) == {"mask_functions"}:
+        parts = [_simple(part) for part in held["mask_functions"]]
+        known = [part for part in parts if part is not None]
+        return _both(known) if len(known) == len(parts) else None
+    if made_by == "sliding_window_overlay" and set(held) == {"sliding_window"}:
+        return _Simple(left=held["sliding_window"] - 1)
+    if made_by == "sliding_window_bidirectional_overlay" and set(held) == {"sliding_window"}:
+        return _Simple(left=held["sliding_window"], right=held["sliding_window"])
+    if made_by == "packed_sequence_mask_function" and set(held) == {"packed_sequence_mask"}:
+        return _Simple(document_ids=held["packed_sequence_mask"])
+    # Inside of one packed sequence positions count on by one: distances, all that is looked at, are those of indices.
+    # transformers uses it together with the mask of packed sequences only.
+    if made_by == "remap_positions_for_packed_sequence" and set(held) == {"mask_function", "position_ids"}:
+        return _simple(held["mask_function"])
+    return None
+
+
+def _both(parts: list[_Simple]) -> _Simple | None:
+    def least(values: list[int | None]) -> int | None:
+        return min((v for v in values if v is not None), default=None)
+
+    documents = [p.document_ids for p in parts if p.document_ids is not None]
+    if len(documents) > 1:
+        return None
+    left, right = least([p.left for p in parts]), least([p.right for p in parts])
+    return _Simple(any(p.causal for p in parts), left, right, documents[0] if documents else None)
+
+
+def _vmapped(function: IndexFunction) -> IndexFunction:
+    """Functions that users hand over may be written for numbers: mapped over each index as transformers itself does."""
+    for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
+        function = torch.vmap(function, in_dims=dims, out_dims=0)
+
+    def visible(*indices: Tensor) -> Tensor:
+        with masking_utils.TransformGetItemToIndex():
+            seen: Tensor = function(*(index.flatten() for index in indices))
+        return seen
+
+    return visible

@@ -1,0 +1,59 @@
+"""Small models of the installed transformers, with random weights and nothing downloaded."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import transformers
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 61,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 128,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "head_dim": 8,
+    "attention_dropout": 0.0,
+}
+GPT2 = {"n_embd": 32, "n_layer": 2, "n_head": 4, "resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+SLIDING = {"sliding_window": 6, "layer_types": ["sliding_attention", "full_attention"]}
+KINDS: dict[str, dict[str, Any]] = {
+    "Llama": {},
+    "Mistral": {"sliding_window": 6},
+    "Qwen2": {},
+    "Qwen3": {},
+    "Gemma2": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 2.0, "attn_logit_softcapping": 1.5, **SLIDING},
+    "Gemma3": {"query_pre_attn_scalar": 8, **SLIDING},
+    "Phi3": {},
+    "GPT2": GPT2,
+    "GPTNeoX": {},
+    "Olmo2": {},
+    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **SLIDING},
+    "Granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3},
+    "Cohere": {"logit_scale": 0.25},
+}
+CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+
+
+def small_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Any:
+    own = {**SMALL, **KINDS[kind], **options}
+    if kind == "GPT2":
+        own = {k: v for k, v in own.items() if k not in ("num_key_value_heads", "head_dim", "intermediate_size")}
+    config = getattr(transformers, CONFIGS.get(kind, f"{kind}Config"))(**own)
+    torch.manual_seed(seed)
+    model = getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")(config)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith("sinks") or "experts" in name:
+                parameter.normal_(0, 0.3)
+    return model.to(dtype).train()
+
+
+def tokens(batch: int = 2, length: int = 23, seed: int = 1) -> torch.Tensor:
+    return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
