@@ -34,7 +34,12 @@ KINDS: dict[str, dict[str, Any]] = {
     "GPT2": GPT2,
     "GPTNeoX": {},
     "Olmo2": {},
-    "GptOss": {"num_local_experts": 4, "num_experts_per_tok": 2, "rope_parameters": {"rope_type": "default", "rope_theta": 1e4}, **SLIDING},
+    "GptOss": {
+        "num_local_experts": 4,
+        "num_experts_per_tok": 2,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 1e4},
+        **SLIDING,
+    },
     "Granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3},
     "Cohere": {"logit_scale": 0.25},
 }
@@ -45,6 +50,8 @@ def small_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **
     own = {**SMALL, **KINDS[kind], **options}
     if kind == "GPT2":
         own = {k: v for k, v in own.items() if k not in ("num_key_value_heads", "head_dim", "intermediate_size")}
+    if kind == "GptOss":
+        own["experts_implementation"] = "eager"  # the others have no fp64
     config = getattr(transformers, CONFIGS.get(kind, f"{kind}Config"))(**own)
     torch.manual_seed(seed)
     model = getattr(transformers, f"{kind}{'LMHeadModel' if kind == 'GPT2' else 'ForCausalLM'}")(config)

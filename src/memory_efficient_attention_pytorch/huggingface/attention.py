@@ -75,7 +75,7 @@ def _what_is_seen(
     n, m = query.shape[2], key.shape[2]
     if isinstance(mask, Visible):
         if (mask.queries, mask.keys) != (n, m):
-            raise _refusal(module, f"its mask is for {mask.queries} × {mask.keys} tokens, and it attends with {n} × {m}")
+            raise _refusal(module, f"its mask is for {mask.queries} × {mask.keys} tokens, not {n} × {m}")
         return dict(mask.arguments)
     if mask is not None:
         return {"mask" if mask.dtype == torch.bool else "attn_bias": mask}

@@ -16,7 +16,7 @@ from . import attention as own_attention
 from . import feed_forward, logits
 
 _RECORD = "_memory_efficient_changes"
-_MISSING = "missing"  # a value that survives copies of a model
+_HOOKS = "_require_grads_hooks"  # of transformers: checkpointing lets embeddings ask for gradients
 
 
 @dataclass
@@ -80,8 +80,11 @@ def restore(model: nn.Module) -> None:
         ValueError: the model was not changed.
     """
     base = _model(model)
-    require(_RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "another")
-    for holder, name, value, was_there in reversed(base.__dict__.pop(_RECORD)):
+    require(_RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "one as it was")
+    record = base.__dict__.pop(_RECORD)
+    if any(name == _HOOKS and not value for _, name, value, _ in record):
+        base.disable_input_require_grads()
+    for holder, name, value, was_there in reversed(record):
         if was_there:
             holder.__dict__[name] = value
         else:
@@ -111,7 +114,7 @@ def _model(model: nn.Module) -> PreTrainedModel:
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:
     seen: set[int] = set()
-    ahead = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
+    ahead: list[Any] = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
     while ahead:
         config = ahead.pop()
         if config is not None and id(config) not in seen:
@@ -187,6 +190,9 @@ def _change_checkpoints(model: PreTrainedModel, record: _Record, report: Report,
     for module in model.modules():
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             record.note(module, name)
+    if not model.__dict__.get(_HOOKS):
+        record.note(model, _HOOKS)
+        record.note(model, "_require_grads_hook")
     if hasattr(model, "activation_checkpointing_enable"):
         model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
     else:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 from typing import Any
 
@@ -29,8 +29,9 @@ def candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Modu
 
 
 def chunked_forward(module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of an MLP whose own is ``module.__dict__[OWN]``, or its class's: in chunks where that saves memory."""
-    whole = partial(module.__dict__.get(OWN) or partial(type(module).forward, module), *args, **kwargs)
+    """The forward of an MLP, in chunks where that saves memory. Its own is kept at OWN, if it is not its class's."""
+    own = module.__dict__.get(OWN) or partial(type(module).forward, module)
+    whole: Callable[[Tensor], Tensor] = partial(own, *args, **kwargs)
     chunks = 1
     if hidden_states.dim() == 3 and not torch.compiler.is_compiling():
         batch, tokens, _ = hidden_states.shape
@@ -55,7 +56,7 @@ class _Whole(nn.Module):
         self.training = module.training  # as it is, not as a module that is made anew
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.own_forward(x)
+        result: Tensor = self.own_forward(x.contiguous())  # a chunk of several sequences is not, and Conv1D asks for it
         return result
 
 
@@ -66,8 +67,8 @@ def _linears(module: nn.Module) -> list[nn.Module]:
 def _widths(linear: nn.Module) -> tuple[int, int]:
     if isinstance(linear, nn.Linear):
         return linear.in_features, linear.out_features
-    rows, columns = linear.weight.shape
-    return int(rows), int(columns)
+    assert isinstance(linear, Conv1D)
+    return int(linear.weight.shape[0]), int(linear.weight.shape[1])
 
 
 def _widest(module: nn.Module) -> int:
@@ -76,7 +77,7 @@ def _widest(module: nn.Module) -> int:
 
 
 def _looks_like_mlp(module: nn.Module) -> bool:
-    """Takes one tensor, and is made of linear layers, one of them wider than what comes in, and of nothing that mixes."""
+    """Takes one tensor, and has no parameters but those of linear layers, one wider than what comes in."""
     linears = _linears(module)
     if len(linears) < 2 or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Linear) or _is_adapted(module):
         return False

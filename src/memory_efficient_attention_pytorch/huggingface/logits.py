@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from contextvars import ContextVar
 from functools import wraps
@@ -9,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..loss.linear_cross_entropy import linear_cross_entropy
@@ -99,21 +101,17 @@ def _touched(value: Any) -> Any:
     return {k: _touched(v) for k, v in value.items()} if isinstance(value, dict) else value
 
 
-def objection(model: nn.Module) -> str | None:
+def objection(model: PreTrainedModel) -> str | None:
     """Why the model's loss is to be left, or None."""
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     if head is None:
         return "it has no language model's head"
     if type(head) is not nn.Linear:
         return f"its head is no plain linear layer: {type(head).__name__}"
     if getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return "its loss is not ForCausalLMLoss"
-    if "loss_function" not in type(model).forward.__code__.co_names:
-        wrapped = getattr(type(model).forward, "__wrapped__", None)
-        while wrapped is not None and "loss_function" not in wrapped.__code__.co_names:
-            wrapped = getattr(wrapped, "__wrapped__", None)
-        if wrapped is None:
-            return "its forward does not call its loss_function"
+    if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
+        return "its forward does not call its loss_function"
     return None
 
 
@@ -157,9 +155,12 @@ def causal_lm_loss(
     divided by num_items_in_batch, or by their number. Where no label counts, that mean is 0 and not NaN.
     """
     if not isinstance(logits, LazyLogits) or logits._made is not None:
-        given = {"num_items_in_batch": num_items_in_batch, "ignore_index": ignore_index, "shift_labels": shift_labels}
-        loss: Tensor = ForCausalLMLoss(_touched(logits), labels, vocab_size, **given, **kwargs)
-        return loss
+        given: dict[str, Any] = {
+            "num_items_in_batch": num_items_in_batch,
+            "ignore_index": ignore_index,
+            "shift_labels": shift_labels,
+        }
+        return ForCausalLMLoss(_touched(logits), labels, vocab_size, **given, **kwargs)
     if shift_labels is None:
         assert labels is not None
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]

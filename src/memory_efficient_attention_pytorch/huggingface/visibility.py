@@ -31,6 +31,14 @@ class Visible:
     queries: int
     keys: int
     arguments: dict[str, Any]
+    ndim = 4  # as a mask that is made, which transformers hands on
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return 1, 1, self.queries, self.keys
+
+    def contiguous(self) -> Visible:
+        return self
 
 
 class _Simple(NamedTuple):
@@ -47,11 +55,13 @@ def memory_efficient_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: IndexFunction = masking_utils.causal_mask_function,
-    attention_mask: Tensor | None = None,
+    attention_mask: Tensor | Visible | None = None,
     use_vmap: bool = False,
     **ignored: Any,
 ) -> Visible:
-    """A mask function for ``AttentionMaskInterface``: query i stands at ``i + q_offset``, key j at ``j + kv_offset``."""
+    """For ``AttentionMaskInterface``: query i stands at ``i + q_offset`` and key j at ``j + kv_offset``."""
+    if isinstance(attention_mask, Visible):  # made before, as generation does for caches of fixed size
+        return attention_mask
     arguments: dict[str, Any] = {}
     padding = _padding(attention_mask, kv_length, kv_offset)
     parts = None if use_vmap else _simple(mask_function)
@@ -131,7 +141,7 @@ def _vmapped(function: IndexFunction) -> IndexFunction:
         function = torch.vmap(function, in_dims=dims, out_dims=0)
 
     def visible(*indices: Tensor) -> Tensor:
-        with masking_utils.TransformGetItemToIndex():
+        with vars(masking_utils)["TransformGetItemToIndex"]():
             seen: Tensor = function(*(index.flatten() for index in indices))
         return seen
 
