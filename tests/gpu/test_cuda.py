@@ -3,7 +3,13 @@
 import pytest
 import torch
 
-from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, Transformer, dot_product_attention
+from memory_efficient_attention_pytorch import (
+    AlibiBias,
+    RelativePositionBias,
+    Transformer,
+    dot_product_attention,
+    select_backend,
+)
 
 pytestmark = [
     pytest.mark.gpu,
@@ -18,6 +24,7 @@ CASES = {
     "documents": {"causal": True, "document_ids": "documents"},
     "alibi": {"causal": True, "attn_bias": AlibiBias(4)},
     "relative": {"attn_bias": RelativePositionBias(4)},
+    "nothing to see": {"mask": "hidden rows"},
 }
 
 
@@ -25,6 +32,8 @@ def arguments(case, n):
     found = dict(CASES[case])
     if found.get("mask") == "padding":
         found["mask"] = torch.arange(n, device="cuda")[None] >= torch.tensor([[0], [n // 3]], device="cuda")
+    if found.get("mask") == "hidden rows":
+        found["mask"] = torch.arange(n, device="cuda")[:, None] > torch.arange(n, device="cuda") + 100
     if found.get("document_ids") == "documents":
         found["document_ids"] = (torch.arange(n, device="cuda") // 77)[None].expand(2, n).contiguous()
     if isinstance(found.get("attn_bias"), torch.nn.Module):
@@ -52,6 +61,33 @@ def test_attention_agrees_with_the_definition(backend, case, dtype):
     truth = results("naive", case, [t.double() for t in (q, k, v)])
     budget = error(results("naive", case, (q, k, v)), truth) + 2 * torch.finfo(dtype).eps
     assert error(results(backend, case, (q, k, v)), truth) <= budget
+
+
+@pytest.mark.parametrize("n", [61, 700, 4500])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("case", [case for case in CASES if case != "plain"])
+def test_the_memory_efficient_kernel_in_tiles(case, dtype, n):
+    """Lengths that are no multiples of what the kernel pads, in one tile and in several."""
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, heads, n, 64, device="cuda", dtype=dtype) for heads in (4, 2, 2))
+    assert select_backend(q, k, v, backend="tiled", **arguments(case, n)).way == "cuda_kernel"
+    truth = results("naive", case, [t.double() for t in (q, k, v)])
+    budget = error(results("naive", case, (q, k, v)), truth) + 2 * torch.finfo(dtype).eps
+    assert error(results("cuda_kernel", case, (q, k, v)), truth) <= budget
+
+
+@pytest.mark.parametrize("height", [1.0, -1e9])
+def test_the_gradient_of_a_bias_through_the_kernel(height):
+    torch.manual_seed(4)
+    q, k, v = (torch.randn(1, 2, 700, 64, device="cuda") for _ in range(3))
+    bias = torch.randn(1, 2, 700, 700, device="cuda")
+    bias[:, :, 300:400] = height
+    found = []
+    for backend, dtype in (("cuda_kernel", torch.float32), ("naive", torch.float64)):
+        leaves = [t.to(dtype, copy=True).requires_grad_() for t in (q, k, v, bias)]
+        out = dot_product_attention(*leaves[:3], attn_bias=leaves[3], causal=True, backend=backend)
+        found.append([out, *torch.autograd.grad(out.sum(-1).sin().sum(), leaves)])
+    assert error(*found) <= 1e-4
 
 
 @pytest.mark.parametrize("settings", [{}, {"head_chunks": 2, "ff_chunks": 4}, {"dropout": 0.1}], ids=str)

@@ -15,6 +15,7 @@ from ..common.precision import full_precision
 from .bias import BiasGradient
 from .broadcasting import canonical_broadcast
 from .cpu_kernel import CpuKernel
+from .cuda_kernel import CudaKernel
 from .kernel import Cpu, Efficient, Flash
 from .naive import Naive
 from .onednn import OneDnn
@@ -23,7 +24,7 @@ from .request import AttentionRequest, build_request
 from .sdpa import Sdpa
 from .way import BackwardInputs, Way
 
-WAYS: tuple[Way, ...] = (OneDnn(), Sdpa(), Cpu(), Flash(), Efficient(), CpuKernel(), Products(), Naive())
+WAYS: tuple[Way, ...] = (OneDnn(), Sdpa(), Cpu(), Flash(), Efficient(), CudaKernel(), CpuKernel(), Products(), Naive())
 """Every way of computing attention, the preferred ones first."""
 
 BACKENDS = ("naive", "tiled", "fused", "auto")

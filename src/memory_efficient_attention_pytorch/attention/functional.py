@@ -105,10 +105,10 @@ def dot_product_attention(
     Scores, softmax and accumulators are fp32, or fp64 for fp64. A bias over a whole row may be of any finite size: the
     largest that a row sees is taken out first, where fp64 would not round the scores away beside it (2**56 and above,
     as finfo.min: there they count as equal). Finite values that are hidden reach neither output nor gradients; where
-    scores of them may exceed 2**16 the way of computing is another, though, which rounds differently. Both end where
-    PyTorch's kernels run whole on other devices than a CPU, on which q, k and v are not looked at first: they lose
-    scores above 2**16 in the log-sum-exp, and give NaN for hidden products beyond fp32; ``backend="tiled"`` there
-    does not. Asked for by name, oneDNN's tiles have the same limits.
+    scores of them may exceed 2**16 the way of computing is another, though, which rounds differently. On a CPU
+    q, k and v are looked at first; where they are on another device, both end at what PyTorch's kernels do: they lose
+    scores above 2**16 in the log-sum-exp, and give NaN for hidden products beyond fp32. ``backend="products"`` does not
+    there. Asked for by name, oneDNN's tiles have the same limits.
 
     Under autocast q, k and v are cast as for PyTorch's own attention. Differentiable once (the tiled backend raises on
     a second derivative). Sources: Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).

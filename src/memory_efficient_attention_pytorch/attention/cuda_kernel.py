@@ -1,0 +1,115 @@
+"""Tiles by CUDA's memory-efficient kernel, for masks, windows, documents and biases that no kernel takes as a whole."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ..torch_internals import attention_kernels
+from ..torch_internals.attention_kernels import Kernel
+from ..torch_internals.tensors import are_plain
+from .cpu_kernel import unit_stride
+from .kernel import ALIGNMENT
+from .products import Products
+from .request import AttentionRequest
+from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite
+from .way import OF_SCORE, BackwardInputs
+
+# The least sides of a tile: each is a launch, which has to fill the device.
+QUERIES, KEYS = 2048, 4096
+LSE_MULTIPLE = 32  # to which the kernel pads the log-sum-exp of a row of queries
+
+
+class CudaKernel(Tiled):
+    """The kernel adds a tile's mask and bias to scores that it never holds. It has no grouped queries: of a tile its
+    keys and values are repeated. It drops by random numbers of its own, so that dropout is for plain products."""
+
+    name = "cuda_kernel"
+    merit = "PyTorch's memory-efficient kernel computes each tile, in linear memory"
+
+    def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        if request.device_type != "cuda":
+            return f"it is for CUDA, not for {request.device_type}"
+        if request.dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            return f"the kernel does not take {request.dtype}"
+        if request.dropout:
+            return "the kernel drops other weights than the tiles do"
+        if request.bias is not None and request.bias.of_score:
+            return OF_SCORE
+        if request.d != request.e or request.d % ALIGNMENT:
+            return f"q and v are to have one width, a multiple of {ALIGNMENT}, not {request.d} and {request.e}"
+        if not are_plain(q, k, v):
+            return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
+        return "this PyTorch does not have it" if attention_kernels.efficient_kernel() is None else None
+
+    def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        return super().forward(_in_large_tiles(request), q, k, v)
+
+    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        if given.grad_lse is not None:  # which the kernel does not take
+            return Products().backward(request, given)
+        return super().backward(_in_large_tiles(request), given)
+
+    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
+        added, level = scores.relative(torch.float32, scores.visible)
+        heads = unit_stride(q, *_for_each_query_head(q, k, v))
+        bias = _laid_out(added, heads[0], heads[1])
+        out, lse, *_ = _kernel().forward(*heads, bias, True, 0.0, False, scale=scores.request.scale)
+        out, lse = out.to(torch.float32), lse[:, :, : q.shape[2]]
+        if added is not None:
+            # Of a row that sees nothing here the kernel makes what it likes.
+            nothing = (added == float("-inf")).all(dim=-1)
+            out = out.masked_fill(nothing.unsqueeze(-1), 0.0)
+            lse = lse.masked_fill(nothing, float("-inf"))
+        return out, LogSumExp.of(lse, *(() if level is None else (level.squeeze(-1),)))
+
+    def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
+        added, level = scores.relative(torch.float32, scores.visible)
+        q, i = bucket.q, bucket.q.shape[2]
+        lse = bucket.lse if level is None else bucket.lse - finite(level).squeeze(-1)
+        if bucket.rest is not None:
+            lse = lse + bucket.rest
+        lse = F.pad(lse, (0, -i % LSE_MULTIPLE), value=float("inf"))
+        heads = unit_stride(bucket.grad_out.to(q.dtype), q, *_for_each_query_head(q, k, v))
+        bias = _laid_out(added, heads[1], heads[2])
+        # Random state, of which nothing is used without dropout.
+        seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
+        wanted = scores.request.bias is not None and bucket.bias_gradient.wanted
+        options = (0.0, [True, True, True, wanted], False)
+        results = (bias, *unit_stride(bucket.out), lse, seed, offset)
+        found = _kernel().backward(*heads, *results, *options, scale=scores.request.scale)
+        grad_q, grad_k, grad_v, grad_scores = found
+        kv = k.shape[1]
+        of_keys = (x.unflatten(1, (kv, -1)).sum(2, dtype=torch.float32) for x in (grad_k, grad_v))
+        return grad_q, *of_keys, grad_scores if wanted else None
+
+
+def _kernel() -> Kernel:
+    found = attention_kernels.efficient_kernel()
+    assert found is not None  # the objection's business
+    return found
+
+
+def _in_large_tiles(request: AttentionRequest) -> AttentionRequest:
+    sides = {"q_bucket_size": QUERIES, "k_bucket_size": KEYS}
+    return replace(request, **{name: max(size, getattr(request, name)) for name, size in sides.items()})
+
+
+def _for_each_query_head(q: Tensor, *of_keys: Tensor) -> tuple[Tensor, ...]:
+    group = q.shape[1] // of_keys[0].shape[1]
+    return of_keys if group == 1 else tuple(x.repeat_interleave(group, dim=1) for x in of_keys)
+
+
+def _laid_out(added: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    """What is added to the scores as the kernel wants it: of q's dtype, whole, its rows aligned."""
+    if added is None:
+        return None
+    (b, h, i, _), j = q.shape, k.shape[2]
+    rows = added.to(q.dtype).expand(*added.shape[:2], i, j)
+    padded = F.pad(rows, (0, -j % ALIGNMENT))
+    if padded.stride(-1) != 1 or padded.stride(-2) % ALIGNMENT:
+        padded = padded.contiguous()
+    return padded[..., :j].expand(b, h, i, j)
