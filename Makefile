@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test test-torch bench lint clean
+.PHONY: setup train test test-torch bench gpu lint clean
 
 setup: $(STAMP)
 
@@ -34,6 +34,10 @@ test-torch:
 
 bench: setup
 	$(BIN)/mea bench
+
+# The CUDA tests and the GPU benchmark, by a Python that has PyTorch, from a bare checkout: make gpu PYTHON=python3
+gpu:
+	PYTHONPATH=src $(PYTHON) benchmarks/gpu.py
 
 clean:
 	rm -rf $(VENV) .venv-torch-* build dist src/*.egg-info

@@ -11,7 +11,7 @@ from tests.agreement import assert_same
 from tests.memory.live_bytes import LiveBytes
 
 NAMES = [way.name for way in WAYS]
-ON_A_CPU = [name for name in NAMES if name not in ("flash", "efficient")]
+ON_A_CPU = [name for name in NAMES if name not in ("flash", "efficient", "cuda_kernel")]
 
 
 def qkv(n=9, m=None, h=4, kv=2, d=8, dtype=torch.float32):
@@ -36,7 +36,7 @@ def test_a_way_asked_for_by_name_computes_the_same(name):
         reference.assert_close("gradient", mine, true, 1e-5)
 
 
-@pytest.mark.parametrize("name", ["flash", "efficient"])
+@pytest.mark.parametrize("name", ["flash", "efficient", "cuda_kernel"])
 def test_a_way_of_another_device_is_refused_by_name(name):
     with pytest.raises(NotImplementedError, match=f"backend: '{name}' cannot serve this call.*cpu"):
         dot_product_attention(*qkv(), backend=name)
