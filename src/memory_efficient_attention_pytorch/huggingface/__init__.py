@@ -1,5 +1,7 @@
-"""transformers' models made long, by one call that can be undone. Needs the extra ``huggingface``."""
+"""transformers' models made long, by one call that can be undone, and ours as one of them. Needs the extra
+``huggingface``. Imported, it makes the Auto classes know :class:`MemoryEfficientForCausalLM`."""
 
 from .change import Report, make_memory_efficient, restore
+from .model import MemoryEfficientConfig, MemoryEfficientForCausalLM
 
-__all__ = ["Report", "make_memory_efficient", "restore"]
+__all__ = ["MemoryEfficientConfig", "MemoryEfficientForCausalLM", "Report", "make_memory_efficient", "restore"]

@@ -1,0 +1,158 @@
+"""Our Transformer as a model of transformers: loaded, saved, trained and made to generate as any other."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.modeling_outputs import CausalLMOutputWithPast
+
+from ..common.errors import require
+from ..layers.cache import KVCache
+from ..models.config import KNOBS
+from ..models.transformer import Transformer
+
+
+class MemoryEfficientConfig(PreTrainedConfig):
+    """The fields of :class:`TransformerConfig`, with ``causal`` true, and those of any ``PreTrainedConfig``."""
+
+    model_type = "memory_efficient_transformer"
+    attribute_map = {  # noqa: RUF012  (so declared by transformers)
+        "vocab_size": "num_tokens",
+        "hidden_size": "dim",
+        "num_hidden_layers": "depth",
+        "num_attention_heads": "heads",
+        "max_position_embeddings": "max_seq_len",
+    }
+    num_tokens: int = 256
+    max_seq_len: int = 1024
+    dim: int = 512
+    depth: int = 6
+    dim_head: int = 64
+    heads: int = 8
+    ff_mult: int = 4
+    ff_chunks: int | None = None
+    use_flash_attn: bool = True
+    kv_heads: int | None = None
+    window: Any = None
+    positions: str = "learned"
+    dropout: float = 0.0
+    head_chunks: int | None = None
+    keep_attention: bool | str = False
+    reversible: bool = True
+    exact: bool = False
+    tie_embeddings: bool = False
+    loss_chunk_size: int | None = None
+    memory_efficient: bool = True
+    q_bucket_size: int = 512
+    k_bucket_size: int = 1024
+    backend: str = "auto"
+    tie_word_embeddings: bool = False  # the Transformer ties by having one weight
+
+    def transformer_keywords(self) -> dict[str, Any]:
+        """What :class:`Transformer` is built from."""
+        chosen = {name: getattr(self, name) for name in KNOBS if name != "causal"}
+        if isinstance(chosen["window"], list):
+            chosen["window"] = tuple(chosen["window"])  # as JSON has it
+        return chosen | {"causal": True}
+
+
+class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
+    """A causal :class:`Transformer` behind transformers' interface. Its weights are the Transformer's, after ``net.``"""
+
+    config_class = MemoryEfficientConfig
+    base_model_prefix = "net"
+    supports_gradient_checkpointing = False
+
+    def __init__(self, config: MemoryEfficientConfig) -> None:
+        super().__init__(config)
+        self.net = Transformer(**config.transformer_keywords())
+        self.post_init()
+
+    @classmethod
+    def of(cls, net: Transformer, keywords: dict[str, Any], **others: Any) -> MemoryEfficientForCausalLM:
+        """The same weights as ``net``, which was built with these keywords; others: of the configuration."""
+        require(net.causal, "net", "a causal Transformer", "another")
+        own = {name: value for name, value in keywords.items() if name != "causal"}
+        model = cls(MemoryEfficientConfig(**own, **others))
+        model.net.load_state_dict(net.state_dict())
+        return model.train(net.training)
+
+    def _init_weights(self, module: nn.Module) -> None:
+        """Nothing: the Transformer's layers are initialised as they are made."""
+
+    def get_input_embeddings(self) -> nn.Module:
+        return self.net.token_emb
+
+    def get_output_embeddings(self) -> nn.Module | None:
+        return self.net.to_logits[1] if len(self.net.to_logits) > 1 else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        attention_mask: Tensor | None = None,
+        position_ids: Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | Tensor = 0,
+        num_items_in_batch: Tensor | int | None = None,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """The loss alone with labels, which are shifted here, and else the logits.
+
+        Args:
+            input_ids: ``(b, n)``. attention_mask: ``(b, tokens in the cache + n)``, 0 at padding.
+            position_ids: those that follow from the mask, as generation gives them.
+            past_key_values: a cache of transformers (without gradients); labels: ``(b, n)``, −100 for none.
+            num_items_in_batch: what the sum of losses is divided by, where not by the number of labels.
+
+        Raises:
+            ValueError: other positions, or labels with a cache.
+        """
+        mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
+        before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
+        self._check_positions(position_ids, mask, before, input_ids)
+        if labels is not None:
+            require(past_key_values is None, "labels", "none with a cache", "both")
+            labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
+            loss = self.net(input_ids, labels=labels, mask=mask)
+            if num_items_in_batch is not None:
+                loss = loss * (labels != -100).sum() / num_items_in_batch
+            return CausalLMOutputWithPast(loss=loss)
+        cache = None if past_key_values is None or torch.is_grad_enabled() else _Behind(past_key_values, before)
+        logits = self.net(input_ids, mask=mask, cache=cache)
+        kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
+        logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept]
+        return CausalLMOutputWithPast(logits=logits, past_key_values=None if cache is None else past_key_values)
+
+    def _check_positions(self, given: Tensor | None, mask: Tensor | None, before: int, input_ids: Tensor) -> None:
+        if given is None:
+            return
+        total = before + input_ids.shape[1]
+        seen = torch.ones(1, total, dtype=torch.bool, device=given.device) if mask is None else mask
+        expected = (torch.arange(total, device=given.device) - seen.int().argmax(1, keepdim=True))[:, before:]
+        same = (given == expected) | ~seen[:, before:]
+        require(
+            bool(same.all()), "position_ids", "those that follow from attention_mask", "others, as of packed sequences"
+        )
+
+
+class _Behind(KVCache):
+    """A cache of transformers as the Transformer's layers see it, in the order in which they ask."""
+
+    def __init__(self, cache: Cache, length: int) -> None:
+        super().__init__()
+        self.cache, self.length, self.asked = cache, length, 0
+
+    def extend(self, layer: nn.Module, k: Tensor, v: Tensor, left: int | None = None) -> tuple[Tensor, Tensor]:
+        keys, values = self.cache.update(k, v, self.asked)
+        self.asked += 1
+        first = 0 if left is None else max(0, keys.shape[2] - left - k.shape[2])
+        return keys[:, :, first:], values[:, :, first:]
+
+
+AutoConfig.register(MemoryEfficientConfig.model_type, MemoryEfficientConfig, exist_ok=True)
+AutoModelForCausalLM.register(MemoryEfficientConfig, MemoryEfficientForCausalLM, exist_ok=True)

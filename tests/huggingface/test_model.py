@@ -1,0 +1,105 @@
+"""Our Transformer behind transformers' interface computes what it computes by itself."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM
+
+from memory_efficient_attention_pytorch import AutoregressiveWrapper
+from memory_efficient_attention_pytorch.huggingface import MemoryEfficientConfig, MemoryEfficientForCausalLM
+from memory_efficient_attention_pytorch.models.config import KNOBS, TransformerConfig
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+SMALL = {"num_tokens": 61, "max_seq_len": 48, "dim": 32, "depth": 2, "heads": 4, "dim_head": 8}
+KINDS = {
+    "learned": {},
+    "rotary, grouped, tied": {"positions": "rotary", "kv_heads": 2, "tie_embeddings": True},
+    "alibi with a window": {"positions": "alibi", "window": (5, 0)},
+}
+
+
+def model_of(kind):
+    torch.manual_seed(0)
+    return MemoryEfficientForCausalLM(MemoryEfficientConfig(**SMALL, **KINDS[kind])).eval()
+
+
+def prompts(rows=2):
+    ids = torch.randint(3, 61, (rows, 9), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[0, :4] = 0
+    return ids, mask
+
+
+def test_the_configuration_has_the_fields_and_defaults_of_ours():
+    config = MemoryEfficientConfig()
+    for name in KNOBS:
+        if hasattr(TransformerConfig, name) and name != "causal":
+            assert getattr(config, name) == getattr(TransformerConfig, name)
+    assert config.transformer_keywords().keys() == KNOBS.keys()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_it_comes_back_from_a_directory(kind, tmp_path):
+    model, (ids, _) = model_of(kind), prompts()
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert type(loaded) is MemoryEfficientForCausalLM
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert loaded.config.transformer_keywords() == model.config.transformer_keywords()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_greedy_generation_is_our_own(kind):
+    model, (ids, mask) = model_of(kind), prompts()
+    own = AutoregressiveWrapper(model.net).generate(ids, 12, temperature=0.0, mask=mask.bool())
+    options = {"attention_mask": mask, "max_new_tokens": 12, "do_sample": False}
+    found = model.generate(ids, **options)
+    assert torch.equal(found[:, 9:], own)
+    assert torch.equal(model.generate(ids, use_cache=False, **options), found)
+    alone = model.generate(ids[:1, 4:], max_new_tokens=12, do_sample=False)
+    assert torch.equal(alone[:, 5:], own[:1])
+
+
+@pytest.mark.parametrize("options", [{"num_beams": 3, "do_sample": False}, {"do_sample": True, "top_k": 5}])
+def test_beams_and_sampling_do_not_depend_on_the_cache(options):
+    model, (ids, mask) = model_of("rotary, grouped, tied"), prompts()
+
+    def generated(use_cache):
+        torch.manual_seed(2)
+        return model.generate(ids, attention_mask=mask, max_new_tokens=10, use_cache=use_cache, **options)
+
+    assert torch.equal(generated(True), generated(False))
+
+
+def test_the_loss_is_that_of_shifted_labels():
+    model, (ids, mask) = model_of("learned"), prompts()
+    labels = ids.masked_fill(mask == 0, -100)
+    logits = model(ids, attention_mask=mask).logits[:, :-1]
+    expected = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten())
+    found = model(ids, attention_mask=mask, labels=labels).loss
+    torch.testing.assert_close(found, expected)
+    count = (labels[:, 1:] != -100).sum()
+    halved = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=2 * count).loss
+    torch.testing.assert_close(halved, expected / 2)
+
+
+def test_positions_of_packed_sequences_are_refused():
+    with pytest.raises(ValueError, match="position_ids"):
+        model_of("rotary, grouped, tied")(prompts()[0], position_ids=torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4]]))
+
+
+def test_a_trainer_trains_it(tmp_path):
+    from transformers import Trainer, TrainingArguments
+
+    model, (ids, _) = model_of("learned"), prompts(8)
+    before = model(ids, labels=ids).loss.item()
+    arguments = TrainingArguments(
+        output_dir=str(tmp_path), max_steps=6, per_device_train_batch_size=4, gradient_accumulation_steps=2,
+        learning_rate=1e-2, report_to=[], use_cpu=True, disable_tqdm=True,
+    )  # fmt: skip
+    Trainer(model, arguments, train_dataset=[{"input_ids": row, "labels": row} for row in ids]).train()
+    assert model.eval()(ids, labels=ids).loss.item() < before - 0.5
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
