@@ -22,6 +22,7 @@ from .parser import Parser
 COMMANDS = {
     "train": ("train", "train a Transformer on text, your own or the Python standard library's"),
     "generate": ("generate", "write text with a model that `mea train` made"),
+    "export": ("export", "write a trained model as one of Hugging Face transformers"),
     "plan": ("plan", "say before a run what memory it needs, or what fits in the memory there is"),
     "bench": ("bench", "measure memory and speed on this machine"),
 }

@@ -59,8 +59,8 @@ class MemoryEfficientConfig(PreTrainedConfig):
         return chosen | {"causal": True}
 
 
-class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):  # type: ignore[misc]
-    """A causal :class:`Transformer` behind transformers' interface. Its weights are the Transformer's, after ``net.``"""
+class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
+    """A causal :class:`Transformer`, which is its ``net``, behind transformers' interface."""
 
     config_class = MemoryEfficientConfig
     base_model_prefix = "net"
@@ -78,7 +78,8 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):  # type: ign
         own = {name: value for name, value in keywords.items() if name != "causal"}
         model = cls(MemoryEfficientConfig(**own, **others))
         model.net.load_state_dict(net.state_dict())
-        return model.train(net.training)
+        model.train(net.training)
+        return model
 
     def _init_weights(self, module: nn.Module) -> None:
         """Nothing: the Transformer's layers are initialised as they are made."""

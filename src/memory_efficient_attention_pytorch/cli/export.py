@@ -1,0 +1,46 @@
+"""Write what `mea train` made as a model of Hugging Face transformers, with its tokenizer.
+
+  mea export runs/first exported
+
+In Python then, with transformers installed:
+
+  import memory_efficient_attention_pytorch.huggingface
+  from transformers import AutoModelForCausalLM, AutoTokenizer
+  model, tokenizer = (kind.from_pretrained("exported") for kind in (AutoModelForCausalLM, AutoTokenizer))
+"""
+
+import argparse
+from pathlib import Path
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mea export RUN DIR [options]"
+    parser.add_argument("run", metavar="RUN", help="a run directory")
+    parser.add_argument("directory", metavar="DIR", help="a new directory, or an empty one")
+    parser.add_argument(
+        "--checkpoint", default="best", choices=("best", "last"), help="which of the run's (default: %(default)s)"
+    )
+
+
+def run(args: argparse.Namespace) -> int:
+    from ..training.model import model_keywords
+    from ..training.run_directory import RunDirectory, load_run
+
+    try:
+        from ..huggingface.model import MemoryEfficientForCausalLM
+        from ..huggingface.tokenizers import byte_tokenizer, tokenizer_of_file
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}; pip install memory-efficient-attention-pytorch[huggingface]") from error
+    directory = Path(args.directory)
+    if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
+        raise ValueError(f"DIR: expected a new or an empty directory, got {directory}")
+    loaded = load_run(args.run, checkpoint=args.checkpoint)
+    own, end = loaded.tokenizer, loaded.tokenizer.end_id
+    keywords = model_keywords(loaded.config, own.num_tokens)
+    model = MemoryEfficientForCausalLM.of(loaded.model, keywords, eos_token_id=end, pad_token_id=end)
+    file = RunDirectory(args.run).tokenizer
+    tokenizer = tokenizer_of_file(file, end) if file.is_file() else byte_tokenizer(end)
+    model.save_pretrained(directory)
+    tokenizer.save_pretrained(directory)
+    print(f"written to {directory}")
+    return 0

@@ -1,0 +1,39 @@
+"""`mea export`: what AutoModelForCausalLM and AutoTokenizer load is what `mea train` made."""
+
+import pytest
+import torch
+
+pytest.importorskip("transformers")
+
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from memory_efficient_attention_pytorch.cli import main
+from memory_efficient_attention_pytorch.training.run_directory import load_run
+
+from .test_generate import make_run
+
+TEXTS = ("A téxt, with two  spaces\nand\tlines — 日本", "line 7 of a text")
+
+
+@pytest.mark.parametrize("options", [{}, {"vocab_size": 300, "window": 5}], ids=["bytes", "subwords"])
+def test_the_exported_model_and_tokenizer_are_those_of_the_run(tmp_path, capsys, options):
+    own = load_run(make_run(tmp_path / "run", **options))
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 0
+    assert "exported" in capsys.readouterr().out
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "exported")
+    tokenizer = AutoTokenizer.from_pretrained(tmp_path / "exported")
+    for text in TEXTS:
+        ids = tokenizer(text).input_ids
+        assert ids == own.tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+    assert len(tokenizer) == own.tokenizer.num_tokens
+    assert tokenizer.eos_token_id == own.tokenizer.end_id == model.config.eos_token_id
+    x = torch.tensor([own.tokenizer.encode(TEXTS[1])[:16]])
+    assert torch.equal(model(x).logits, own.model(x))
+
+
+def test_a_directory_that_holds_something_is_left_alone(tmp_path, capsys):
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "file").touch()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "full")]) == 2
+    assert "empty directory" in capsys.readouterr().err
