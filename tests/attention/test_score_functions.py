@@ -7,7 +7,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention.flex_attention import flex_attention
 
-from memory_efficient_attention_pytorch import Attention, ReversibleSequence, dot_product_attention, select_backend
+from memory_efficient_attention_pytorch import (
+    Attention,
+    KVCache,
+    ReversibleSequence,
+    dot_product_attention,
+    select_backend,
+)
 from tests.reference import assert_as_accurate
 
 B, H, KV, N, M, D = 2, 4, 2, 50, 61, 8
@@ -232,6 +238,16 @@ def test_gradients_that_could_be_lost_are_refused():
     leaf.register_hook(lambda gradient: gradient)
     with pytest.raises(ValueError, match="attn_bias: expected a module that holds tensors with hooks as parameters"):
         dot_product_attention(*heads(), attn_bias=function)
+
+
+def test_indices_from_0_are_refused_beside_a_cache():
+    layer = Attention(dim=16, heads=H, dim_head=4, causal=True)
+    for name, function in (("attn_bias", soft_cap), ("mask", lambda b, h, q, k: q >= k)):
+        with (
+            torch.no_grad(),
+            pytest.raises(ValueError, match=f"{name}: expected no function of indices beside a cache"),
+        ):
+            layer(torch.randn(B, 3, 16), cache=KVCache(), **{name: function})
 
 
 class Hidden:

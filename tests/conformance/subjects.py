@@ -129,6 +129,61 @@ def bias_module(backend):
     )
 
 
+class LearnedCap(nn.Module):
+    """A function of the score with parameters: capped, and shifted by head and distance."""
+
+    def __init__(self):
+        super().__init__()
+        self.cap, self.table = nn.Parameter(torch.tensor(2.0)), nn.Parameter(torch.randn(2 * HEADS, 2 * N))
+
+    def forward(self, score, b, h, i, j):
+        return self.cap * torch.tanh(score / self.cap) + self.table[h, i - j + N]
+
+
+def score_places():
+    return [torch.arange(s).view([-1 if a == d else 1 for d in range(4)]) for a, s in enumerate((B, 2 * HEADS, N, N))]
+
+
+def attended(scores, v):
+    """The rest of attention from its scores, causal and padded."""
+    seen = PADDING[:, None, None] & torch.ones(N, N, dtype=torch.bool).tril()
+    hidden_row = ~seen.any(-1, keepdim=True)
+    weights = scores.masked_fill(~seen, -torch.inf).masked_fill(hidden_row, 0.0).softmax(-1).masked_fill(~seen, 0.0)
+    return weights @ v.repeat_interleave(2, 1)
+
+
+def score_function(backend):
+    """A closure over tensors, beside a mask that is one too."""
+
+    def ours(q, k, v, table):
+        return dot_product_attention(
+            *(q, k, v),
+            attn_bias=lambda score, b, h, i, j: 2 * torch.tanh(score / 2) * table[h, i],
+            mask=lambda b, h, i, j: PADDING[b, j] & (i >= j),
+            backend=backend,
+            **BUCKETS,
+        )
+
+    def definition(q, k, v, table):
+        scores = q @ k.repeat_interleave(2, 1).mT / 2
+        return attended(2 * torch.tanh(scores / 2) * table[..., None], v)
+
+    inputs = lambda: (*QKV(), torch.randn(2 * HEADS, N))  # noqa: E731
+    return Subject(Function(ours), definition, inputs, once=backend != "naive")
+
+
+def score_module(backend):
+    net = Function(
+        lambda q, k, v, cap: dot_product_attention(q, k, v, attn_bias=cap, backend=backend, **SEEN, **BUCKETS),
+        cap=LearnedCap(),
+    )
+
+    def definition(q, k, v):
+        return attended(net.modules_given["cap"](q @ k.repeat_interleave(2, 1).mT / 2, *score_places()), v)
+
+    return Subject(net, definition, QKV, once=backend != "naive")
+
+
 def log_sum_exp():
     def ours(q, k, v):
         out, lse = dot_product_attention(q, k, v, backend="naive", causal=True, return_lse=True)
@@ -290,6 +345,8 @@ SUBJECTS: dict[str, Callable[[], Subject]] = {
     **{f"function, {backend}": lambda b=backend: function(b) for backend in PATHS},
     **{f"bias, {backend}": lambda b=backend: biased(b) for backend in ("naive", "tiled")},
     "bias module, tiled": lambda: bias_module("tiled"),
+    "score function, tiled": lambda: score_function("tiled"),
+    "score module, tiled": lambda: score_module("tiled"),
     "log-sum-exp": log_sum_exp,
     **{f"of version 0.1, {name}": lambda n=name: of_0_1(n) for name in OF_0_1},
     "attention": lambda: attention_layer(once=False),

@@ -6,6 +6,7 @@ import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from typing import TypeGuard
 
 import torch
 from torch import Tensor, nn
@@ -155,9 +156,14 @@ class BiasGradient:
         return self._sums.results
 
 
-def refuse_captured(bias: BiasModule, device: torch.device) -> None:
+def is_score_function(bias: Tensor | BiasModule | None) -> TypeGuard[BiasModule]:
+    """A function of the score, not what is added to it."""
+    return callable(bias) and not isinstance(bias, Tensor) and is_score_mod(bias)
+
+
+def refuse_captured(bias: Tensor | BiasModule | None, device: torch.device) -> None:
     """Raise where a function of the score captures what a branch that is computed again would not know of."""
-    if is_score_mod(bias) and torch.is_grad_enabled():
+    if is_score_function(bias) and torch.is_grad_enabled():
         expected = "a module that holds what needs a gradient as parameters, in head groups and reversible blocks"
         require(not captured_by(bias, device, torch.float32), "attn_bias", expected, "a captured tensor")
 

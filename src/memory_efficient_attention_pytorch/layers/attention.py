@@ -6,10 +6,9 @@ import warnings
 from collections.abc import Mapping
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
-from ..attention.bias import BiasModule, bias_of_heads, refuse_captured
+from ..attention.bias import BiasModule, bias_of_heads, is_score_function, refuse_captured
 from ..attention.decision import BACKENDS, Decision, decide
 from ..attention.functional import dot_product_attention
 from ..attention.mask_function import mask_function
@@ -115,14 +114,14 @@ class Attention(nn.Module):
         positions (see :class:`RotaryEmbedding`), for attention of x to itself. cache: keys and values of earlier
         tokens; mask, a tensor then, and document_ids cover those too.
         """
-        self.check(x, context, rotary, cache, mask=mask)
+        self.check(x, context, rotary, cache, mask, attn_bias)
         given: dict[str, Any] = {"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "rotary": rotary}
         given |= {"cache": cache, "q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
         given = _shared_by_groups(given)
         if cache is None:
             groups = self._groups(x, context)
             if len(groups) > 1 and self._comes_in_groups(groups):
-                _refuse_captured(attn_bias, x.device)
+                refuse_captured(attn_bias, x.device)
                 return apply_piecewise(HeadGroupBranch(self, groups, {"context": context, **given}), x)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
@@ -134,7 +133,7 @@ class Attention(nn.Module):
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Pieces over groups of heads, or all of it at once where the projections have to run by themselves."""
         kwargs = _shared_by_groups({k: v for k, v in kwargs.items() if k != "memory_efficient"})
-        _refuse_captured(kwargs.get("attn_bias"), x.device)
+        refuse_captured(kwargs.get("attn_bias"), x.device)
         if "cache" not in kwargs:
             groups = self._groups(x, kwargs.get("context"))
             if self._comes_in_groups(groups):
@@ -210,6 +209,7 @@ class Attention(nn.Module):
         rotary: Any = None,
         cache: KVCache | None = None,
         mask: Mask | None = None,
+        attn_bias: Tensor | BiasModule | None = None,
         **_: Any,
     ) -> None:
         """Raise ValueError for arguments of :meth:`forward` that do not go together."""
@@ -219,9 +219,10 @@ class Attention(nn.Module):
         if context is not None:
             require(len(context) == len(x), "context", f"batch {len(x)}, that of x", len(context))
             require(rotary is None and cache is None, "context", "none beside rotary or cache", "both")
-        require(
-            cache is None or not callable(mask), "mask", "a tensor beside a cache, which may drop keys", "a function"
-        )
+        # Indices are counted from 0, and a cache drops keys.
+        of_indices = callable(mask), is_score_function(attn_bias)
+        for name, refused in zip(("mask", "attn_bias"), of_indices, strict=True):
+            require(cache is None or not refused, name, "no function of indices beside a cache", "one")
 
 
 def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
@@ -230,11 +231,6 @@ def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
     if callable(given.get("mask")):
         given["mask"] = mask_function(given["mask"])
     return given
-
-
-def _refuse_captured(attn_bias: Any, device: torch.device) -> None:
-    if callable(attn_bias) and not isinstance(attn_bias, Tensor):
-        refuse_captured(attn_bias, device)
 
 
 def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:
