@@ -61,6 +61,8 @@ def captured_table(kind: str, dtype: torch.dtype):
         return closure(score, b, h, q, k) if table is None else score + table[h, q - k + M]
 
     class Holder:
+        __slots__ = ("tables",)
+
         def __init__(self):
             self.tables = {"of all": [table]}
 
@@ -227,7 +229,7 @@ def test_layers_in_pieces_train_a_module_and_know_their_heads(groups, reversible
 
 
 def test_gradients_that_could_be_lost_are_refused():
-    function, leaf = captured_table("closure", torch.float32)
+    function, _ = captured_table("closure", torch.float32)
     x = torch.randn(B, N, 16, requires_grad=True)
     layer = Attention(dim=16, heads=H, dim_head=4, head_chunks=2)
     with pytest.raises(ValueError, match="attn_bias: expected a module that holds what needs a gradient as parameters"):
@@ -235,9 +237,6 @@ def test_gradients_that_could_be_lost_are_refused():
     blocks = ReversibleSequence([(layer, nn.Identity())], {"attn_bias": [(True, False)]})
     with pytest.raises(ValueError, match="attn_bias: expected a module that holds what needs a gradient as parameters"):
         blocks(x, attn_bias=function)
-    leaf.register_hook(lambda gradient: gradient)
-    with pytest.raises(ValueError, match="attn_bias: expected a module that holds tensors with hooks as parameters"):
-        dot_product_attention(*heads(), attn_bias=function)
 
 
 def test_indices_from_0_are_refused_beside_a_cache():
@@ -250,24 +249,56 @@ def test_indices_from_0_are_refused_beside_a_cache():
             layer(torch.randn(B, 3, 16), cache=KVCache(), **{name: function})
 
 
-class Hidden:
-    """Holds a tensor where nobody looks."""
+class OfItsOwn(torch.autograd.Function):
+    """Takes a tensor with a gradient where no operator is asked."""
 
-    __slots__ = ("table",)
+    @staticmethod
+    def forward(ctx, score, table):
+        return score + table.sum()
 
-    def __init__(self, table):
-        self.table = table
-
-    def __call__(self, score, b, h, q, k):
-        return score + self.table[h, q - k + M]
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient, gradient.sum()
 
 
-def test_a_computed_tensor_that_is_not_found_is_refused_and_a_leaf_is_not():
-    leaf = torch.randn(H, N + M, requires_grad=True)
-    with pytest.raises(ValueError, match="attn_bias: expected a function whose captured tensors are leaves, or in"):
-        dot_product_attention(*heads(), attn_bias=Hidden(leaf.sin()))
-    dot_product_attention(*heads(), attn_bias=Hidden(leaf)).sum().backward()
-    assert leaf.grad.abs().max() > 0
+def test_a_captured_tensor_that_no_leaf_can_stand_in_for_is_refused():
+    table = torch.tensor(1.0, requires_grad=True)
+    with pytest.raises(
+        ValueError, match="attn_bias: expected a function of which PyTorch's operators use the captured"
+    ):
+        dot_product_attention(*heads(), attn_bias=lambda score, b, h, q, k: OfItsOwn.apply(score, table))
+
+
+def test_parameters_lent_to_a_closure_for_forward_alone_are_an_error():
+    class Layer(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.bias = RelativeTable()
+
+        def forward(self, q, k, v):
+            by_closure = lambda score, b, h, i, j: self.bias(score, b, h, i, j)  # noqa: E731
+            return dot_product_attention(q, k, v, attn_bias=by_closure, **tiles())
+
+    layer = Layer()
+    layer(*heads()).sum().backward()
+    assert layer.bias.table.grad.abs().max() > 0
+    lent = {name: p.detach().clone().requires_grad_() for name, p in layer.named_parameters()}
+    out = torch.func.functional_call(layer, lent, tuple(heads()))
+    with pytest.raises(RuntimeError, match="attn_bias: in backward the function uses other tensors"):
+        out.sum().backward()
+
+
+@pytest.mark.parametrize("kept", [False, True])
+def test_whatever_watches_a_captured_tensor_sees_one_gradient(kept):
+    function, _ = captured_table("computed closure" if kept else "closure", torch.float32)
+    seen = []
+    table = function.__closure__[0].cell_contents
+    table.register_hook(seen.append)
+    if kept:
+        table.retain_grad()
+    dot_product_attention(*heads(), attn_bias=function, **tiles()).sum().backward()
+    assert len(seen) == 1
+    torch.testing.assert_close(seen[0], table.grad)
 
 
 def test_ways_that_cannot_say_why():

@@ -17,7 +17,7 @@ from ..common.parameters import SeenParameters
 from ..common.precision import full_dtype
 from .broadcasting import canonical_broadcast, narrow_broadcast
 from .mask_function import Place
-from .score_function import captured_by, is_score_mod, modified, refuse_watched
+from .score_function import captured_by, exchanged, is_score_mod, modified, stand_ins
 from .visibility import Tile
 
 BiasModule = Callable[..., Tensor]
@@ -64,7 +64,6 @@ class Bias:
     @staticmethod
     def _of_score(function: BiasModule, shape: tuple[int, int, int, int], q: Tensor) -> Bias:
         captured = () if 0 in shape else captured_by(function, q.device, full_dtype(q.dtype))
-        refuse_watched(captured)
         return Bias(function, shape, False, True, captured)
 
     @property
@@ -118,8 +117,9 @@ class BiasGradient:
         # Stand-ins of parameters that are watched: their hooks run once, on the whole gradient.
         self._seen = SeenParameters([] if module is None else [module])
         self._leaves = [] if module is None else self._seen.leaves(self._seen.take(), needed)
-        captured = () if bias is None else bias.captured
-        leaves = bias.leaves if bias is not None and module is None else [*self._leaves, *captured]
+        self._stand_ins = stand_ins(() if bias is None else bias.captured)
+        of_tensor = () if bias is None or bias.tensor is None else (bias.tensor,)
+        leaves = [*of_tensor, *self._leaves, *self._stand_ins.values()]
         total = accumulator if dtype == torch.float32 else partial(torch.zeros_like, dtype=dtype)
         self._sums = GradientSums(leaves, needed, total)
         self.wanted = bool(self._sums.wanted)
@@ -140,8 +140,9 @@ class BiasGradient:
     def modified(self, tile: Tile, batch: slice, heads: slice, scores: Tensor) -> Tensor:
         """:meth:`Bias.modified` with a graph, for :meth:`through`."""
         assert self.bias is not None
-        with self._seen.held(self._leaves), torch.enable_grad():
-            return self.bias.modified(tile, batch, heads, scores.requires_grad_())
+        known = {*self._leaves, *self._stand_ins.values(), scores.requires_grad_()}
+        with self._seen.held(self._leaves), exchanged(self._stand_ins, known), torch.enable_grad():
+            return self.bias.modified(tile, batch, heads, scores)
 
     def through(self, value: Tensor, scores: Tensor, gradient: Tensor) -> Tensor:
         """From the gradient of :meth:`modified` to that of the scores; captured tensors and parameters get theirs."""
