@@ -64,7 +64,7 @@ class OneDnn(Way):
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, *log_sum_exp = empty_results(request, v)
         shared = _Shared(request, transposed=False)
-        for part in parts(request, 1):
+        for part in parts(request, 1, alike=(self.name, q, k, v)):
             heads = (part.of_query(q), part.of_key(k), part.of_key(v), *map(part.of_query, (out, *log_sum_exp)))
             _attend(shared, part, *(x[0, 0] for x in heads))
         return out, *log_sum_exp
@@ -73,7 +73,7 @@ class OneDnn(Way):
         # oneDNN adds to what has no gaps: each head's gradient in one piece, not each token's.
         gradients = torch.zeros_like(given.q), fresh_total(given.k), fresh_total(given.v)
         shared = _Shared(request, transposed=True)
-        for part in parts(request, 1):
+        for part in parts(request, 1, alike=(self.name, *given.tensors)):
             _differentiate(shared, part, given, *gradients)
         return gradients
 

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.dry_run import each
+from ..common.dry_run import Alike, each
 from .bias import BiasGradient
 from .broadcasting import EVERYTHING
 from .request import AttentionRequest
@@ -56,11 +56,11 @@ def tiles(row: Row) -> Iterable[Tile]:
     return each(row.tiles, size=lambda tile: tile.scores, last=2)
 
 
-def parts(request: AttentionRequest, elements: int | None = None) -> Iterable[Part]:
+def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alike = None) -> Iterable[Part]:
     """Cut batch and heads so that a tile of a part holds at most ``elements`` scores, or else those of one head.
 
     A part's heads are whole groups that share a key/value head, or a piece of one group. None: as many elements as stay
-    in the device's cache.
+    in the device's cache. alike: the pass and its tensors, by which a dry run knows one that does the same.
     """
     if elements is None:
         elements = ELEMENTS_ON_A_CPU if request.device_type == "cpu" else ELEMENTS_ELSEWHERE
@@ -75,7 +75,8 @@ def parts(request: AttentionRequest, elements: int | None = None) -> Iterable[Pa
             of_batch, of_heads = slice(b0, min(b0 + batch, request.b)), slice(h0, h0 + heads)
             kv = slice(h0 // group, max(h0 // group + 1, (h0 + heads) // group))
             found.append(Part(of_batch, of_heads, kv, request.visibility.narrow(of_batch, of_heads)))
-    return each(found)
+    plain = alike is not None and request.visibility.structural and request.bias is None
+    return each(found, alike=(*alike, request) if plain else None)
 
 
 class Scores(NamedTuple):
@@ -266,7 +267,7 @@ class Tiled(Way):
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, *log_sum_exp = empty_results(request, v)
-        for part in parts(request, self.elements):
+        for part in parts(request, self.elements, alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
             for row in part.rows(request):
                 queries = part.of_query(q)[:, :, row.queries]
@@ -287,7 +288,7 @@ class Tiled(Way):
         dtype, bias_gradient = request.compute_dtype, given.bias_gradient
         grad_q = torch.zeros_like(given.q)
         grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (given.k, given.v))
-        for part in parts(request, self.elements):
+        for part in parts(request, self.elements, alike=(self.name, *given.tensors)):
             keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
             for row in part.rows(request):
                 bucket = QueryBucket.of(part, row.queries, given, dtype)

@@ -30,6 +30,10 @@ class BackwardInputs(NamedTuple):
     grad_lse: Tensor | None
     bias_gradient: BiasGradient
 
+    @property
+    def tensors(self) -> tuple[Tensor | None, ...]:
+        return self.q, self.k, self.v, self.out, self.lse, *self.state, self.grad_out, self.grad_lse
+
 
 class Way(ABC):
     """One way of computing attention.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+Alike = tuple[object, ...] | None
 
 STAND_IN = torch.device("cpu", 0)
 """Where tensors lie in a dry run for a device other than the CPU: the CPU by another name, ``cpu`` being the host."""
@@ -27,8 +28,10 @@ class DryRun(Protocol):
     device_type: str
     threads: int
 
-    def few_of(self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int) -> Iterable[T]:
-        """A few of the parts, each standing for some more."""
+    def few_of(
+        self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int, alike: Alike
+    ) -> Iterable[T]:
+        """A few of the parts, each standing for some more; none where another loop has done the same."""
 
     def working_on(self, owner: object) -> AbstractContextManager[None]:
         """Inside, the work is ``owner``'s: a parameter of the module that does it, or ``"loss"``."""
@@ -55,14 +58,23 @@ def watched_by(dry_run: DryRun) -> Iterator[None]:
         _current.reset(token)
 
 
-def each(parts: Sequence[T], *, size: Callable[[T], float] | None = None, first: int = 2, last: int = 1) -> Iterable[T]:
+def each(
+    parts: Sequence[T],
+    *,
+    size: Callable[[T], float] | None = None,
+    first: int = 2,
+    last: int = 1,
+    alike: Alike = None,
+) -> Iterable[T]:
     """The parts of a loop that takes the same memory in every iteration.
 
     A dry run goes through the ``first`` few (accumulators come into being in one and may widen in the next) and the
-    ``last`` (which may be ragged). size: the work of a part, where they differ.
+    ``last`` (which may be ragged). size: the work of a part, where they differ. alike: the name of the loop and all
+    that its memory depends on, of tensors their layouts; it leaves none behind that it took. Then a dry run goes
+    through one such loop for all. None: no other is alike.
     """
     dry_run = current()
-    return parts if dry_run is None else dry_run.few_of(parts, size, first, last)
+    return parts if dry_run is None else dry_run.few_of(parts, size, first, last, alike)
 
 
 def working_on(owner: object) -> AbstractContextManager[None]:

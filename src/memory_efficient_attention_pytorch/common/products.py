@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from ..torch_internals import onednn
-from .dry_run import device_type, each
+from .dry_run import Alike, device_type, each
 
 # oneDNN writes to memory of its own, so a part of the product exists once more: this many elements, which stay in a
 # CPU's cache.
@@ -39,7 +39,7 @@ def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
             linear_into(out[:, columns], values, weight[columns], None if bias is None else bias[columns])
         return out
     weight = _dense(weight)
-    for rows in _parts(len(values), len(weight)):
+    for rows in _parts(len(values), len(weight), alike=("linear_into", out, values, weight, bias)):
         if len(values[rows]) % MULTIPLE:
             _usual(out[rows], values[rows], weight, bias)
         else:
@@ -50,7 +50,7 @@ def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     """``total (i, j) += leftᵀ (i, n) @ right (n, j)``; left and right of one dtype, the total of it or a wider one."""
     if has_onednn(left, right) and _worthwhile(len(left), total.shape[1]) and len(left) % MULTIPLE == 0:
-        for terms in _parts(len(left), PART // MOST_TERMS):
+        for terms in _parts(len(left), PART // MOST_TERMS, alike=("add_product", total, left, right)):
             part, by = left[terms], _dense(right[terms].t())
             for rows in _parts(len(total), total.shape[1]):
                 total[rows] += _onednn(part[:, rows].t(), by)
@@ -59,7 +59,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     else:
         # A product in low precision cannot add to fp32: it goes through a part, on a CPU a small one.
         size = PART if device_type(total.device) == "cpu" else 2**24
-        for rows in _parts(len(total), total.shape[1], size):
+        for rows in _parts(len(total), total.shape[1], size, alike=("add_product", total, left, right)):
             total[rows] += left[:, rows].t() @ right
 
 
@@ -116,11 +116,11 @@ class Scratch:
         return linear_into(out, rows, weight, bias).view(*values.shape[:-1], len(weight))
 
 
-def _parts(length: int, width: int, size: int = PART) -> Iterable[slice]:
+def _parts(length: int, width: int, size: int = PART, alike: Alike = None) -> Iterable[slice]:
     """Slices of ``length`` rows of ``width``, of ``size`` elements at most but ``MULTIPLE`` rows at least."""
     step = max(MULTIPLE, size // max(width, 1) // MULTIPLE * MULTIPLE)
     # Nothing comes into being in a product's first part that would be there in the others.
-    return each([slice(start, min(start + step, length)) for start in range(0, length, step)], first=1)
+    return each([slice(start, min(start + step, length)) for start in range(0, length, step)], first=1, alike=alike)
 
 
 def _usual(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

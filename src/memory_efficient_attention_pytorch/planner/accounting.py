@@ -9,21 +9,40 @@ from __future__ import annotations
 import functools
 import math
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, NamedTuple
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 KIB, MIB = 2**10, 2**20
 PAGE = 4 * KIB
 
 
+class Loop(NamedTuple):
+    """What a loop did: its operations by name, how each row differs from the state it began in, and its arithmetic.
+
+    kept: what libraries keep of it for good, each from which row on; the rows are without.
+    """
+
+    names: list[str]
+    rows: NDArray[np.int64]
+    flops: float
+    kept: list[tuple[int, object, int]]
+
+
 @dataclass
 class Accounting:
-    """Turns tensors' bytes into a device's bytes, over one run. ``threads``: those of the CPU's kernels."""
+    """Turns tensors' bytes into a device's bytes, over one run. ``threads``: those of the CPU's kernels.
+
+    loops: what loops did, in any run. kept: what libraries keep for good of the operations so far, in order, in bytes.
+    """
 
     device: torch.device
     threads: int = 1
+    loops: dict[object, Loop] = field(default_factory=dict)
+    kept: dict[object, int] = field(default_factory=dict, init=False)
 
     def anew(self) -> Accounting:
         """The same for another run."""
@@ -34,7 +53,7 @@ class Accounting:
         return 0
 
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
-        """Bytes that libraries hold while an operation runs, and that its kernel allocates for itself."""
+        """Bytes that an operation's kernel allocates for itself while it runs."""
         return 0
 
 
@@ -48,7 +67,8 @@ def accounting_for(device: torch.device, threads: int | None = None) -> Accounti
 class CpuAccounting(Accounting):
     """Pages of the process, buffers of kernels, copies that some of them make, and compiled kernels that are kept."""
 
-    kept: dict[Any, int] = field(default_factory=dict, init=False)
+    def __post_init__(self) -> None:
+        self.kept["matrix products and heap"] = _RESIDENT
 
     def rounding(self, nbytes: int) -> int:
         # Header and alignment; from 64 KiB on a block has pages of its own.
@@ -64,9 +84,7 @@ class CpuAccounting(Accounting):
             self.kept[name, tuple(tensor.shape for tensor in tensors)] = _KEPT_IN_SINGLE[name]
         if name == _TILE_PRODUCT:
             self.kept[name] = _TILE_BUFFERS * self.threads
-        taken = _RESIDENT + sum(self.kept.values())
-        if name in _BUFFERS:
-            taken += self.threads * _BUFFERS[name][half]
+        taken = self.threads * _BUFFERS[name][half] if name in _BUFFERS else 0
         if name == _CPU_ATTENTION + "_backward":
             taken += 0 if tensors[0].transpose(1, 2).is_contiguous() else tensors[0].nbytes
         elif name == _PRODUCT:
@@ -115,19 +133,23 @@ def _converted(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() * common.itemsize for tensor in floating if tensor.dtype != common)
 
 
+@dataclass
 class CudaAccounting(Accounting):
     """The caching allocator's blocks, and what attention's backward pass and matrix products allocate."""
 
     def rounding(self, nbytes: int) -> int:
         return -nbytes % 512
 
+    def __post_init__(self) -> None:
+        self.kept["cuBLAS"] = _CUBLAS
+
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
         if operator_name(operation) in _ATTENTION_BACKWARD:
             b, h, n, d = map(int, arguments[1].shape)
             rows = b * h * math.ceil(n / 128) * 128
             # The gradient of the queries is summed in fp32, beside one number for each row.
-            return _CUBLAS + 4 * rows * (math.ceil(d / 32) * 32 + 1)
-        return _CUBLAS
+            return 4 * rows * (math.ceil(d / 32) * 32 + 1)
+        return 0
 
 
 _ATTENTION_BACKWARD = (

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,11 +17,12 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..torch_internals.fake import around_calls, fake_tensors, graph, holders
-from .accounting import Accounting, operator_name
+from .accounting import Accounting, Loop, operator_name
 from .flops import count_flops
 from .timeline import CATEGORIES, Operation, Timeline, as_row
 
 aten = torch.ops.aten
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -55,6 +56,7 @@ class Ledger(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._operations: list[Operation] = []
         self._rows: list[list[int]] = []
+        self._kept: list[int] = []  # how many things libraries have kept by then
         self._flops = 0.0
         self._weight = 1.0  # how many operations the one at work stands for
         self._accounting, self._device = accounting.anew(), device
@@ -92,6 +94,32 @@ class Ledger(TorchDispatchMode):
         finally:
             self._weight = before
 
+    def once(self, alike: tuple[object, ...], parts: Iterable[T]) -> Iterator[T]:
+        """The parts of the first loop of this kind. Of another none is run: what that one did is noted down again."""
+        place, before, kept = self._place(), np.array(as_row(self._live)), self._accounting.kept
+        modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), self._categorize(self.phase, place)
+        key = *modes, *((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in alike)
+        if key not in self._accounting.loops:
+            start, flops, known = len(self._rows), self._flops, len(kept)
+            yield from parts
+            names = [operation.name for operation in self._operations[start:]]
+            rows = np.array(self._rows[start:]).reshape(-1, len(before)) - before
+            new = [
+                (bisect.bisect(self._kept, i, start) - start, *list(kept.items())[i]) for i in range(known, len(kept))
+            ]
+            self._accounting.loops[key] = Loop(names, rows, (self._flops - flops) / self._weight, new)
+            return
+        loop = self._accounting.loops[key]
+        counts = np.full(len(loop.names), len(kept))
+        for start, kernel, nbytes in loop.kept:
+            if kernel not in kept:
+                kept[kernel] = nbytes
+                counts[start:] += 1
+        self._kept += counts.tolist()
+        self._operations += (Operation(self.phase, place.module, name) for name in loop.names)
+        self._rows += (loop.rows + before).tolist()
+        self._flops += loop.flops * self._weight
+
     def keep_as_many(self, tensor: Tensor) -> None:
         """From now on the tensor's storage counts as often as the operation at work."""
         self._change(tensor, times=round(self._weight))
@@ -107,11 +135,14 @@ class Ledger(TorchDispatchMode):
         """Forget the operations so far: what came before is no part of the step."""
         self._operations.clear()
         self._rows.clear()
+        self._kept.clear()
         self._flops = 0.0
 
     def timeline(self) -> Timeline:
         """What happened since the start."""
         live = np.array(self._rows, dtype=np.int64).reshape(-1, len(CATEGORIES))
+        kept = np.cumsum([0, *self._accounting.kept.values()])
+        live[:, CATEGORIES.index("kernel workspace")] += kept[self._kept]
         return Timeline(list(self._operations), live, self._flops)
 
     @contextmanager
@@ -152,9 +183,10 @@ class Ledger(TorchDispatchMode):
         for tensor in _tensors(result):
             self._charge(tensor, category)
         self._flops += count_flops(func, args, kwargs, result) * self._weight
-        self._live["kernel workspace"] = self._accounting.workspace(func, args, kwargs)
+        workspace = self._accounting.workspace(func, args, kwargs)
         self._operations.append(Operation(self.phase, place.module, str(func)))
-        self._rows.append(as_row(self._live))
+        self._rows.append(as_row({**self._live, "kernel workspace": workspace}))
+        self._kept.append(len(self._accounting.kept))
         return result
 
     def learn_the_engine(self) -> None:

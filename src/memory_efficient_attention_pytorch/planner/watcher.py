@@ -13,6 +13,7 @@ from typing import TypeVar
 
 from torch import Tensor, nn
 
+from ..common.dry_run import Alike
 from .ledger import Ledger
 
 T = TypeVar("T")
@@ -33,8 +34,13 @@ class Watcher:
             parameter: path for path, module in model.named_modules() for parameter in module.parameters(recurse=False)
         }
 
-    def few_of(self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int) -> Iterable[T]:
-        return parts if self._every_part else self._few_of(parts, size, first, last)
+    def few_of(
+        self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int, alike: Alike
+    ) -> Iterable[T]:
+        if self._every_part:
+            return parts
+        few = self._few_of(parts, size, first, last)
+        return few if alike is None else self._ledger.once(alike, few)
 
     def _few_of(self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int) -> Iterator[T]:
         kept = representatives(len(parts), first, last)
