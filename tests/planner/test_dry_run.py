@@ -148,7 +148,7 @@ def test_operations_know_phase_and_module():
     ("changes", "tokens"),
     [
         ({"head_chunks": 4, "ff_chunks": 7}, 600),
-        ({"window": 40, "q_bucket_size": 32, "k_bucket_size": 64}, 269),
+        ({"window": 40, "q_bucket_size": 32, "k_bucket_size": 64, "ff_chunks": 7}, 269),
         ({"dropout": 0.1, "q_bucket_size": 64, "k_bucket_size": 32}, 360),
         ({"dropout": 0.1, "q_bucket_size": 32, "k_bucket_size": 64}, 260),
         ({"positions": "alibi", "q_bucket_size": 64, "k_bucket_size": 64, "head_chunks": 4}, 380),
@@ -163,6 +163,40 @@ def test_loops_cut_short_have_the_peak_of_the_whole(changes, tokens, device):
     assert len(short.operations) < len(whole.operations)
     assert short.totals.max() == whole.totals.max()
     assert short.breakdown(short.peak) == whole.breakdown(whole.peak)
+
+
+class Forgetful(dict):
+    """Keeps nothing that a loop did."""
+
+    def __contains__(self, key):
+        return False
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize(
+    ("changes", "autocast"),
+    [
+        ({"dropout": 0.1}, None),
+        ({"keep_attention": True, "exact": True}, torch.bfloat16),
+        ({"reversible": False}, None),
+    ],
+    ids=str,
+)
+def test_loops_noted_down_again_are_those_gone_through(changes, autocast, device, monkeypatch):
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: device == CPU)
+    monkeypatch.setattr(products, "LEAST_TERMS", 1)
+    cut = {"q_bucket_size": 64, "k_bucket_size": 64, "head_chunks": 2, "dim": 64}
+    model = language_model(max_seq_len=150, backend="tiled", **cut, **changes)
+    x = torch.zeros(1, 150, dtype=torch.long, device="meta")
+    step = Step(model, lambda loss: loss, (x,), {"labels": x}, autocast=autocast)
+    noted, gone_through = accounting_for(device, threads=2), accounting_for(device, threads=2)
+    gone_through.loops = Forgetful()
+    expected = dry_run(step, gone_through)
+    for found in (dry_run(step, noted), dry_run(step, noted)):
+        assert found.operations == expected.operations
+        assert (found.live == expected.live).all()
+        assert found.flops == pytest.approx(expected.flops, rel=1e-12)
+    assert len(noted.loops) >= 2, "forward and backward of attention"
 
 
 @pytest.mark.parametrize(("keep_attention", "device"), [(True, CPU), (True, CUDA), ("cpu", CUDA)], ids=str)
@@ -286,9 +320,15 @@ def test_the_cpu_copies_what_is_of_another_dtype_and_keeps_kernels_by_shape():
     cpu = accounting_for(CPU, threads=2)
     single, half = torch.empty(100, 100), torch.empty(100, 100, dtype=torch.bfloat16)
     add, total, product = torch.ops.aten.add_.Tensor, torch.ops.aten.sum.dim_IntList, torch.ops.aten.mm.default
-    nothing = cpu.workspace(add, (single, single), {})
-    assert cpu.workspace(add, (single, half), {}) - nothing == single.nbytes
-    assert cpu.workspace(total, (half, [0]), {"dtype": torch.float32}) - nothing == single.nbytes
-    first, again, other = (cpu.workspace(product, (half[:n], half), {}) for n in (50, 50, 60))
+    assert cpu.workspace(add, (single, single), {}) == 0
+    assert cpu.workspace(add, (single, half), {}) == single.nbytes
+    assert cpu.workspace(total, (half, [0]), {"dtype": torch.float32}) == single.nbytes
+
+    def kept(accounting, rows):
+        accounting.workspace(product, (half[:rows], half), {})
+        return sum(accounting.kept.values())
+
+    nothing = sum(cpu.kept.values())
+    first, again, other = (kept(cpu, rows) for rows in (50, 50, 60))
     assert nothing < first == again < other
-    assert cpu.anew().workspace(product, (half[:60], half), {}) == first
+    assert kept(cpu.anew(), 60) == first

@@ -94,8 +94,8 @@ def test_planning_draws_no_random_numbers_and_changes_no_settings():
 def test_a_step_in_another_thread_is_left_alone():
     """Plans run one after another while a model with loops of every kind trains beside them."""
     cut = {"q_bucket_size": 16, "k_bucket_size": 16, "head_chunks": 4, "ff_chunks": 16, "loss_chunk_size": 16}
-    model = Transformer(max_seq_len=128, **CONFIG, **cut, backend="tiled")
-    tokens = torch.randint(256, (1, 128))
+    model = Transformer(max_seq_len=64, **CONFIG, **cut, backend="tiled")
+    tokens = torch.randint(256, (1, 64))
 
     def gradients():
         return torch.autograd.grad(model(tokens, labels=tokens), list(model.parameters()))

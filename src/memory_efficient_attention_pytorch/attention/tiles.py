@@ -75,8 +75,8 @@ def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alik
             of_batch, of_heads = slice(b0, min(b0 + batch, request.b)), slice(h0, h0 + heads)
             kv = slice(h0 // group, max(h0 // group + 1, (h0 + heads) // group))
             found.append(Part(of_batch, of_heads, kv, request.visibility.narrow(of_batch, of_heads)))
-    plain = alike is not None and request.visibility.structural and request.bias is None
-    return each(found, alike=(*alike, request) if plain else None)
+    plain = request.visibility.structural and request.bias is None
+    return each(found, alike=(*alike, request) if alike and plain else None)
 
 
 class Scores(NamedTuple):

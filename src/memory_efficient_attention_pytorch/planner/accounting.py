@@ -98,6 +98,7 @@ class CpuAccounting(Accounting):
         return taken
 
 
+@functools.cache
 def operator_name(operation: Any) -> str:
     """``"aten::add"`` of any of its overloads."""
     return str(operation.name()).partition(".")[0]

@@ -15,8 +15,8 @@ def count_flops(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, 
 
     PyTorch's own counting, extended by fused attention of any device. Causality is not deducted, as is usual there.
     """
-    _, attention, kernel = operator_name(operation).partition("aten::_scaled_dot_product_")
-    if attention and kernel.removesuffix("_backward") in _ATTENTION:
+    kernel = operator_name(operation).removeprefix("aten::_scaled_dot_product_")
+    if kernel.removesuffix("_backward") in _ATTENTION:
         # Matrix products with the width of q and with that of v; backward's first argument is the gradient.
         backward = kernel.endswith("_backward")
         of_query, of_value = (3, 2) if backward else (1, 1)

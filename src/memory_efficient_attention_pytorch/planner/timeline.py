@@ -128,16 +128,18 @@ def _renumbered(long: list[Operation], place: int, added: int, repeats: int) -> 
     """The operations of three blocks, the inserted ones repeated, blocks numbered as in the deep model."""
     backward = long[0].phase == "backward"
     last = repeats - 1
-    found = [_shifted(op, last if backward else 0) for op in long[:place]]
+    found = _shifted(long[:place], last if backward else 0)
     for i in range(repeats):
-        found += [_shifted(op, last - i if backward else i) for op in long[place : place + added]]
-    return found + [_shifted(op, 0 if backward else last) for op in long[place + added :]]
+        found += _shifted(long[place : place + added], last - i if backward else i)
+    return found + _shifted(long[place + added :], 0 if backward else last)
 
 
-def _shifted(operation: Operation, by: int) -> Operation:
-    if not by or not operation.module:
-        return operation
-    return operation._replace(module=_NUMBER.sub(lambda match: str(int(match[0]) + by), operation.module, count=1))
+def _shifted(operations: list[Operation], by: int) -> list[Operation]:
+    def shifted(operation: Operation) -> Operation:
+        return operation._replace(module=_NUMBER.sub(lambda match: str(int(match[0]) + by), operation.module, count=1))
+
+    of_each = {operation: shifted(operation) for operation in set(operations)}  # few are different
+    return [of_each[operation] for operation in operations]
 
 
 _NUMBER = re.compile(r"(?<=\blayers\.)\d+")
