@@ -110,7 +110,7 @@ def _free(available_memory: Any, device: str) -> int:
 
 
 def _draw(made: "Plan", file: str) -> Path:
-    from ..planner.figures import draw
+    from .plan_picture import draw
 
     if not Path(file).name:
         raise ValueError(f"--plot: expected the name of a file, got {file!r}")

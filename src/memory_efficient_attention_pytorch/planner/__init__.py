@@ -1,7 +1,7 @@
 """What a training step needs, known before it runs: a dry run of the real code under fake tensors."""
 
+from ..common.sizes import available_memory, format_size, parse_size
 from .plan import Option, Plan, max_seq_len, plan
-from .sizes import available_memory, format_size, parse_size
 from .timeline import CATEGORIES, Operation, Timeline
 
 __all__ = [

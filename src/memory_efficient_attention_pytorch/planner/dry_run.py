@@ -21,7 +21,6 @@ from .accounting import Accounting
 from .ledger import Ledger, Place
 from .stand_in import standing_in
 from .timeline import Timeline
-from .watcher import Watcher
 
 OPTIMIZERS: dict[str, type[torch.optim.Optimizer]] = {
     "adamw": torch.optim.AdamW,
@@ -75,11 +74,11 @@ def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> 
         args, kwargs, then = tree_map_only(
             Tensor, lambda tensor: _fake(tensor, device), (step.args, dict(step.kwargs), step.then)
         )
-        ledger = Ledger(accounting, device, categorizer(model))
+        ledger = Ledger(accounting, device, categorizer(model), every_part)
         ledger.follow(model)
         entered.enter_context(ledger)
         entered.enter_context(nullcontext() if planned == "cpu" else standing_in(planned))
-        entered.enter_context(watched_by(Watcher(ledger, model, planned, accounting.threads, every_part)))
+        entered.enter_context(watched_by(ledger))
         ledger.learn_the_engine()
         autocast = torch.autocast("cpu", step.autocast, enabled=step.autocast is not None)
         ledger.enter("parameters", [*model.parameters(), *model.buffers()])

@@ -1,11 +1,16 @@
-"""Count the bytes of live storages while a step runs under fake tensors, and who made them."""
+"""Count the bytes of live storages while a step runs under fake tensors, and who made them.
+
+Loops over equal parts (chunks, slabs, groups of heads, tiles) need not be gone through: a few iterations stand for all,
+since every one takes the same memory. Those left out still count as floating-point operations: the one that runs in
+their place weighs as much, and so does what it keeps for backward.
+"""
 
 from __future__ import annotations
 
 import bisect
 import weakref
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -16,6 +21,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ..common.dry_run import Alike
 from ..torch_internals.fake import around_calls, fake_tensors, graph, holders
 from .accounting import Accounting, Loop, operator_name
 from .flops import count_flops
@@ -49,11 +55,22 @@ class Ledger(TorchDispatchMode):
     where place says who runs: in forward and in recomputation the innermost module, in backward the one that ran when
     the node being differentiated was made. Storages on other devices than ``device`` are not counted.
 
+    It is also the :class:`common.dry_run.DryRun` that the package's own code asks. ``every_part``: cut no loop short,
+    which changes nothing but the time.
+
     Raises NotImplementedError, naming operation and module, where a shape or a number depends on the data.
     """
 
-    def __init__(self, accounting: Accounting, device: torch.device, categorize: Callable[[str, Place], str]) -> None:
+    def __init__(
+        self,
+        accounting: Accounting,
+        device: torch.device,
+        categorize: Callable[[str, Place], str],
+        every_part: bool = False,
+    ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
+        self.device_type, self.threads, self._every_part = accounting.device.type, accounting.threads, every_part
+        self._owners: dict[object, str] = {}
         self._operations: list[Operation] = []
         self._rows: list[list[int]] = []
         self._kept: list[int] = []  # how many things libraries have kept by then
@@ -85,16 +102,30 @@ class Ledger(TorchDispatchMode):
         """From now on the tensor's storage is of this category, whose work it was made by notwithstanding."""
         self._change(tensor, category=category)
 
-    @contextmanager
-    def weighing(self, factor: float) -> Iterator[None]:
-        """Inside, an operation stands for so many times as many."""
-        before, self._weight = self._weight, self._weight * factor
-        try:
-            yield
-        finally:
-            self._weight = before
+    def few_of(
+        self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int, alike: Alike
+    ) -> Iterable[T]:
+        if self._every_part:
+            return parts
+        few = self._few_of(parts, size, first, last)
+        return few if alike is None else self._once(alike, few)
 
-    def once(self, alike: tuple[object, ...], parts: Iterable[T]) -> Iterator[T]:
+    def _few_of(self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int) -> Iterator[T]:
+        count, before = len(parts), self._weight
+        indices = range(count) if count <= first + last else [*range(first), *range(count - last, count)]
+        # They weigh as much as all the work: each as much as any other by its size or, of equal ones, the last of those
+        # at the start as much as all that are left out.
+        done = 1.0 if size is None else sum(size(parts[index]) for index in indices)
+        share = 1.0 if size is None else sum(map(size, parts)) / max(1, done)
+        for index in indices:
+            stands_for = 1 + count - len(indices) if size is None and index == first - 1 else share
+            self._weight = before * stands_for
+            try:
+                yield parts[index]
+            finally:
+                self._weight = before
+
+    def _once(self, alike: tuple[object, ...], parts: Iterable[T]) -> Iterator[T]:
         """The parts of the first loop of this kind. Of another none is run: what that one did is noted down again."""
         place, before, kept = self._place(), np.array(as_row(self._live)), self._accounting.kept
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), self._categorize(self.phase, place)
@@ -104,9 +135,8 @@ class Ledger(TorchDispatchMode):
             yield from parts
             names = [operation.name for operation in self._operations[start:]]
             rows = np.array(self._rows[start:]).reshape(-1, len(before)) - before
-            new = [
-                (bisect.bisect(self._kept, i, start) - start, *list(kept.items())[i]) for i in range(known, len(kept))
-            ]
+            later = enumerate(list(kept.items())[known:], known)
+            new = [(bisect.bisect(self._kept, number, start) - start, *item) for number, item in later]
             self._accounting.loops[key] = Loop(names, rows, (self._flops - flops) / self._weight, new)
             return
         loop = self._accounting.loops[key]
@@ -120,8 +150,13 @@ class Ledger(TorchDispatchMode):
         self._rows += (loop.rows + before).tolist()
         self._flops += loop.flops * self._weight
 
-    def keep_as_many(self, tensor: Tensor) -> None:
-        """From now on the tensor's storage counts as often as the operation at work."""
+    def working_on(self, owner: object) -> AbstractContextManager[None]:
+        if owner == "loss":
+            return self.during("loss" if self.phase == "forward" else self.phase)
+        return self.during(self.phase, self._owners.get(owner, ""))
+
+    def keeps(self, tensor: Tensor) -> None:
+        # Its storage counts as often as the operation at work.
         self._change(tensor, times=round(self._weight))
 
     def _change(self, tensor: Tensor, **changes: Any) -> None:
@@ -147,19 +182,19 @@ class Ledger(TorchDispatchMode):
 
     @contextmanager
     def during(self, phase: str, module: str = "") -> Iterator[None]:
-        self._arrive(Place(phase, module))
+        self._places.append(Place(phase, module))
+        self._mark()
         try:
             yield
         finally:
-            self._leave()
+            self._places.pop()
+            self._mark()
 
     def follow(self, root: nn.Module) -> None:
         """See which of the submodules is running, in recomputation too. ``root``: a copy that nobody else holds."""
         for path, module in root.named_modules():
-            around_calls(module, partial(self._in_module, path))
-
-    def _in_module(self, path: str) -> AbstractContextManager[None]:
-        return self.during(self.phase, path)
+            around_calls(module, lambda path=path: self.during(self.phase, path))  # type: ignore[misc]
+            self._owners |= dict.fromkeys(module.parameters(recurse=False), path)
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
@@ -222,14 +257,6 @@ class Ledger(TorchDispatchMode):
         if number > self._graph.now():
             return here  # the accumulation of a parameter's gradient, which no module made
         return self._made_in[bisect.bisect_right(self._made_from, number) - 1]
-
-    def _arrive(self, place: Place) -> None:
-        self._places.append(place)
-        self._mark()
-
-    def _leave(self) -> None:
-        self._places.pop()
-        self._mark()
 
     def _mark(self) -> None:
         if self._graph is not None:

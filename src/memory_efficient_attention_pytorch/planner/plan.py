@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import require
+from ..common.sizes import format_size, parse_size
 from ..models.config import TransformerConfig
 from ..models.transformer import Transformer, pieces_chosen
 from .accounting import Accounting, accounting_for
 from .candidates import Candidate, candidates
 from .dry_run import OptimizerMaker
 from .search import GRANULE, largest
-from .sizes import format_size, parse_size
 from .timeline import CATEGORIES, Operation, Timeline
 from .workload import Config, ExampleInputs, Workload
 
@@ -168,18 +168,9 @@ def plan(
         ValueError: an argument that makes no sense.
         NotImplementedError: a module whose shapes depend on its data; names the operation.
     """
-    workload = Workload(
-        model_or_config,
-        batch_size,
-        seq_len,
-        optimizer,
-        _dtype(dtype, "dtype"),
-        _dtype(autocast, "autocast"),
-        example_inputs,
-        loss_fn,
-        training,
-        keep_gradients,
-    )
+    types = _dtype(dtype, "dtype"), _dtype(autocast, "autocast")
+    rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients
+    workload = Workload(model_or_config, batch_size, seq_len, *rest)
     accounting = accounting_for(_device(device, model_or_config), threads)
     limit = None if budget is None else parse_size(budget)
     if limit is not None and isinstance(model_or_config, Mapping):
@@ -215,18 +206,9 @@ def max_seq_len(
     require(
         example_inputs is None or callable(example_inputs), "example_inputs", "a function of (batch, length)", "none"
     )
-    workload = Workload(
-        model_or_config,
-        batch_size,
-        1,
-        optimizer,
-        _dtype(dtype, "dtype"),
-        _dtype(autocast, "autocast"),
-        example_inputs,
-        loss_fn,
-        training,
-        keep_gradients,
-    )
+    types = _dtype(dtype, "dtype"), _dtype(autocast, "autocast")
+    rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients
+    workload = Workload(model_or_config, batch_size, 1, *rest)
     accounting = accounting_for(_device(device, model_or_config), threads)
     return _longest(workload, accounting, parse_size(budget))
 

@@ -7,7 +7,7 @@ here, for this thread and as long as the mode is at work.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..common.dry_run import STAND_IN
 from ..torch_internals import attention_kernels
+from ..torch_internals.autocast import cast_on_cuda
 from ..torch_internals.fake import calls_inside
 
 Arguments = tuple[Any, ...]
@@ -57,7 +57,7 @@ class StandIn(TorchFunctionMode):
                 return _attention(*args, **kwargs)
             if func in (F.dropout, torch.dropout):
                 return _dropout(func, *args, **kwargs)
-            cast = _CASTS.get(name, _as_they_are if name.startswith(("fft_", "linalg_")) else None)
+            cast = cast_on_cuda(name)
             if cast is not None and torch.is_autocast_enabled("cpu"):
                 with torch.autocast("cpu", enabled=False):
                     return cast(func, args, kwargs)
@@ -162,67 +162,3 @@ def _dropout(func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, i
     if inplace or not training or not 0 < p < 1:
         return tensor if not inplace and (not training or p == 0) else func(tensor, p, training, inplace)
     return torch.native_dropout(tensor, p, True)[0]
-
-
-# Autocast casts other operators' arguments on CUDA than on the CPU. What follows is where the two differ, by the names
-# of PyTorch's functions and methods, as of PyTorch 2.13 (its list for CUDA stands in ATen/autocast_mode.h).
-
-
-def _in_dtype(dtype: torch.dtype, func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """With floating-point tensors in ``dtype``, those of fp64 left alone."""
-
-    def cast(tensor: Tensor) -> Tensor:
-        return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
-
-    args, kwargs = tree_map_only(Tensor, cast, (args, kwargs))
-    return func(*args, **kwargs)
-
-
-def _in_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    return _in_dtype(torch.float32, func, args, kwargs)
-
-
-def _in_autocasts(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    return _in_dtype(torch.get_autocast_dtype("cpu"), func, args, kwargs)
-
-
-def _in_the_widest(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    given = [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor) and leaf.is_floating_point()]
-    single = any(tensor.dtype == torch.float32 for tensor in given)
-    return _in_single(func, args, kwargs) if single else func(*args, **kwargs)
-
-
-def _into_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """The result in fp32, unless the caller says otherwise."""
-    first = next(iter((*args, *kwargs.values())))
-    if kwargs.get("dtype") is None and first.dtype in (torch.float16, torch.bfloat16):
-        kwargs["dtype"] = torch.float32
-    return func(*args, **kwargs)
-
-
-def _as_they_are(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """In fp32 by the CPU's list, not in CUDA's."""
-    return func(*args, **kwargs)
-
-
-Cast = Callable[[Any, Arguments, Keywords], Any]
-_CASTS: Mapping[str, Cast] = {
-    name: cast
-    for cast, names in (
-        (
-            _in_single,
-            "acos asin cosh erfinv exp expm1 log log10 log2 log1p reciprocal rsqrt sinh tan pow __pow__ __rpow__ "
-            "float_power square softplus layer_norm native_layer_norm rms_norm group_norm frobenius_norm nuclear_norm "
-            "cosine_similarity dist pdist renorm logsumexp upsample interpolate",
-        ),
-        (_into_single, "softmax log_softmax cumprod cumsum linalg_vector_norm linalg_matrix_norm sum"),
-        (_in_autocasts, "addmv addr mv chain_matmul multi_dot linalg_multi_dot lstm_cell gru_cell"),
-        (_in_the_widest, "addcdiv addcmul atan2 bilinear cross dot vdot grid_sample index_put tensordot scatter_add"),
-        (
-            _as_they_are,
-            "adaptive_avg_pool3d adaptive_max_pool3d avg_pool3d max_pool3d fractional_max_pool2d pad quantile "
-            "nanquantile polar stft trace view_as_complex",
-        ),
-    )
-    for name in names.split()
-}

@@ -6,8 +6,9 @@ from typing import Any
 
 import torch
 
+from ..common.sizes import available_memory, format_size, parse_size
 from ..models.config import SETTINGS
-from ..planner import Option, Plan, available_memory, format_size, parse_size, plan
+from ..planner import Option, Plan, plan
 from .config import TrainConfig
 from .model import build_model, model_keywords
 from .plot import drawn

@@ -219,7 +219,7 @@ def _check_combination(config: TrainConfig) -> None:
     if config.exact and config.reversible is False:
         raise ValueError("exact and no reversible contradict each other: exact says how reversal rebuilds activations")
     if config.memory_budget not in (None, "auto"):
-        from ..planner import parse_size
+        from ..common.sizes import parse_size
 
         parse_size(config.memory_budget, "memory_budget")
     for name in ("dropout", "beta1", "beta2"):

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ..common.errors import require
+from .errors import require
 
 _UNITS = {
     "": 1,

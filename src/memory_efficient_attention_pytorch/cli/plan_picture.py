@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from .plan import Plan
-from .sizes import format_size
+from ..common.sizes import format_size
+from ..planner import Plan
 
 GIB, MIB = 2**30, 2**20
 POINTS = 2000

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
-from memory_efficient_attention_pytorch.planner import sizes
-from memory_efficient_attention_pytorch.planner.sizes import available_memory, format_size, parse_size
+from memory_efficient_attention_pytorch.common import sizes
+from memory_efficient_attention_pytorch.common.sizes import available_memory, format_size, parse_size
 
 
 @pytest.mark.parametrize(
