@@ -18,6 +18,7 @@ import statistics
 import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ from torch import Tensor, nn
 
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
+from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
 from memory_efficient_attention_pytorch.planner import format_size, max_seq_len, parse_size, plan
 from memory_efficient_attention_pytorch.planner.dry_run import OPTIMIZERS
 from memory_efficient_attention_pytorch.planner.plan import DTYPES
@@ -255,7 +257,11 @@ def table(rows: list[Row]) -> Iterator[str]:
     )
 
 
-MACHINE = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}, {platform.system()}"
+HERE = describe_machine("cpu")
+MACHINE = (
+    f"{HERE['processor']}, {HERE['system']}, {torch.get_num_threads()} threads, Python {platform.python_version()}, "
+    f"torch {torch.__version__}, on {date.today()}"
+)
 REPORT_HEAD = (
     "# What the planner predicted and what was measured",
     "",
