@@ -109,4 +109,6 @@ def test_the_decision_that_autograd_holds_has_no_tensor():
     held = out.grad_fn.decision.request
     assert held.tensors == (None, None)
     assert held.bias.values is None
-    assert held.with_tensors(*decision.request.tensors) == decision.request
+    again = held.with_tensors(*decision.request.tensors)
+    assert all(one is other for one, other in zip(again.tensors, decision.request.tensors, strict=True))
+    assert again.with_tensors() == decision.request.with_tensors() == held

@@ -122,12 +122,15 @@ def over_chunks(
         for chunk in each(chunks):
             hidden = rows.forward(chunk)
             losses[chunk] = chunk_loss.losses(hidden, labels[chunk])
+            # One branch after the other: under Python 3.13 PyTorch's compiler cannot follow one within the other here.
+            gradient = None
             if any(needed):
                 gradient = chunk_loss.add_gradients(hidden, labels[chunk], row_weight[chunk], any(needed[2:]))
-                if gradient is not None:
-                    rows.backward(chunk, gradient)
-                del gradient
-    return losses.masked_fill_(~counted, 0), [*of_head, *rows.gradients()]
+            if gradient is not None:
+                rows.backward(chunk, gradient)
+            del gradient
+    # Not in place: a compiled Function of PyTorch 2.11 that returns a tensor under two names loses its cotangent.
+    return losses.masked_fill(~counted, 0), [*of_head, *rows.gradients()]
 
 
 def even_chunks(tokens: int, chunk_size: int) -> list[slice]:
