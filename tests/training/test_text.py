@@ -1,14 +1,20 @@
 """Documents, tokenizers and what they become on disk."""
 
+import argparse
+import functools
 import gzip
 import itertools
 import os
+from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 from hypothesis import given
 from hypothesis import strategies as st
+from tokenizers import models, normalizers, pre_tokenizers, processors, trainers
 
+from memory_efficient_attention_pytorch.training.config import TrainConfig, dump_config
 from memory_efficient_attention_pytorch.training.data import Corpus, check_length, tokenise
 from memory_efficient_attention_pytorch.training.documents import find_documents, standard_library
 from memory_efficient_attention_pytorch.training.tokenizers import (
@@ -74,10 +80,11 @@ def test_few_documents_each_give_their_end(tmp_path):
     assert corpus.info.split == "the end of each of 3 documents"
 
 
-def test_gz_is_unpacked(tmp_path):
+@pytest.mark.parametrize("name", ["a.txt.gz", "A.TXT.GZ"])
+def test_gz_is_unpacked(tmp_path, name):
     text = "packed text\n" * 5000
-    (tmp_path / "a.txt.gz").write_bytes(gzip.compress(text.encode()))
-    corpus = tokenised(tmp_path, [tmp_path / "a.txt.gz"])
+    (tmp_path / name).write_bytes(gzip.compress(text.encode()))
+    corpus = tokenised(tmp_path, [tmp_path / name])
     assert text_of(corpus.train) + text_of(corpus.validation) == text + "\0"
 
 
@@ -88,6 +95,70 @@ def test_directories_leave_out_hidden_files(tmp_path):
     for name in ("b.txt", "sub/a.txt", ".secret", ".git/config"):
         (folder / name).write_text("text")
     assert [document.path.name for document in find_documents([folder])] == ["b.txt", "a.txt"]
+
+
+def names_of(*paths):
+    return [document.path.name for document in find_documents(paths)]
+
+
+def test_links_are_followed_once(tmp_path):
+    folder, elsewhere = tmp_path / "texts", tmp_path / "elsewhere"
+    (folder / "sub").mkdir(parents=True)
+    (elsewhere / "deep").mkdir(parents=True)
+    for path in (folder / "a.txt", folder / "sub/b.txt", elsewhere / "deep/c.txt", tmp_path / "d.txt"):
+        path.write_text("text")
+    (folder / "linked").symlink_to(elsewhere)
+    (folder / "linked-again").symlink_to(elsewhere / "deep")
+    (folder / "d.txt").symlink_to("../d.txt")
+    (folder / "also-a.txt").symlink_to("a.txt")
+    (folder / "sub/up").symlink_to(folder)
+    (elsewhere / "back").symlink_to(folder / "sub")
+    assert sorted(names_of(folder)) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+    (tmp_path / "other").symlink_to(folder)
+    assert sorted(names_of(tmp_path / "other")) == ["a.txt", "b.txt", "c.txt", "d.txt"]
+    assert names_of(folder / "a.txt", folder / "a.txt") == ["a.txt", "a.txt"]  # as asked
+
+
+@pytest.mark.parametrize("target", ["nowhere", "itself"])
+def test_a_link_that_leads_nowhere_is_refused(tmp_path, target):
+    (tmp_path / "a.txt").write_text("text")
+    (tmp_path / "itself").symlink_to(target)
+    with pytest.raises(ValueError, match=r"data: cannot read .*itself: (No such file|Too many levels)"):
+        find_documents([tmp_path])
+    with pytest.raises(ValueError, match=r"data: cannot read .*itself: (No such file|Too many levels)"):
+        find_documents([tmp_path / "itself"])
+
+
+def test_a_directory_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
+    (tmp_path / "private").mkdir()
+    (tmp_path / "a.txt").write_text("text")
+    scandir = os.scandir
+
+    def refusing(path):
+        if os.path.basename(path) == "private":
+            raise PermissionError(13, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refusing)
+    with pytest.raises(ValueError, match=r"data: cannot read .*private: Permission denied"):
+        find_documents([tmp_path])
+
+
+@pytest.mark.parametrize("left", ["data/corpus.json", "metrics.jsonl", ".lock", ".data.partial"])
+def test_a_run_is_no_text(tmp_path, left):
+    run = tmp_path / "experiments" / "seven"
+    (run / "data").mkdir(parents=True)
+    (run / left).touch()
+    (run / "standard-input.txt").write_text("a copy")
+    (run / "config.toml").write_text(dump_config(TrainConfig()))
+    (tmp_path / "a.txt").write_text("text")
+    # A configuration that was copied out of a run is no run, and that of something else neither.
+    (tmp_path / "config.toml").write_text(dump_config(TrainConfig()))
+    (tmp_path / "experiments/config.toml").write_text('title = "mine"')
+    (tmp_path / "experiments/metrics.jsonl").write_text("{}")
+    assert names_of(tmp_path) == ["a.txt", "config.toml", "config.toml", "metrics.jsonl"]
+    with pytest.raises(ValueError, match=r"seven is a run of mea train, not text: mea train --resume .*seven goes on"):
+        find_documents([run])
 
 
 def test_the_standard_library_is_real_text_without_tests_and_packages():
@@ -109,6 +180,69 @@ def test_subwords_are_trained_and_restore_the_text(tmp_path):
     assert 257 < tokenizer.num_tokens <= 400
     assert corpus.info.bytes_per_token == len(text.encode()) / len(both) > 2
     assert SubwordTokenizer(tmp_path / "tokenizer.json").encode("the fox") == tokenizer.encode("the fox")
+
+
+def space_before(model):
+    """As SentencePiece does it: spaces become ▁, and one is put before the text."""
+    backend = tokenizers.Tokenizer(model)
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    return backend
+
+
+def byte_level(**options):
+    backend = tokenizers.Tokenizer(models.BPE())
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(**options)
+    backend.post_processor = processors.ByteLevel(trim_offsets=True)
+    return backend
+
+
+def lowered_words():
+    backend = tokenizers.Tokenizer(models.WordPiece(unk_token="<unk>"))
+    backend.normalizer, backend.pre_tokenizer = normalizers.BertNormalizer(), pre_tokenizers.BertPreTokenizer()
+    return backend
+
+
+def metaspace():
+    backend = tokenizers.Tokenizer(models.Unigram())
+    backend.pre_tokenizer = pre_tokenizers.Metaspace(prepend_scheme="always")
+    return backend
+
+
+KINDS = {
+    "SentencePiece, BPE": lambda: (space_before(models.BPE(unk_token="<unk>")), trainers.BpeTrainer),
+    "SentencePiece, Unigram": lambda: (metaspace(), functools.partial(trainers.UnigramTrainer, unk_token="<unk>")),
+    "bytes": lambda: (byte_level(add_prefix_space=False), trainers.BpeTrainer),
+    "bytes with a space before": lambda: (byte_level(add_prefix_space=True), trainers.BpeTrainer),
+    "words": lambda: (lowered_words(), trainers.WordPieceTrainer),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_streams_tokens_are_those_of_the_whole_text(tmp_path, kind):
+    source = Path(argparse.__file__).read_text(encoding="utf-8")
+    backend, trainer = KINDS[kind]()
+    lines = source.splitlines(keepends=True)[:700]
+    special = ["<unk>"] if kind.startswith("S") or kind == "words" else []
+    options = {"initial_alphabet": pre_tokenizers.ByteLevel.alphabet()} if kind.startswith("bytes") else {}
+    made_by = trainer(vocab_size=500, special_tokens=special, show_progress=False, **options)
+    backend.train_from_iterator([*lines, "a b " * 9, " " * 99, "x" * 9], made_by)
+    backend.enable_truncation(64)  # as files published with a model of that length may have it
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = SubwordTokenizer(tmp_path / "tokenizer.json")
+    odd = "läuft 🙂 漢字\n\n\n  \n" * 1500
+    endless = "a b " * 5000 + "\n" * 20_000 + " " * 20_000 + "x" * 20_000
+    parts = [source[:length] for length in (0, 2, (1 << 14) + 1023, (1 << 14) + 1024, (1 << 14) + 1025)]
+    for text in (source + odd, "\n", *parts, *([endless] if kind.startswith("bytes") else [])):
+        chunks = (text.encode()[i : i + 70_001] for i in range(0, len(text.encode()), 70_001))
+        stream = np.concatenate([np.empty(0, np.uint32), *tokenizer.encode_stream(chunks)])
+        assert stream.tolist() == tokenizer.encode(text)
+
+
+def test_a_tokenizer_that_cannot_read_the_text_says_so(tmp_path):
+    backend = tokenizers.Tokenizer(models.Unigram([("a", -1.0)], None, False))
+    backend.save(str(tmp_path / "tokenizer.json"))
+    with pytest.raises(ValueError, match=r"the tokenizer cannot read the text: .*unknown token"):
+        list(SubwordTokenizer(tmp_path / "tokenizer.json").encode_stream([b"xyz"]))
 
 
 @given(st.text(max_size=60), st.integers(min_value=1, max_value=7))

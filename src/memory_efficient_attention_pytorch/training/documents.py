@@ -2,10 +2,14 @@
 
 import contextlib
 import gzip
+import os
+import stat
 import sysconfig
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
+
+from .files import is_run_directory, quoted
 
 CHUNK = 1 << 20
 _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", "__pycache__"}
@@ -20,16 +24,14 @@ class Document:
     def __init__(self, path: Path):
         self.path = path
         self.bytes_read = 0
-        try:
+        with _told(path):
             self.size = path.stat().st_size
-        except OSError as error:
-            raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
 
     def chunks(self) -> Iterator[bytes]:
         """The text in pieces, .gz files unpacked. Raises ValueError if it cannot be read or is no whole .gz file."""
         self.bytes_read = 0
         try:
-            with gzip.open(self.path) if self.path.suffix == ".gz" else self.path.open("rb") as file:
+            with gzip.open(self.path) if self.path.suffix.lower() == ".gz" else self.path.open("rb") as file:
                 while chunk := file.read(CHUNK):
                     self.bytes_read += len(chunk)
                     yield chunk
@@ -51,30 +53,64 @@ def naming(document: Document) -> Iterator[None]:
         ) from error
 
 
+@contextlib.contextmanager
+def _told(path: Path) -> Iterator[None]:
+    """Turn the system's refusal to read into a ValueError."""
+    try:
+        yield
+    except OSError as error:
+        raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
+
+
 def find_documents(data: Iterable[str | Path]) -> list[Document]:
     """The documents that paths name: files as they are, of directories every file beneath that is not hidden.
 
-    With no path, the Python standard library's sources: real text that every installation has.
-    Raises ValueError for a path that is missing and a directory without files.
+    Links are followed, to each directory and file beneath one path once. Run directories are left out: what
+    `mea train` wrote is no text to learn. With no path, the Python standard library's sources: real text that every
+    installation has.
+
+    Raises ValueError for a path that is missing, a directory without files, a run directory named as text, and
+    whatever cannot be read, a link that leads nowhere included.
     """
     paths = [Path(path) for path in data]
-    files = [file for path in paths for file in _beneath(path)] if paths else standard_library()
+    files = [file for path in paths for file in _named(path)] if paths else standard_library()
     return [Document(file) for file in files]
 
 
-def _beneath(path: Path) -> list[Path]:
-    if path.is_dir():
-        files = [file for file in sorted(path.rglob("*")) if file.is_file() and not _hidden(file.relative_to(path))]
-        if not files:
-            raise ValueError(f"data: the directory {path} has no files")
-        return files
-    if not path.exists():
+def _named(path: Path) -> list[Path]:
+    if not os.path.lexists(path):
         raise ValueError(f"data: there is no file or directory {path}")
-    return [path]
+    with _told(path):
+        if not stat.S_ISDIR(path.stat().st_mode):
+            return [path]
+    if is_run_directory(path):
+        resume = f"mea train --resume {quoted(path)}"
+        raise ValueError(f"data: {path} is a run of mea train, not text: {resume} goes on with it")
+    files = list(_beneath(path, Path(os.path.realpath(path)), set()))
+    if not files:
+        raise ValueError(f"data: the directory {path} has no files")
+    return files
 
 
-def _hidden(path: Path) -> bool:
-    return any(part.startswith(".") for part in path.parts)
+def _beneath(folder: Path, place: Path, seen: set[Path]) -> Iterator[Path]:
+    """The files under a folder. place: where it really is; seen: such places that need no second visit."""
+    seen.add(place)
+    with _told(folder):
+        entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
+    for entry in entries:
+        if entry.name.startswith("."):
+            continue
+        path = folder / entry.name
+        real = Path(os.path.realpath(path)) if entry.is_symlink() else place / entry.name
+        if real in seen:
+            continue
+        with _told(path):
+            mode = path.stat().st_mode
+        if stat.S_ISREG(mode):
+            seen.add(real)
+            yield path
+        elif stat.S_ISDIR(mode) and not is_run_directory(path):
+            yield from _beneath(path, real, seen)
 
 
 def standard_library() -> list[Path]:

@@ -2,7 +2,9 @@
 
 import contextlib
 import os
+import shlex
 import shutil
+import string
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -51,8 +53,8 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a directory if it is there; one whose removal was cut short never looks whole."""
-    if path.exists():
+    """Remove a directory, and nothing else, if it is there; one whose removal was cut short never looks whole."""
+    if path.is_dir() and not path.is_symlink():
         doomed = path.with_name(f".{path.name}.discarded")
         shutil.rmtree(doomed, ignore_errors=True)
         path.rename(doomed)
@@ -66,3 +68,29 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def is_run_directory(path: Path) -> bool:
+    """Whether `mea train` made it, finished or not: its configuration, and something else of what a run leaves."""
+    try:
+        with (path / "config.toml").open("rb") as file:
+            written_here = file.read(9) == b"format = "
+    except OSError:
+        return False
+    return written_here and any(os.path.exists(path / name) for name in _OF_A_RUN)
+
+
+# A configuration alone may be one that was copied out of a run, to begin another.
+_OF_A_RUN = (".lock", "metrics.jsonl", "data/corpus.json", ".data.partial")
+
+
+def quoted(path: Path | str) -> str:
+    """A path as a shell takes it, for commands that are to be copied."""
+    text = str(path)
+    if text.isprintable():
+        return shlex.quote(text)
+    # With a line's end, say, or a byte that is no UTF-8.
+    return "$'" + "".join(chr(b) if chr(b) in _PLAIN else f"\\x{b:02x}" for b in os.fsencode(text)) + "'"
+
+
+_PLAIN = string.ascii_letters + string.digits + "/._-+,:@%"

@@ -4,17 +4,21 @@ import codecs
 import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
+
+from .files import write_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
 # Names under which published tokenizers keep the token that ends a document.
 _END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
 # Characters after which a text without line ends is cut anywhere.
 _LONGEST_LINE = 1 << 20
-# Lines given to the tokenizer at once; it works on such batches in parallel.
-_BATCH_LINES = 256
+# Characters of a window of the text, and those that it has in common with the next: windows are encoded in parallel.
+_WINDOW, _COMMON = 1 << 14, 1 << 10
+# So many tokens in a row that two windows both find are where one may follow on the other.
+_ALIKE = 8
 
 
 class Tokenizer(Protocol):
@@ -65,9 +69,12 @@ class SubwordTokenizer:
         if not Path(path).is_file():
             raise ValueError(f"tokenizer {path} is not a file: give a tokenizer.json of the tokenizers library")
         try:
-            self.backend = Backend.from_file(str(path))
+            self.backend = Backend.from_buffer(Path(path).read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer {path} is not a file of the tokenizers library: {error}") from error
+        # A file may ask for texts of one length, as its own model takes them.
+        self.backend.no_truncation()
+        self.backend.no_padding()
         # Not the size of the vocabulary: its numbers may have gaps.
         self.num_tokens = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not self.num_tokens:
@@ -82,11 +89,77 @@ class SubwordTokenizer:
         return self.backend.decode(list(tokens), skip_special_tokens=False)
 
     def encode_stream(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        for text in decode_lines(chunks):
-            lines = text.splitlines(keepends=True)
-            batches = ["".join(lines[i : i + _BATCH_LINES]) for i in range(0, len(lines), _BATCH_LINES)]
-            for encoding in self.backend.encode_batch_fast(batches, add_special_tokens=False):
-                yield np.asarray(encoding.ids, dtype=np.uint32)
+        """The tokens that the whole text has, of which windows are held at a time.
+
+        A tokenizer may put a space before what it is given, strip it, or join what a cut would part. So windows
+        overlap, and one follows on the other amid a row of tokens that both have found. Where there is no such row
+        (in a thousand equal letters, say), it follows at a token's end.
+        """
+        here, first = None, 0  # a window, and its first token that is still to come
+        for following in self._windows(chunks):
+            last = start = 0
+            if here is not None:
+                meeting = here.meeting(following)
+                if meeting is None:
+                    last, end = here.cut(following.begin)
+                    following = self._encoded([following.text[end - following.begin :]], end)[0]
+                else:
+                    last, start = meeting
+                yield here.ids[first:last]
+            here, first = following, start
+        if here is not None:
+            yield here.ids[first:]
+
+    def _windows(self, chunks: Iterable[bytes]) -> "Iterator[_Window]":
+        text, begin = "", 0
+        for piece in decode_lines(chunks):
+            text += piece
+            whole = max(0, len(text) - _COMMON) // _WINDOW
+            yield from self._encoded([text[i * _WINDOW :][: _WINDOW + _COMMON] for i in range(whole)], begin)
+            text, begin = text[whole * _WINDOW :], begin + whole * _WINDOW
+        if len(text) > _COMMON or (text and not begin):
+            yield from self._encoded([text], begin)
+
+    def _encoded(self, texts: list[str], begin: int) -> "list[_Window]":
+        try:
+            encodings = self.backend.encode_batch(texts, add_special_tokens=False)
+        except Exception as error:  # the library raises bare Exception
+            raise ValueError(f"the tokenizer cannot read the text: {error}") from error
+        return [_Window(text, begin + i * _WINDOW, encodings[i]) for i, text in enumerate(texts)]
+
+
+class _Window:
+    """A part of a text: where it begins, its tokens, and the places in the text where each begins and ends."""
+
+    def __init__(self, text: str, begin: int, encoding: Any):
+        self.text, self.begin, self.end = text, begin, begin + len(text)
+        self.ids = np.asarray(encoding.ids, dtype=np.uint32)
+        self.spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + begin
+
+    def meeting(self, following: "_Window") -> tuple[int, int] | None:
+        """The middle of the longest row of tokens that both have found, as an index in each; None if that is short."""
+        offset = self._index(following.begin)
+        mine = {token: i for i, token in enumerate(self._tokens(offset, None), offset)}
+        theirs = following._tokens(0, following._index(self.end))
+        before, row, longest, middle = -2, 0, 0, (0, 0)
+        for j, token in enumerate(theirs):
+            i = mine.get(token, -2)
+            row = 0 if i < 0 else row + 1 if i == before + 1 else 1
+            before = i
+            if row > longest:
+                longest, middle = row, (i - row // 2, j - row // 2)
+        return middle if longest >= _ALIKE else None
+
+    def cut(self, place: int) -> tuple[int, int]:
+        """The number of tokens up to the end of the first that ends at a place or later, and where that is."""
+        index = int(np.searchsorted(self.spans[:, 1], place))
+        return (index + 1, int(self.spans[index, 1])) if index < len(self.spans) else (index, self.end)
+
+    def _index(self, place: int) -> int:
+        return int(np.searchsorted(self.spans[:, 0], place))
+
+    def _tokens(self, first: int, last: int | None) -> list[tuple[int, int, int]]:
+        return list(zip(self.ids[first:last].tolist(), *self.spans[first:last].T.tolist(), strict=True))
 
 
 def decode_lines(chunks: Iterable[bytes]) -> Iterator[str]:
@@ -116,5 +189,5 @@ def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path) -> Subwor
 
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], show_progress=False)
-    backend.save(str(path))
+    write_atomically(path, backend.to_str(pretty=True))
     return SubwordTokenizer(path)
