@@ -1,5 +1,6 @@
 """Whatever becomes of the output, and of memory: one line, no traceback."""
 
+import os
 import subprocess
 import sys
 
@@ -19,7 +20,7 @@ def mea(folder, redirected, *arguments, **environment):
     return subprocess.run(
         ["/bin/sh", "-c", command, "mea", *arguments],
         cwd=folder,
-        env={"OMP_NUM_THREADS": "1", **environment},
+        env={"OMP_NUM_THREADS": "1", "PYTHONPATH": os.environ.get("PYTHONPATH", ""), **environment},
         capture_output=True,
         text=True,
         timeout=120,
@@ -30,7 +31,25 @@ def mea(folder, redirected, *arguments, **environment):
 def test_a_full_disk_behind_standard_output_is_told_in_one_line(tmp_path):
     done = mea(tmp_path, "> /dev/full", "train", "--data", "text.txt", *TINY, *OFTEN)
     assert done.returncode == 1
-    assert done.stderr == "mea train: [Errno 28] No space left on device\n"
+    assert done.stderr.startswith("mea train: cannot write to standard output (No space left on device); go on with: ")
+    assert done.stderr.endswith(": mea train --resume runs/1\n")
+    assert done.stderr.count("\n") == 1
+    done = mea(tmp_path, "", "train", "--resume", "--quiet")
+    assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+@pytest.mark.parametrize("arguments", [["--version"], ["--help"], [], ["train", "--help"], ["plan"]], ids=" ".join)
+def test_whatever_a_command_says_a_full_disk_is_told(tmp_path, arguments):
+    done = mea(tmp_path, "> /dev/full", *arguments)
+    assert done.returncode == 1
+    assert done.stderr.endswith(": [Errno 28] No space left on device\n")
+    assert done.stderr.count("\n") == 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="needs /dev/full")
+def test_a_mistake_that_cannot_be_told_keeps_its_status(tmp_path):
+    assert mea(tmp_path, "2> /dev/full", "train", "--stepz=3").returncode == 2
 
 
 @pytest.mark.skipif(sys.platform == "win32", reason="needs a shell")

@@ -13,6 +13,7 @@ import struct
 import subprocess
 import sys
 import termios
+from pathlib import Path
 
 import pytest
 
@@ -198,6 +199,40 @@ def test_bad_input_is_refused_in_one_line(mea, here, arguments, parts):
         arguments = ["--data", "short.txt", *arguments]
     refused(mea("train", *arguments), *parts)
     assert sorted(here.rglob("*")) == before
+
+
+def test_a_refused_run_takes_away_what_it_made_and_no_more(mea, here):
+    (here / "short.txt").write_text("short")
+    (here / "empty").mkdir()
+    for out in ("a/b/c", "empty", "a/../d"):
+        refused(mea("train", "--data", "short.txt", *TINY, "--out", out), "too short")
+    assert {path.name for path in here.iterdir()} == {"short.txt", "empty"}
+
+
+def test_the_text_of_a_folder_is_not_what_its_runs_left(mea, text, here):
+    """`--data .`, again and again: the runs are left out."""
+    for number in (1, 2):
+        result = mea("train", "--data", ".", *TINY, "--quiet")
+        assert result.status == 0, result.error
+        corpus = json.loads((here / f"runs/{number}/data/corpus.json").read_text())
+        assert corpus["documents"] == 1
+        assert corpus["train_tokens"] + corpus["validation_tokens"] == text.stat().st_size + 1
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="names are any bytes on Linux")
+def test_names_that_are_no_utf8(text, here):
+    folder = os.fsencode(here) + b"/l\xe4ngst"
+    os.mkdir(folder)
+    os.rename(text, folder + b"/\xfc.txt")
+    there, name = Path(os.fsdecode(folder)), os.fsdecode(b"\xfc.txt")
+    tokenizer = ["--vocab-size", "300"]
+    result = train_command.mea(there, "train", "--data", name, *TINY, *tokenizer, "--out", os.fsdecode(b"r\xfcn"))
+    assert result.status == 0, result.error
+    result = train_command.mea(there, "train", "--data", name, "--resume", os.fsdecode(b"r\xfcn"), "--steps=7")
+    assert result.status == 0, result.error
+    assert "next: mea generate $'r\\xfcn'" in result.out
+    result = train_command.mea(there, "generate", os.fsdecode(b"r\xfcn"), "--prompt", "line", "--tokens=4")
+    assert result.status == 0, result.error
 
 
 @pytest.mark.skipif(not hasattr(os, "mkfifo"), reason="needs named pipes")

@@ -157,6 +157,75 @@ def test_a_damaged_checkpoint_is_passed_over_and_named(here, text, uninterrupted
     assert end_of(folder) == end_of(uninterrupted)
 
 
+@pytest.mark.parametrize("damage", ["altered", "without sums", "without state", "of another version"])
+def test_without_a_sound_checkpoint_it_stops_and_touches_nothing(here, text, damage):
+    trained(here, *options(text, steps=9))
+    folder = here / "runs" / "1"
+    (folder / "checkpoints" / ".step-00000099.partial").mkdir()
+    found = sorted((folder / "checkpoints").glob("step-*"))
+    assert len(found) >= 2
+    for path in found:
+        if damage == "altered":
+            (path / "optimizer.safetensors").write_bytes(b"other")
+        elif damage == "of another version":
+            (path / "state.json").write_text('{"steps": 3}')
+        else:
+            (path / {"without sums": "SHA256SUMS", "without state": "state.json"}[damage]).unlink()
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    result = mea(here, "train", "--resume")
+    assert result.status == 2, result.error
+    assert result.error.count("\n") == 1
+    assert all(f"checkpoint runs/1/checkpoints/{path.name} is damaged" in result.error for path in found)
+    assert "nothing there was changed" in result.error
+    assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    assert (folder / "checkpoints" / ".step-00000099.partial").is_dir()
+
+
+def test_the_same_command_goes_on(here, text, uninterrupted):
+    """With --resume added: relative paths, `auto`, --out and --config as they were."""
+    (here / "links").symlink_to(text.parent)
+    (here / "run.toml").write_text("dropout = 0.1\n")
+    command = ["--data", f"links/{text.name}", *OPTIONS, *WATCH, f"--steps={STEPS}", "--config", "run.toml"]
+    command += ["--precision=auto", "--device=auto", "--out", "mine"]
+    running = Mea(here, "train", *command)
+    wait_for_step(here / "mine", running, step=5)
+    running.process.kill()
+    running.finish()
+    command[1] = f"../here/./links/{text.name}"
+    for _ in range(2):
+        trained(here, *command, "--resume")
+    assert end_of(here / "mine") == end_of(uninterrupted)
+    result = mea(here, "train", *command, "--resume", "mine", "--seed=1")
+    assert result.status == 2
+    assert "seed is 0 in mine and cannot change on the way" in result.error
+    result = mea(here, "train", *command, "--resume", "--data", "run.toml")
+    assert result.status == 2
+    assert "data is " in result.error
+
+
+def test_a_learning_rate_that_jumps_is_told(here, text):
+    trained(here, *options(text, steps=6), "--warmup-steps=1")
+    said = trained(here, "--resume", "--steps=12")
+    # Half of the way from 3e-3 down to a tenth of it.
+    assert "the learning rate goes on at 0.0017, where the run as it was would have come to 0.0003: --steps" in said
+    assert "learning rate goes on" not in trained(here, "--resume")
+    running = Mea(here, "train", "--resume", "--steps=100000")
+    wait_for_step(here / "runs/1", running, step=20)
+    running.process.kill()
+    assert "learning rate goes on at 0.003" in running.finish().error
+
+
+def test_metrics_that_were_taken_away_are_no_loss(here, text, uninterrupted):
+    trained(here, *options(text))
+    (here / "runs/1/metrics.jsonl").unlink()
+    said = trained(here, "--resume")
+    assert f"done: {STEPS} steps" in said
+    assert "validation: " not in said
+    (here / "runs/1/metrics.jsonl").unlink()
+    trained(here, "--resume", f"--steps={STEPS + 1}")
+    assert [record["step"] for record in numbers_of(here / "runs/1") if "loss" in record] == [STEPS + 1]
+
+
 def test_a_full_disk_is_told_and_the_last_checkpoint_kept(here, text, uninterrupted):
     folder = here / "runs" / "1"
     weights = len(end_of(uninterrupted)[0])
@@ -185,9 +254,10 @@ def test_a_loss_that_is_no_number_stops_the_run(here, text):
     result = mea(here, "train", *options(text), *wild)
     assert result.status == 1, result.error
     assert result.error.count("\n") == 1
-    for part in ("became", "smaller learning rate: mea train --resume runs/1 --learning-rate 3e+17"):
+    for part in ("became", "smaller learning rate: mea train --resume runs/1 --learning-rate 0.003"):
         assert part in result.error
     assert all(record["loss"] == record["loss"] for record in numbers_of(folder) if "loss" in record)
+    trained(here, "--resume", "runs/1", "--learning-rate", "0.003", "--steps=3")
 
 
 def test_a_run_is_trained_by_one_process_at_a_time(here, text):

@@ -172,10 +172,51 @@ def test_a_checkpoint_is_replaced_whole(store):
     assert store.find().state.validation_loss == 2.0
 
 
-def test_what_lies_beyond_a_step_is_removed(store):
+def test_what_lies_beyond_a_step_gets_another_name(store):
     save_steps(store, {10: 3.0, 20: 2.0, 30: 2.0})
-    store.remove_after(20)
-    assert steps_of(store) == [10, 20]
+    for number in ("", "1"):
+        store.set_aside_after(20)
+        assert (store.root / f"step-00000030.damaged{number}/model.safetensors").exists()
+        assert store.find().state.step == 20
+        save_steps(store, {30: 1.0})
+    assert store.find().state.step == 30
+
+
+def test_what_belongs_to_someone_else_is_left_alone(store):
+    save_steps(store, {10: 3.0})
+    theirs = {
+        "step-00000006.bak": "directory",
+        "step-00000010-before-the-change": "directory",
+        "step-6": "directory",
+        ".step-00000006.partial.mine": "directory",
+        "step-00000006.tar.gz": "file",
+        "step-00000007": "file",
+        ".step-00000008.partial": "file",
+        "notes.txt": "file",
+    }
+    for name, kind in theirs.items():
+        if kind == "directory":
+            shutil.copytree(store.root / "step-00000010", store.root / name)
+        else:
+            (store.root / name).write_text("mine")
+    elsewhere = store.root.parent / "elsewhere"
+    shutil.copytree(store.root / "step-00000010", elsewhere)
+    (store.root / "step-00000009").symlink_to(elsewhere)
+    save_steps(store, {11: 3.0, 12: 2.0, 13: 2.5})
+    assert store.find().state.step == 13
+    store.prune(keep=1)
+    store.set_aside_after(12)
+    store.remove_unfinished()
+    ours = {"step-00000012", "step-00000013.damaged"}
+    assert {path.name for path in store.root.iterdir()} == {*theirs, *ours, "step-00000009"}
+    assert (elsewhere / "model.safetensors").exists()
+
+
+def test_steps_beyond_eight_digits_are_in_order(store):
+    save_steps(store, {99_999_999: 3.0, 100_000_000: 2.0})
+    assert store.find().state.step == 100_000_000
+    store.set_aside_after(99_999_999)
+    assert store.find().state.step == 99_999_999
 
 
 def test_a_file_is_replaced_whole_or_not_at_all(tmp_path, monkeypatch):

@@ -1,4 +1,5 @@
 import dataclasses
+import os
 import tomllib
 
 import pytest
@@ -23,6 +24,20 @@ def test_any_string_and_number_survives_toml(text, number, seed):
     read = tomllib.loads(dump_config(config))
     assert read.pop("format") == FORMAT
     assert TrainConfig(**read) == config
+
+
+def test_a_path_that_is_no_utf8_survives_toml(tmp_path):
+    paths = [os.fsdecode(b"/texts/l\xe4uft 100%.txt"), "/texts/läuft.txt", "-"]
+    config = TrainConfig(data=tuple(paths), tokenizer=paths[0])
+    path = tmp_path / "config.toml"
+    path.write_text(dump_config(config), encoding="utf-8")
+    assert load_config(path) == config
+
+
+def test_a_byte_order_mark_is_no_part_of_the_configuration(tmp_path):
+    path = tmp_path / "config.toml"
+    path.write_text("steps = 7\n", encoding="utf-8-sig")
+    assert load_config(path) == TrainConfig(steps=7)
 
 
 def test_defaults_left_out_are_taken(tmp_path):
@@ -81,3 +96,16 @@ def test_every_option_explains_itself():
     for field in dataclasses.fields(TrainConfig):
         assert field.metadata["help"]
         assert field.metadata["group"]
+
+
+@pytest.mark.parametrize("value", [2**63 - 2, 2**43])
+@pytest.mark.parametrize(
+    "name", ["seq_len", "batch_size", "accumulation", "dim", "heads", "dim_head", "ff_mult", "depth", "vocab_size"]
+)
+def test_sizes_beyond_any_machine_are_refused(name, value):
+    with pytest.raises(ValueError, match=rf"{name}.*(more than any machine holds|must be at most)"):
+        TrainConfig(**{name: value})
+
+
+def test_long_sequences_and_large_models_are_not():
+    TrainConfig(seq_len=2**24, batch_size=1, dim=8192, heads=64, dim_head=128, depth=128, accumulation=1024)

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import os
+from pathlib import Path
 
 import pytest
 
@@ -56,12 +57,26 @@ def test_metrics_go_on_where_the_checkpoint_was(tmp_path):
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="only Linux has a device that is always full")
 def test_a_full_disk_is_told_once(tmp_path):
     metrics = MetricsFile(tmp_path / "metrics.jsonl", first_step=-1)
-    metrics.file.close()
-    metrics.file = open("/dev/full", "a", buffering=1)  # noqa: SIM115
+    metrics.path = Path("/dev/full")
     with pytest.raises(OSError, match="No space left"):
         metrics.log(step(1))
     metrics.close()
-    assert metrics.file.closed
+
+
+def test_metrics_that_were_taken_away_begin_anew(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    metrics = MetricsFile(path, first_step=-1)
+    metrics.log(step(1))
+    path.unlink()
+    assert read_metrics(path) == []
+    metrics.log(step(2))
+    assert [record["step"] for record in read_metrics(path)] == [2]
+
+
+def test_what_is_no_record_is_left_out(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(b'{"step": 1}\n[]\n7\n{"loss": 1.0}\n{"step": "2"}\n\xff\n{"step": 2, "lo')
+    assert read_metrics(path) == [{"step": 1}]
 
 
 def test_infinity_is_no_number_in_json(tmp_path):

@@ -35,16 +35,31 @@ def main(argv: Sequence[str] | None = None) -> int:
     _accept_any_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
+    command = f"mea {name}" if name in COMMANDS else "mea"
+    debug = "--debug" in arguments
     try:
         if name is None or arguments[0] != name:
-            return _general(arguments)
-        if name not in COMMANDS:
+            status = _general(arguments)
+        elif name not in COMMANDS:
             raise ValueError(f"unknown command {name!r}{nearest(name, COMMANDS)}; mea --help lists them")
-        return _run(name, arguments[1:], from_shell=argv is None)
-    except ValueError as error:
-        if "--debug" in arguments:
+        else:
+            status = _run(name, arguments[1:], from_shell=argv is None)
+        sys.stdout.flush()
+        return status
+    except BrokenPipeError:
+        _let_go_of_output()
+        return _RUN_ERROR
+    except (ValueError, KeyboardInterrupt) as error:
+        if debug:
             raise
-        return _fail("mea" if name not in COMMANDS else f"mea {name}", error, _USAGE_ERROR)
+        wrong = isinstance(error, ValueError)
+        return _fail(command, error if wrong else "interrupted", _USAGE_ERROR if wrong else _INTERRUPTED)
+    except (RuntimeError, OSError, MemoryError) as error:
+        message = _outside_reason(error)
+        if debug or message is None:
+            raise
+        _let_go_of_output()
+        return _fail(command, message, _RUN_ERROR)
 
 
 def _general(arguments: list[str]) -> int:
@@ -75,21 +90,7 @@ def _run(name: str, arguments: list[str], *, from_shell: bool) -> int:
     parser.add_argument("--debug", action="store_true", help="show the traceback of an error")
     args = parser.parse_args(arguments)
     args.from_shell = from_shell
-    try:
-        return int(module.run(args))
-    except BrokenPipeError:
-        _let_go_of_output()
-        return _RUN_ERROR
-    except KeyboardInterrupt:
-        if args.debug:
-            raise
-        return _fail(f"mea {name}", "interrupted", _INTERRUPTED)
-    except (RuntimeError, OSError, MemoryError) as error:
-        message = _outside_reason(error)
-        if args.debug or message is None:
-            raise
-        _let_go_of_output()
-        return _fail(f"mea {name}", message, _RUN_ERROR)
+    return int(module.run(args))
 
 
 def _outside_reason(error: Exception) -> object:
@@ -114,12 +115,16 @@ def _accept_any_output() -> None:
 
 def _let_go_of_output() -> None:
     """Where nothing can be written any more, keep the interpreter from trying it, and complaining, at its end."""
-    try:
-        sys.stdout.flush()
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def _fail(command: str, message: object, status: int) -> int:
-    print(f"{command}: {' '.join(str(message).split())}", file=sys.stderr)
+    try:
+        print(f"{command}: {' '.join(str(message).split())}", file=sys.stderr, flush=True)
+    except OSError:
+        _let_go_of_output()
     return status

@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="RUN",
         nargs="?",
         const="",
-        help="go on with a run from its last checkpoint (default RUN: the latest under runs/)",
+        help="go on with a run from its last checkpoint (default RUN: --out, or else the latest under runs/)",
     )
     run.add_argument("--quiet", action="store_true", help="say only what went wrong")
     for name, fields in itertools.groupby(dataclasses.fields(TrainConfig), lambda field: field.metadata["group"]):
@@ -37,14 +37,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    options = given_options(args, known_keys())
-    if args.resume is not None:
-        for name in ("config", "out"):
-            if getattr(args, name) is not None:
-                raise ValueError(f"--resume and --{name} contradict each other: a run keeps its own {name}")
-    else:
-        options = (read_values(args.config) if args.config else {}) | options
+    options = (read_values(args.config) if args.config else {}) | given_options(args, known_keys())
+    if args.resume is None:
         config = TrainConfig(**options)
+    elif args.resume and args.out and os.path.realpath(args.resume) != os.path.realpath(args.out):
+        raise ValueError(f"--resume and --out contradict each other: {args.resume} and {args.out} are different places")
 
     if args.from_shell:
         _let_waiting_threads_sleep()
@@ -55,7 +52,7 @@ def run(args: argparse.Namespace) -> int:
     display = make_display(quiet=args.quiet)
     try:
         if args.resume is not None:
-            outcome = resume_run(args.resume or latest_run(), options, display)
+            outcome = resume_run(args.resume or args.out or latest_run(), options, display)
         else:
             outcome = start_run(config, args.out, display)
     except Interrupted as interrupted:

@@ -4,9 +4,10 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from ..training.tracking import Callback, Record, Sample, Step, Validation, read_metrics
+from ..training.files import quoted
+from ..training.tracking import Callback, OutputError, Record, Sample, Step, Validation, read_metrics
 
 if TYPE_CHECKING:
     from ..training.runs import Outcome
@@ -39,12 +40,13 @@ class Lines(Quiet):
 
     def __init__(self) -> None:
         self.next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
+        self.run: Path | None = None
 
     def reading(self, done: int, total: int) -> None:
         self._now_and_then(f"reading: {done / 1e6:.1f} MB of text")
 
     def started(self, plan: str, run: Path, first_step: int, steps: int) -> None:
-        self.next_line = 0.0
+        self.next_line, self.run = 0.0, run
         self._print(f"{run}: {plan}")
         if first_step:
             self._print(f"going on after step {first_step}")
@@ -66,7 +68,13 @@ class Lines(Quiet):
             self.next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
 
     def _print(self, text: str) -> None:
-        print(text, flush=True)
+        try:
+            print(text, flush=True)
+        except BrokenPipeError:
+            raise
+        except OSError as error:
+            go_on = f"; go on with: mea train --resume {quoted(self.run)}" if self.run else ""
+            raise OutputError(f"cannot write to standard output ({error.strerror}){go_on}") from error
 
 
 class Live(Lines):
@@ -146,24 +154,22 @@ def summary(outcome: "Outcome") -> str:
     """What a finished run came to, and what to do next."""
     run, state = outcome.run, outcome.state
     records = read_metrics(run.metrics)
-    validations = [r for r in records if "validation_loss" in r]
-    steps = [r for r in records if "memory_peak" in r]
-    first, last = validations[0], validations[-1]
-    best = min(validations, key=lambda record: record["validation_loss"])
+    bits = [(record["validation_bits_per_byte"], record["step"]) for record in records if "validation_loss" in record]
+    peaks = [record["memory_peak"] for record in records if "memory_peak" in record]
     lines = [
         f"done: {state.step} steps, {state.tokens:,} tokens in {duration(state.seconds)} "
-        f"({_short(state.tokens / max(state.seconds, 1e-9))} tok/s), {outcome.parameters:,} parameters",
-        f"validation: {first['validation_bits_per_byte']:.2f} -> {last['validation_bits_per_byte']:.2f} bits per byte, "
-        f"best {best['validation_bits_per_byte']:.2f} at step {best['step']}",
-        f"memory: {outcome.memory.result() if outcome.memory else _memory(steps)}",
+        f"({_short(state.tokens / max(state.seconds, 1e-9))} tok/s), {outcome.parameters:,} parameters"
+    ]
+    if bits:  # the file may have been taken away
+        best, step = min(bits)
+        lines.append(f"validation: {bits[0][0]:.2f} -> {bits[-1][0]:.2f} bits per byte, best {best:.2f} at step {step}")
+    if outcome.memory or peaks:
+        lines.append(f"memory: {outcome.memory.result() if outcome.memory else f'{max(peaks) >> 20} MiB at the peak'}")
+    lines += [
         f"curve: {run.plot}   numbers: {run.metrics}   weights: {run.checkpoints.root}",
         f"next: mea generate {run.quoted} --prompt '{'...' if outcome.config.data else 'import '}'",
     ]
     return "\n".join(lines)
-
-
-def _memory(steps: list[dict[str, Any]]) -> str:
-    return f"{max(record['memory_peak'] for record in steps) >> 20} MiB at the peak"
 
 
 def duration(seconds: float) -> str:

@@ -5,10 +5,15 @@ A checkpoint holds `model.safetensors`, `optimizer.safetensors`, `state.json` an
 number is their state, and the position in the data too.
 """
 
+import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
 import math
+import os
+import re
+import tempfile
 import warnings
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -21,6 +26,8 @@ from torch import nn
 from .files import directory_written_atomically, discard
 
 _PREFIX = "step-"
+_NAME = re.compile(r"step-\d{8,}")
+_UNFINISHED = re.compile(r"\.step-\d{8,}\.(partial|discarded)")
 _SUMS = "SHA256SUMS"
 
 
@@ -77,7 +84,7 @@ class Checkpoints:
     def find(self, which: str = "last", report: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
         """The "last" checkpoint or the "best" (lowest validation loss); with none measured, best means last.
 
-        A checkpoint that is truncated or altered is named to `report` and the next in order is tried.
+        A checkpoint that is truncated, altered or without sums is named to `report` and the next in order is tried.
         """
         if which not in ("last", "best"):
             raise ValueError(f"checkpoint must be 'last' or 'best', got {which!r}")
@@ -88,7 +95,7 @@ class Checkpoints:
         for checkpoint in found:
             if (flaw := find_flaw(checkpoint.path)) is None:
                 return checkpoint
-            report(f"checkpoint {checkpoint.path} is damaged ({flaw}); using the one before")
+            report(f"checkpoint {checkpoint.path} is damaged ({flaw})")
         return None
 
     def prune(self, keep: int) -> None:
@@ -99,16 +106,18 @@ class Checkpoints:
             if checkpoint is not best:
                 discard(checkpoint.path)
 
-    def remove_after(self, step: int) -> None:
-        """Remove the checkpoints beyond `step` (found damaged, since a run goes on from the last sound one)."""
+    def set_aside_after(self, step: int) -> None:
+        """Give the checkpoints beyond `step`, damaged since a run goes on from the last sound one, other names."""
         for path in self._paths():
-            if path.name > f"{_PREFIX}{step:08d}":
-                discard(path)
+            if int(path.name.removeprefix(_PREFIX)) > step:
+                names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
+                path.rename(next(name for name in names if not os.path.lexists(name)))
 
     def remove_unfinished(self) -> None:
         """Remove what writes and removals that were cut short left behind."""
         for path in self.root.glob(f".{_PREFIX}*"):
-            discard(path)
+            if _UNFINISHED.fullmatch(path.name):
+                discard(path)
 
     def _readable(self, report: Callable[[str], None] = lambda text: None) -> list[Checkpoint]:
         found = []
@@ -117,11 +126,13 @@ class Checkpoints:
                 state = TrainState(**json.loads((path / "state.json").read_text()))
                 found.append(Checkpoint(path, state))
             except (OSError, ValueError, TypeError) as error:
-                report(f"checkpoint {path} is damaged ({error}); using the one before")
+                report(f"checkpoint {path} is damaged ({error})")
         return found
 
     def _paths(self) -> list[Path]:
-        return list(self.root.glob(f"{_PREFIX}*"))
+        """The directories with names as `save` gives; all else there belongs to someone else and is left alone."""
+        found = self.root.glob(f"{_PREFIX}*")
+        return [path for path in found if _NAME.fullmatch(path.name) and path.is_dir()]
 
 
 def _loss_or_infinity(checkpoint: Checkpoint) -> float:
@@ -147,7 +158,8 @@ def find_flaw(path: Path) -> str | None:
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
     """Copy a checkpoint's weights into a model of the same shape. Raises ValueError for one of another shape."""
     try:
-        load_model(model, str(checkpoint.model))
+        with _utf8_name(checkpoint.model) as file:
+            load_model(model, file)
     except RuntimeError as error:  # what load_state_dict raises, a line for each weight
         raise ValueError(
             f"the weights in {checkpoint.path} are not those of the model in the run's config.toml: was that changed "
@@ -158,7 +170,8 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Give `optimizer`, which holds `model`'s parameters, the averages it had at the checkpoint."""
     state: dict[int, dict[str, torch.Tensor]] = {}
-    tensors = load_file(checkpoint.optimizer)
+    with _utf8_name(checkpoint.optimizer) as file:
+        tensors = load_file(file)
     for index, name in enumerate(_names_in_order(model, optimizer)):
         prefix = f"{name}:"
         state[index] = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
@@ -177,6 +190,20 @@ def _names_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
     for group in optimizer.param_groups:
         for parameter in group["params"]:
             yield names[id(parameter)]
+
+
+@contextlib.contextmanager
+def _utf8_name(path: Path) -> Iterator[str]:
+    """The path, or where safetensors, which reads UTF-8 names only, cannot take it, that of a link to it for now."""
+    try:
+        str(path).encode()
+    except UnicodeEncodeError:
+        with tempfile.TemporaryDirectory() as folder:
+            link = Path(folder) / path.name
+            link.symlink_to(path.absolute())
+            yield str(link)
+    else:
+        yield str(path)
 
 
 def _sha256(path: Path) -> str:

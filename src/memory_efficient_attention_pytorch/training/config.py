@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import os
 import tomllib
-from collections.abc import Mapping
+import urllib.parse
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -141,7 +143,7 @@ def load_config(path: Path | str) -> TrainConfig:
 def read_values(path: Path | str) -> dict[str, Any]:
     """The keys and values that a TOML file sets, checked for unknown keys and the format's version."""
     try:
-        values = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+        values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
@@ -153,7 +155,7 @@ def read_values(path: Path | str) -> dict[str, Any]:
             "use the version of memory-efficient-attention-pytorch that wrote it"
         )
     reject_unknown(values, where=str(path))
-    return values
+    return {name: _each(value, _from_toml) if name in _PATHS else value for name, value in values.items()}
 
 
 def dump_config(config: TrainConfig) -> str:
@@ -167,10 +169,31 @@ def dump_config(config: TrainConfig) -> str:
             group = field.metadata["group"]
             lines += ["", f"# {group}"]
         value = getattr(config, field.name)
+        value = _each(value, _to_toml) if field.name in _PATHS else value
         text = f"# {field.name} =" if value is None else tomli_w.dumps({field.name: value}).rstrip()
         unset = f"; default: {field.metadata['unset']}" if field.metadata["unset"] else ""
         lines.append(f"{text}  # {field.metadata['help']}{unset}")
     return "\n".join(lines) + "\n"
+
+
+_PATHS = ("data", "tokenizer")
+
+
+def _each(value: Any, change: Callable[[str], str]) -> Any:
+    if isinstance(value, list | tuple):
+        return [change(item) if isinstance(item, str) else item for item in value]
+    return change(value) if isinstance(value, str) else value
+
+
+def _to_toml(path: str) -> str:
+    """TOML is UTF-8, which a file's name need not be: then the path as a URI, which has its bytes (RFC 8089)."""
+    utf8 = path.encode(errors="ignore").decode() == path
+    return path if utf8 else Path(path).absolute().as_uri()
+
+
+def _from_toml(path: str) -> str:
+    uri = path.removeprefix("file://")
+    return path if uri == path else os.fsdecode(urllib.parse.unquote_to_bytes(uri))
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
@@ -205,7 +228,30 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
+_MOST = {"depth": 2**16, "heads": 2**16, "vocab_size": 2**24}
+"""Counts whose sum of parts is made one by one."""
+
+_MOST_NUMBERS = 2**48
+"""In a tensor: more than any machine holds, and far from overflowing."""
+
+
+def _check_sizes(config: TrainConfig) -> None:
+    """Raise ValueError for sizes that make no sense anywhere, before anything counts or multiplies them."""
+    for name, most in _MOST.items():
+        if (getattr(config, name) or 0) > most:
+            raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}")
+    width = max(config.dim * config.ff_mult, config.heads * config.dim_head)
+    for names, numbers in {
+        "dim, ff_mult, heads and dim_head": config.dim * width,
+        "batch_size and seq_len": config.batch_size * config.seq_len * width,
+        "accumulation, batch_size and seq_len": config.accumulation * config.batch_size * config.seq_len * 256,
+    }.items():
+        if numbers > _MOST_NUMBERS:
+            raise ValueError(f"{names} make {numbers:.1e} numbers, more than any machine holds: choose smaller sizes")
+
+
 def _check_combination(config: TrainConfig) -> None:
+    _check_sizes(config)
     if config.tokenizer is not None and config.vocab_size is not None:
         raise ValueError("tokenizer and vocab_size contradict each other: give a tokenizer's file or have one trained")
     if not 0 < config.validation_fraction < 1:

@@ -8,7 +8,7 @@ RUN/metrics.jsonl, RUN/loss.png          what was measured
 """
 
 import contextlib
-import shlex
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,9 +19,11 @@ import torch
 from ..models.transformer import Transformer
 from .checkpoints import Checkpoints, load_weights
 from .config import TrainConfig, dump_config, load_config
-from .files import WRITE_ERRORS, RunError, write_atomically
+from .files import WRITE_ERRORS, RunError, quoted, write_atomically
 from .model import build_model
 from .tokenizers import ByteTokenizer, SubwordTokenizer, Tokenizer
+
+_FILES = ("config.toml", "tokenizer.json", "standard-input.txt", "metrics.jsonl", "loss.png")
 
 
 class LoadedRun(NamedTuple):
@@ -47,12 +49,12 @@ class RunDirectory:
         self.tensorboard = self.path / "tensorboard"
 
     @classmethod
-    def make(cls, path: Path, config: TrainConfig) -> tuple["RunDirectory", bool]:
-        """The run directory with its configuration in it, and whether it was made here.
+    def make(cls, path: Path, config: TrainConfig) -> tuple["RunDirectory", list[Path]]:
+        """The run directory with its configuration in it, and the directories that were made for it.
 
         Raises ValueError if it is not empty or cannot be written.
         """
-        run, made = cls(path), not path.exists()
+        run, made = cls(path), [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
         try:
             if not made and any(path.iterdir()):
                 resume = f"go on with it, mea train --resume {run.quoted}, or" if run.config.exists() else "please"
@@ -60,15 +62,21 @@ class RunDirectory:
             path.mkdir(parents=True, exist_ok=True)
             write_atomically(run.config, dump_config(config))
         except OSError as error:
+            run.unmake(made)
             raise ValueError(
                 f"out: cannot write to {path}: {error.strerror}; choose another place with --out"
             ) from error
         return run, made
 
-    def empty(self) -> None:
-        """Take away all that is in it."""
-        for child in self.path.iterdir():
-            shutil.rmtree(child) if child.is_dir() else child.unlink()
+    def unmake(self, made: list[Path]) -> None:
+        """Take away what a run that comes to nothing has left, and the directories made for it."""
+        left = [*_FILES, *(f".{name}.partial" for name in _FILES), ".lock", "tensorboard", "data", ".data.partial"]
+        for path in (self.path / name for name in left):
+            with contextlib.suppress(OSError):
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+        for folder in made:
+            with contextlib.suppress(OSError):  # not there, or something of someone else's in it
+                folder.rmdir()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -100,7 +108,7 @@ class RunDirectory:
     @property
     def quoted(self) -> str:
         """Its path as a shell takes it, for commands that are to be copied."""
-        return shlex.quote(str(self.path))
+        return quoted(self.path)
 
     def load_config(self) -> TrainConfig:
         """Raises ValueError if this is no run directory, or one that another version wrote."""

@@ -15,14 +15,14 @@ from .budget import Memory, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
-from .files import write_atomically
+from .files import RunError, write_atomically
 from .model import build_model
 from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
 from .tracking import Callback, MetricsFile, TensorBoardFile
-from .trainer import Trainer
+from .trainer import Trainer, learning_rate
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -65,30 +65,25 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
     text: dict[str, Any] = {"data": tuple(name if name == "-" else str(Path(name).absolute()) for name in config.data)}
     if config.tokenizer is not None:
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
+    config = config.updated(text)
     num_tokens = _num_tokens(config) if config.memory_budget else 0
-    config, memory = _settle(accelerator, config.updated(text), num_tokens)
+    config, memory = _settle(accelerator, config, num_tokens)
     path = Path(out) if out is not None else _on_main(accelerator, _next_number)
     run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
-
-    def undo() -> None:
-        run.empty()
-        if made:
-            path.rmdir()
-            with contextlib.suppress(OSError):
-                RUNS.rmdir()
-
-    return _train(accelerator, run, config, memory, make_display, undo)
+    return _train(accelerator, run, config, memory, make_display, refused=lambda: run.unmake(made))
 
 
 def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Callable[[bool], Callback]) -> Outcome:
     """Go on with a run from its last sound checkpoint, to the bit as if it had never stopped.
 
-    changes: options to change from here on. Raises ValueError if `path` is no run directory of this format or an
-    option decides what was trained so far, and what `Trainer.train` raises.
+    changes: options to change from here on; those with which it was begun change nothing. Raises ValueError if `path`
+    is no run directory of this format, if it has checkpoints of which none is sound, or if an option decides what was
+    trained so far, and what `Trainer.train` raises.
     """
     run = RunDirectory(path)
     before = run.load_config()
     config = before.updated(changes)
+    config = config.updated({key: getattr(before, key) for key in changes if _as_before(before, config, key)})
     for key in changes:
         if key not in _CHANGEABLE and getattr(config, key) != getattr(before, key):
             raise ValueError(
@@ -97,7 +92,16 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
     accelerator = _make_accelerator(config)
     num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
     config, memory = _settle(accelerator, config, num_tokens, settled=True)
-    return _train(accelerator, run, config, memory, make_display)
+    return _train(accelerator, run, config, memory, make_display, before=before)
+
+
+def _as_before(before: TrainConfig, now: TrainConfig, key: str) -> bool:
+    """Whether an option asks for nothing new: what was chosen for `auto` stays, and a path may lead by another way."""
+    if key == "data":
+        return [os.path.realpath(name) for name in before.data] == [os.path.realpath(name) for name in now.data]
+    if key == "tokenizer" and before.tokenizer and now.tokenizer:
+        return os.path.realpath(before.tokenizer) == os.path.realpath(now.tokenizer)
+    return key == "precision" and now.precision == "auto"
 
 
 def _settle(
@@ -137,28 +141,32 @@ def _train(
     config: TrainConfig,
     memory: Memory | None,
     make_display: Callable[[bool], Callback],
-    refused: Callable[[], None] | None = None,
+    *,
+    before: TrainConfig | None = None,
+    refused: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """refused: called when a new run's text or model is found to be unusable; None when going on with a run."""
+    """before: the configuration of a run that goes on. refused: called where it turns out that it cannot be trained."""
     main = accelerator.is_main_process
-    display = make_display(main)
     with contextlib.ExitStack() as stack:
         stack.callback(accelerator.end_training)
-        stack.callback(display.close)
-        if main:
-            stack.enter_context(run.locked())
         try:
+            display = make_display(main)
+            stack.callback(display.close)
+            if main:
+                stack.enter_context(run.locked())
             with run.clear_about_writing():
-                checkpoint = _on_main(accelerator, lambda: _prepare(run, config, display, resuming=refused is None))
+                checkpoint = _on_main(accelerator, lambda: _prepare(run, config, display, before))
                 files = _files(run, config, first_step=checkpoint.state.step if checkpoint else -1) if main else []
-        except ValueError:
-            if refused is not None:
+            for file in files:
+                stack.callback(file.close)
+            corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
+            trainer = Trainer(accelerator, run, config, corpus, tokenizer, [*files, display], checkpoint)
+        except (RunError, BrokenPipeError):
+            raise  # it can go on
+        except Exception:
+            if main:
                 refused()
             raise
-        for file in files:
-            stack.callback(file.close)
-        corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
-        trainer = Trainer(accelerator, run, config, corpus, tokenizer, [*files, display], checkpoint)
         if main:
             # Only now is it certain that the run can go on with what has been changed.
             with run.clear_about_writing():
@@ -174,19 +182,42 @@ def _train(
         return Outcome(run, config, state, parameters, main, memory)
 
 
-def _prepare(run: RunDirectory, config: TrainConfig, display: Callback, *, resuming: bool) -> Checkpoint | None:
+def _prepare(
+    run: RunDirectory, config: TrainConfig, display: Callback, before: TrainConfig | None
+) -> Checkpoint | None:
     """Everything on disk that the loop needs; the checkpoint to go on from."""
     with torch.device("meta"):
         build_model(config, num_tokens=256)  # refuses an impossible shape before the text is read
     prepare_text(run, config, display)
     check_length(Corpus(run.data), config.seq_len)
-    if not resuming:
-        return None
+    return None if before is None else _last_checkpoint(run, config, display, before)
+
+
+def _last_checkpoint(
+    run: RunDirectory, config: TrainConfig, display: Callback, before: TrainConfig
+) -> Checkpoint | None:
+    """The last sound one of a run that goes on; damaged ones beyond it get other names."""
+    damaged: list[str] = []
+    checkpoint = run.checkpoints.find("last", damaged.append)
+    if checkpoint is None and damaged:
+        raise ValueError(
+            f"{run.path} holds no sound checkpoint, and nothing there was changed: {'; '.join(damaged)}. "
+            "Restore one, or move them away to begin at step 0"
+        )
+    for flaw in damaged:
+        display.notice(f"{flaw}: it is passed over, and none of it removed")
     run.checkpoints.remove_unfinished()
-    checkpoint = run.checkpoints.find("last", display.notice)
     if checkpoint is None:
-        display.notice(f"{run.path} holds no sound checkpoint yet: beginning at step 0")
-    run.checkpoints.remove_after(checkpoint.state.step if checkpoint else -1)
+        display.notice(f"{run.path} holds no checkpoint yet: beginning at step 0")
+        return None
+    step = checkpoint.state.step
+    run.checkpoints.set_aside_after(step)
+    planned, now = (learning_rate(each, step) for each in (before, config))
+    if step < config.steps and abs(now - planned) > 0.1 * planned:
+        display.notice(
+            f"the learning rate goes on at {now:.2g}, where the run as it was would have come to {planned:.2g}: "
+            "--steps, --learning-rate, --warmup-steps and --final-learning-rate shape it together"
+        )
     return checkpoint
 
 

@@ -7,7 +7,11 @@ import math
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .files import RunError, write_atomically
+
+
+class OutputError(RunError):
+    """A callback cannot tell what it was told: its output takes no more."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,34 +73,36 @@ class Callback:
 
 
 class MetricsFile(Callback):
-    """Appends a JSON object per record to `metrics.jsonl`. A run that goes on drops what lies beyond its first step."""
+    """Appends a JSON object per record to `metrics.jsonl`. A run that goes on drops what lies beyond its first step.
+
+    The file is opened for every record: where it was taken away meanwhile, it begins anew.
+    """
 
     def __init__(self, path: Path, first_step: int):
-        if path.exists():
-            kept = [record for record in read_metrics(path) if record["step"] <= first_step]
-            write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
-        self.file = path.open("a", encoding="utf-8", buffering=1)
+        self.path = path
+        kept = [record for record in read_metrics(path) if record["step"] <= first_step]
+        write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def log(self, record: Record) -> None:
         # JSON has no infinity, which a gradient's norm is when the fp16 scaler is too bold.
         values = dataclasses.asdict(record).items()
         sound = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values}
-        self.file.write(json.dumps(sound) + "\n")
-
-    def close(self) -> None:
-        # Each line was flushed when it was written: what a full disk refused then has been told.
-        with contextlib.suppress(OSError):
-            self.file.close()
+        with self.path.open("a", encoding="utf-8") as file:
+            file.write(json.dumps(sound) + "\n")
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`; a last line that a kill cut short is left out."""
+    """The records of `metrics.jsonl`, none if there is no such file; what is no record, such as a line that a kill cut
+    short, is left out."""
     records = []
-    for line in path.read_text(encoding="utf-8").splitlines():
+    text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
+    for line in text.splitlines():
         try:
-            records.append(json.loads(line))
+            record = json.loads(line)
         except ValueError:
             continue
+        if isinstance(record, dict) and isinstance(record.get("step"), int):
+            records.append(record)
     return records
 
 
@@ -110,7 +116,10 @@ class TensorBoardFile(Callback):
             raise ValueError(
                 "tensorboard is not installed: pip install 'memory-efficient-attention-pytorch[tensorboard]'"
             ) from error
-        self.writer: Any = SummaryWriter(str(path), purge_step=first_step + 1)
+        try:
+            self.writer: Any = SummaryWriter(str(path), purge_step=first_step + 1)
+        except UnicodeEncodeError as error:
+            raise ValueError("tensorboard writes to no path that is not UTF-8: choose another --out") from error
 
     def log(self, record: Record) -> None:
         if isinstance(record, Sample):

@@ -21,7 +21,7 @@ from .plot import plot_losses
 from .resources import forget_pages, memory_now, memory_peak
 from .run_directory import RunDirectory
 from .tokenizers import Tokenizer
-from .tracking import Callback, Record, Sample, Step, Validation
+from .tracking import Callback, OutputError, Record, Sample, Step, Validation
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -71,7 +71,7 @@ class Trainer:
 
         Raises Interrupted, with everything saved, when a signal asks for it; RunError when the loss is not finite or
         nothing can be written, with the last good checkpoint kept; BrokenPipeError, with everything saved, when a
-        callback's output was closed.
+        callback's output was closed, OutputError, also with everything saved, when it takes no more.
         """
         try:
             with Interruption() as interruption:
@@ -82,7 +82,7 @@ class Trainer:
                     self._after_step(interruption)
             self._draw(at_last=True)
             return self.state
-        except BrokenPipeError:
+        except (BrokenPipeError, OutputError):
             # Whoever watched has left. With other processes there is no agreeing on a moment to save.
             if self.accelerator.num_processes == 1:
                 self.save()
@@ -132,9 +132,11 @@ class Trainer:
         raise self._diverged(f"{what} at step {self.state.step + 1}")
 
     def _diverged(self, what: str) -> RunError:
+        # A third of what was too much; of what was out of all proportion, what suits the model as it comes.
+        rate = min(self.config.learning_rate / 3, TrainConfig.learning_rate)
         return RunError(
             f"{what}; {self._last_good()}; try a smaller learning rate: "
-            f"mea train --resume {self.run.quoted} --learning-rate {self.config.learning_rate / 3:.1g}"
+            f"mea train --resume {self.run.quoted} --learning-rate {rate:.1g}"
         )
 
     def _count_step(self, loss: float, norm: float, rate: float, seconds: float) -> None:
