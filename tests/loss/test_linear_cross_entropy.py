@@ -402,7 +402,9 @@ def test_holds_one_chunk_of_logits_and_the_two_gradients():
 
 
 @pytest.mark.parametrize(
-    "options", [{"scale": 0.5, "z_loss": 0.1}, {"class_weights": torch.rand(V)}, {"softcap": 5.0}], ids=str
+    "options",
+    [{"scale": 0.5, "z_loss": 0.1}, {"class_weights": torch.linspace(0, 1, V)}, {"softcap": 5.0}],
+    ids=["scale and z-loss", "class weights", "softcap"],
 )
 def test_variants_hold_no_second_chunk_of_logits(options):
     hidden, weight, _, labels = big()
