@@ -64,3 +64,33 @@ def small_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **
 
 def tokens(batch: int = 2, length: int = 23, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
+
+
+WIDER = {"vocab_size": 4000, "hidden_size": 256, "intermediate_size": 768, "head_dim": 64, "num_hidden_layers": 3}
+OF_GPT2 = {"vocab_size": 4000, "n_embd": 256, "n_layer": 3}
+OF_GEMMA = {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 256}
+
+
+def wider_model(kind: str, length: int) -> Any:
+    own = {"GPT2": OF_GPT2, "Gemma3": WIDER | OF_GEMMA}.get(kind, WIDER)
+    return small_model(kind, torch.float32, max_position_embeddings=length, **own)
+
+
+def build_step(kind: str, state: str, length: int) -> Any:
+    """The model in this state with its gradients, and its step; a target of ``measure_peak``."""
+    from memory_efficient_attention_pytorch.benchmarking.measure import zero_grads
+    from memory_efficient_attention_pytorch.huggingface import make_memory_efficient, planning
+
+    model = wider_model(kind, length)
+    if state == planning.CHECKPOINTED:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if state == planning.EFFICIENT:
+        make_memory_efficient(model)
+    zero_grads(model)
+    ids = torch.randint(4000, (1, length))
+
+    def step(n: int = length) -> None:
+        model(input_ids=ids[:, :n], labels=ids[:, :n], use_cache=False).loss.backward()
+
+    step(16)  # loads what PyTorch loads on first use
+    return step

@@ -6,13 +6,15 @@ Without options it is the model and the batch of `mea train`.
   mea plan --dim 512 --depth 24 --seq-len 65536 --budget 8GiB         settings that fit
   mea plan --dim 512 --depth 24 --budget 24GB --longest               the longest sequence that fits
   mea plan --seq-len 8192 --plot memory.png                           a picture over the step
+  mea plan --model DIRECTORY --seq-len 8192 --budget 24GB             a model of Hugging Face transformers, before and
+                                                                      after make_memory_efficient
 
 The exit status is 1 where a budget is not kept.
 """
 
 import argparse
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,12 +23,15 @@ from ..training.config import TrainConfig, known_keys
 from .parser import add_options, given_options
 
 if TYPE_CHECKING:
+    from ..huggingface.change import Report
+    from ..huggingface.planning import StepPlans
     from ..planner import Plan
 
 _MODEL = [name for name in known_keys() if name in KNOBS and name not in SETTINGS]
 _STEP = ("seq_len", "batch_size")
 _OWN = {"num_tokens": 256, "causal": True}
 """What `mea train` has no option for, as in its default run."""
+_ALONE = ("generate", "plot")
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -34,11 +39,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model = parser.add_argument_group("model")
     add_options(model, TrainConfig, _MODEL)
     add_options(model, TransformerConfig, _OWN, _OWN)
+    model.add_argument(
+        "--model",
+        metavar="DIRECTORY",
+        help="instead, a causal language model of transformers by its config.json; --batch-size is then 1 by default",
+    )
     step = parser.add_argument_group("training step")
     add_options(step, TrainConfig, _STEP)
     step.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adam, sgd, … or none (%(default)s)")
     types = ("fp32", "bf16", "fp16")
-    step.add_argument("--dtype", default="fp32", choices=types, help="of the parameters (%(default)s)")
+    step.add_argument("--dtype", choices=types, help="of the parameters (fp32; with --model the configuration's own)")
     step.add_argument("--precision", default="fp32", choices=types, help="of mixed precision; fp32: off (%(default)s)")
     step.add_argument("--device", metavar="NAME", help="cpu or cuda, here or not (default: what is here)")
     step.add_argument(
@@ -58,24 +68,23 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    from ..planner import available_memory, max_seq_len, plan
-
-    config, size = _config(args), _given(args, _STEP)
+    if args.longest and args.budget is None:
+        raise ValueError("--longest needs a --budget, such as 8GiB or auto")
     step: dict[str, Any] = {
-        "batch_size": size["batch_size"],
-        "dtype": args.dtype,
         "autocast": None if args.precision == "fp32" else args.precision,
         "device": args.device,
         "optimizer": None if args.optimizer == "none" else args.optimizer,
-        "training": not args.generate,
         "keep_gradients": args.keep_gradients,
     }
-    if args.longest and args.budget is None:
-        raise ValueError("--longest needs a --budget, such as 8GiB or auto")
-    budget = args.budget
-    if budget == "auto":
-        device = args.device or str(plan({**config, "depth": 1}, **{**step, "seq_len": 16}).device)
-        budget = _free(available_memory, device)
+    return _run(args, step) if args.model is None else _run_model(args, step)
+
+
+def _run(args: argparse.Namespace, step: dict[str, Any]) -> int:
+    from ..planner import max_seq_len, plan
+
+    config, size = _config(args), _given(args, _STEP)
+    step |= {"batch_size": size["batch_size"], "dtype": args.dtype or "fp32", "training": not args.generate}
+    budget = _budget(args, lambda: plan({**config, "depth": 1}, **{**step, "seq_len": 16}).device)
     made = plan(config, seq_len=size["seq_len"], budget=budget, **step)
     longest = max_seq_len({**config, **made.settings}, budget=budget, **step) if args.longest else None
     picture = _draw(made, args.plot) if args.plot else None
@@ -86,6 +95,50 @@ def run(args: argparse.Namespace) -> int:
         if picture is not None:
             print(f"\npicture: {picture}")
     return 1 if made.budget is not None and not made.fits() else 0
+
+
+def _run_model(args: argparse.Namespace, step: dict[str, Any]) -> int:
+    """The same of a model of transformers, before and after make_memory_efficient."""
+    import torch
+
+    given = [*given_options(args, (*_MODEL, *_OWN, *SETTINGS)), *(name for name in _ALONE if getattr(args, name))]
+    if given:
+        raise ValueError(f"--{given[0].replace('_', '-')} does not go together with --model: it is of our Transformer")
+    size = {"batch_size": 1} | given_options(args, _STEP)
+    if "seq_len" not in size:
+        raise ValueError("--model needs --seq-len, the tokens of a sequence")
+    try:
+        from ..huggingface import make_memory_efficient
+        from ..huggingface.planning import load_on_meta
+        from ..torch_internals.fake import log_no_refusals
+    except ModuleNotFoundError as error:
+        raise ValueError(f"{error}; pip install memory-efficient-attention-pytorch[huggingface]") from error
+    if args.from_shell:
+        log_no_refusals()
+    model = load_on_meta(args.model)
+    report = make_memory_efficient(model)
+    budget = _budget(args, lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        steps = report.plan(**size, **step, dtype=args.dtype, budget=budget)
+    except NotImplementedError as error:
+        raise ValueError(f"--model: {error}") from error
+    if args.json:
+        plans = {state: made.as_dict() for state, made in steps.plans.items()}
+        print(json.dumps({"model": type(model).__name__, "plans": plans, "longest": dict(steps.longest)}, indent=2))
+    else:
+        _print_model(model, args, report, steps)
+    return 1 if budget is not None and not steps.after.fits() else 0
+
+
+def _budget(args: argparse.Namespace, device: Callable[[], Any]) -> Any:
+    from ..planner import available_memory
+
+    if args.budget != "auto":
+        return args.budget
+    try:
+        return available_memory(args.device or device())
+    except NotImplementedError as error:
+        raise ValueError(f"--budget: {error}") from error
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
@@ -100,13 +153,6 @@ def _config(args: argparse.Namespace) -> dict[str, Any]:
     if args.budget is None and args.precision != "fp32" and config.get("reversible", True):
         config.setdefault("exact", True)  # as mea train does
     return config
-
-
-def _free(available_memory: Any, device: str) -> int:
-    try:
-        return int(available_memory(device))
-    except NotImplementedError as error:
-        raise ValueError(f"--budget: {error}") from error
 
 
 def _draw(made: "Plan", file: str) -> Path:
@@ -163,3 +209,30 @@ def _print_options(made: "Plan") -> None:
         more = f"{option.flops / made.options[0].flops - 1:+.0%}"
         print(f"  {option.name:<32}{format_size(option.peak_bytes):>10}{saved:>11}{more:>10}")
         before = option
+
+
+def _print_model(model: Any, args: argparse.Namespace, report: "Report", steps: "StepPlans") -> None:
+    from ..planner import format_size
+
+    after, left = steps.after, dict[str, list[str]]()
+    for part, why in report.left:
+        left.setdefault(why, []).append(part)
+    size = sum(parameter.numel() for parameter in model.parameters())
+    print(f"{type(model).__name__} of {size / 1e6:,.4g} million parameters,")
+    print(f"trained with {args.optimizer} on {after.batch_size} × {after.seq_len:,} tokens, device {after.device}")
+    width = max(map(len, steps.plans))
+    within = f"   longest sequence within {format_size(after.budget)}" if after.budget else ""
+    print(f"\n{'needs at its peak':<{width + 10}}{within}".rstrip())
+    for state, made in steps.plans.items():
+        longest = f"{steps.longest[state]:>16,} tokens" if steps.longest else ""
+        print(f"  {state:<{width}}{format_size(made.peak_bytes):>12}{longest}")
+    for why, parts in left.items():
+        others = f" and {len(parts) - 1} others" if len(parts) > 1 else ""
+        print(f"\nleft as it is: {parts[0]}{others}: {why}")
+    most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
+    if most is not None and max([after.seq_len or 0, *steps.longest.values()]) >= most:
+        print(f"\nits configuration is for sequences of up to {most:,} tokens")
+    if after.budget is not None:
+        room = after.budget - after.peak_bytes
+        verdict = f"fits, with {format_size(room)} to spare" if room >= 0 else f"is {format_size(-room)} too large"
+        print(f"\nbudget {format_size(after.budget)}: after the call it {verdict}")

@@ -1,8 +1,9 @@
-"""A model of transformers made long, on the instance alone, and made what it was again."""
+"""A model of transformers made long, on the instance alone, and what was changed."""
 
 from __future__ import annotations
 
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from types import MethodType
@@ -14,21 +15,43 @@ from transformers import PreTrainedModel, masking_utils
 from ..common.errors import require
 from . import attention as own_attention
 from . import feed_forward, logits
-
-_RECORD = "_memory_efficient_changes"
-_HOOKS = "_require_grads_hooks"  # of transformers: checkpointing lets embeddings ask for gradients
+from .checkpoints import enable_checkpoints, is_checkpointed
+from .planning import StepPlans, plan_step
+from .undoing import HOOKS, RECORD, Record, find_model, restore
 
 
 @dataclass
 class Report:
-    """What :func:`make_memory_efficient` changed and what it left, as pairs of a part and how, or why."""
+    """What :func:`make_memory_efficient` changed and what it left, as pairs of a part and how, or why.
 
+    planned: the steps that were planned, in order. model: the one changed, which a report does not keep alive.
+    """
+
+    model: weakref.ref[nn.Module] = field(repr=False)
     changed: list[tuple[str, str]] = field(default_factory=list)
     left: list[tuple[str, str]] = field(default_factory=list)
+    planned: list[StepPlans] = field(default_factory=list)
+
+    def plan(self, *, batch_size: int = 1, seq_len: int, **options: Any) -> StepPlans:
+        """What a step on ``(batch_size, seq_len)`` tokens takes, before and after; from now on it is printed, too.
+
+        Nothing is computed (:func:`planner.plan`, whose options these are). With a ``budget`` also the longest
+        sequence of each.
+
+        Raises:
+            ValueError: the model is gone, restored, or has too few positions.
+            NotImplementedError: what it does depends on its data, as a mixture of experts may; names the operation.
+        """
+        model = self.model()
+        require(model is not None, "model", "one that is still there", None)
+        assert model is not None
+        self.planned.append(plan_step(model, batch_size=batch_size, seq_len=seq_len, **options))
+        return self.planned[-1]
 
     def __str__(self) -> str:
         lines = [f"changed  {part}: {how}" for part, how in self.changed]
-        return "\n".join(lines + [f"left     {part}: {why}" for part, why in self.left])
+        lines += [f"left     {part}: {why}" for part, why in self.left]
+        return "\n".join([*lines, *(f"planned  {step}" for step in self.planned)])
 
 
 def make_memory_efficient(
@@ -45,18 +68,18 @@ def make_memory_efficient(
             host memory meanwhile. True leaves a model alone that is checkpointed already.
 
     Returns:
-        What was changed, and what was left and why; it can be printed.
+        What was changed, and what was left and why; it can be printed, and plans a step before and after.
 
     Raises:
         ValueError: no model of transformers in it, or changed already.
 
     Call it before the model is compiled, sharded or given to DDP; after adapters are added.
     """
-    base = _model(model)
-    require(_RECORD not in base.__dict__, "model", "one as it was: restore(model) first", "one changed already")
+    base = find_model(model)
+    require(RECORD not in base.__dict__, "model", "one as it was: restore(model) first", "one changed already")
     require(checkpoint in (True, False, "cpu"), "checkpoint", 'True, False or "cpu"', repr(checkpoint))
-    report, record = Report(), _Record()
-    base.__dict__[_RECORD] = record.entries
+    report, record = Report(weakref.ref(model)), Record()
+    base.__dict__[RECORD] = record.entries
     steps: list[tuple[bool, Callable[[], None]]] = [
         (attention, lambda: _change_attention(base, record, report)),
         (mlp, lambda: _change_mlps(base, record, report)),
@@ -73,45 +96,6 @@ def make_memory_efficient(
     return report
 
 
-def restore(model: nn.Module) -> None:
-    """Undo :func:`make_memory_efficient`: every attribute that it set is what it was.
-
-    Raises:
-        ValueError: the model was not changed.
-    """
-    base = _model(model)
-    require(_RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "one as it was")
-    record = base.__dict__.pop(_RECORD)
-    if any(name == _HOOKS and not value for _, name, value, _ in record):
-        base.disable_input_require_grads()
-    for holder, name, value, was_there in reversed(record):
-        if was_there:
-            holder.__dict__[name] = value
-        else:
-            holder.__dict__.pop(name, None)
-
-
-class _Record:
-    """What was in the ``__dict__`` of objects. Copied together with a model, it is the copy's."""
-
-    def __init__(self) -> None:
-        self.entries: list[tuple[Any, str, Any, bool]] = []
-
-    def note(self, holder: Any, name: str) -> None:
-        self.entries.append((holder, name, holder.__dict__.get(name), name in holder.__dict__))
-
-    def set(self, holder: Any, name: str, value: Any) -> None:
-        self.note(holder, name)
-        holder.__dict__[name] = value
-
-
-def _model(model: nn.Module) -> PreTrainedModel:
-    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
-    require(found is not None, "model", "a model of transformers, or a module that holds one", type(model).__name__)
-    assert found is not None
-    return found
-
-
 def _configs(model: PreTrainedModel) -> Iterator[Any]:
     seen: set[int] = set()
     ahead: list[Any] = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -126,7 +110,7 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
 _MAKERS = {name for name in vars(masking_utils) if name.startswith("create_") and name.endswith(("_mask", "_masks"))}
 
 
-def _change_attention(model: PreTrainedModel, record: _Record, report: Report) -> None:
+def _change_attention(model: PreTrainedModel, record: Record, report: Report) -> None:
     part = "attention"
     if not model._can_set_attn_implementation():
         report.left.append((part, f"{type(model).__name__} has no exchangeable attention"))
@@ -150,7 +134,7 @@ def _change_attention(model: PreTrainedModel, record: _Record, report: Report) -
     report.changed.append((part, f"in tiles, instead of {before}"))
 
 
-def _change_mlps(model: PreTrainedModel, record: _Record, report: Report) -> None:
+def _change_mlps(model: PreTrainedModel, record: Record, report: Report) -> None:
     changed: list[str] = []
     for name, module, why_not in feed_forward.candidates(model):
         if why_not is not None:
@@ -165,7 +149,7 @@ def _change_mlps(model: PreTrainedModel, record: _Record, report: Report) -> Non
         report.left.append(("MLPs", "none was recognised"))
 
 
-def _change_loss(model: PreTrainedModel, record: _Record, report: Report) -> None:
+def _change_loss(model: PreTrainedModel, record: Record, report: Report) -> None:
     why_not = logits.objection(model)
     if why_not is None and "forward" in {**model.__dict__, **model.get_output_embeddings().__dict__}:
         why_not = "its forward, or its head's, is already replaced"
@@ -179,23 +163,19 @@ def _change_loss(model: PreTrainedModel, record: _Record, report: Report) -> Non
     report.changed.append(("loss", "without logits; outputs.logits are made when touched"))
 
 
-def _change_checkpoints(model: PreTrainedModel, record: _Record, report: Report, offload: bool) -> None:
+def _change_checkpoints(model: PreTrainedModel, record: Record, report: Report, offload: bool) -> None:
     part = "layers"
     if not model.supports_gradient_checkpointing:
         report.left.append((part, f"{type(model).__name__} does not support checkpointing"))
         return
-    if model.is_gradient_checkpointing and not offload:
+    if is_checkpointed(model) and not offload:
         report.left.append((part, "checkpointed already"))
         return
     for module in model.modules():
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             record.note(module, name)
-    if not model.__dict__.get(_HOOKS):
-        record.note(model, _HOOKS)
+    if not model.__dict__.get(HOOKS):
+        record.note(model, HOOKS)
         record.note(model, "_require_grads_hook")
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
-    else:
-        require(not offload, "checkpoint", "True: this release of transformers holds no inputs on the host", "cpu")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    enable_checkpoints(model, offload)
     report.changed.append((part, "checkpointed" + (", their inputs in pinned host memory" if offload else "")))

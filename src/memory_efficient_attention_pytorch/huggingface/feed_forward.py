@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -16,16 +17,19 @@ from ..layers.working_set import feed_forward_chunks
 from ..torch_internals.tensors import are_plain
 
 
-def candidates(module: nn.Module, name: str = "") -> Iterator[tuple[str, nn.Module, str | None]]:
-    """The outermost MLPs with their names, and why one is to be left, or None."""
+def candidates(
+    module: nn.Module, name: str = "", tried: dict[object, str | None] | None = None
+) -> Iterator[tuple[str, nn.Module, str | None]]:
+    """The outermost MLPs with their names, and why one is to be left, or None. tried: those without contents."""
+    tried = {} if tried is None else tried
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}" if name else child_name
         if hasattr(child, "experts"):
             yield full, child, "a mixture of experts: tokens are routed, not cut"
         elif _looks_like_mlp(child):
-            yield full, child, _objection(child)
+            yield full, child, _objection(child, tried)
         else:
-            yield from candidates(child, full)
+            yield from candidates(child, full, tried)
 
 
 def chunked_forward(module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
@@ -77,19 +81,21 @@ def _widest(module: nn.Module) -> int:
 
 
 def _looks_like_mlp(module: nn.Module) -> bool:
-    """Takes one tensor, and has no parameters but those of linear layers, one wider than what comes in."""
+    """Takes one tensor and no mask, and has no parameters but those of linear layers, one wider than what comes in."""
     linears = _linears(module)
     if len(linears) < 2 or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Linear) or _is_adapted(module):
         return False
+    taken = inspect.signature(module.forward).parameters
     required = [
         p
-        for p in inspect.signature(module.forward).parameters.values()
+        for p in taken.values()
         if p.default is p.empty and p.kind in (p.POSITIONAL_ONLY, p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
     ]
     leaves = [m for m in module.modules() if not any(True for _ in m.children())]
     known = all(isinstance(m, nn.Linear | Conv1D) or not any(True for _ in m.parameters()) for m in leaves)
     d, widest = _widths(linears[0])[0], max(_widths(linear)[1] for linear in linears)
-    return len(required) == 1 and known and widest > d and any(_widths(linear)[1] == d for linear in linears)
+    alone = len(required) == 1 and "attention_mask" not in taken
+    return alone and known and widest > d and any(_widths(linear)[1] == d for linear in linears)
 
 
 def _is_adapted(module: nn.Module) -> bool:
@@ -97,11 +103,16 @@ def _is_adapted(module: nn.Module) -> bool:
     return hasattr(module, "base_layer")
 
 
-def _objection(module: nn.Module) -> str | None:
+def _objection(module: nn.Module, tried: dict[object, str | None]) -> str | None:
     """Why the module is not to be cut, from what it does: a token's output changes with that token alone."""
     parameters = list(module.parameters())
     if any(p.device.type == "meta" for p in parameters):
-        return None
+        # A copy is tried, once for all alike, whose weights are one number each and take no memory.
+        kind = type(module), *((name, p.shape) for name, p in module.named_parameters())
+        if kind not in tried:
+            numbers = {id(p): nn.Parameter(torch.full((), 0.02, dtype=p.dtype).expand(p.shape)) for p in parameters}
+            tried[kind] = _objection(copy.deepcopy(module, numbers), tried)
+        return tried[kind]
     if not are_plain(*parameters):
         return "its parameters are sharded: call make_memory_efficient before that"
     first = parameters[0]

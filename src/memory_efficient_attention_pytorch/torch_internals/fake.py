@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import sys
 from collections.abc import Callable
 from contextlib import AbstractContextManager
@@ -33,6 +34,11 @@ def fake_tensors() -> FakeTensors | None:
         return fake_tensor.FakeTensorMode(allow_non_fake_inputs=True)
 
     return FakeTensors(mode, (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException))
+
+
+def log_no_refusals() -> None:
+    """From now on no traceback is logged where an operator has no answer without contents. For a program's own log."""
+    logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
 class Graph(NamedTuple):

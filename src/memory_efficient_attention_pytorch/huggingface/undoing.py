@@ -1,0 +1,52 @@
+"""How a changed model is made what it was: what was in the ``__dict__`` of objects before something else was."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from transformers import PreTrainedModel
+
+from ..common.errors import require
+
+RECORD = "_memory_efficient_changes"
+HOOKS = "_require_grads_hooks"  # of transformers: checkpointing lets embeddings ask for gradients
+
+
+def find_model(model: nn.Module) -> PreTrainedModel:
+    found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
+    require(found is not None, "model", "a model of transformers, or a module that holds one", type(model).__name__)
+    assert found is not None
+    return found
+
+
+class Record:
+    """What was in the ``__dict__`` of objects. Copied together with a model, it is the copy's."""
+
+    def __init__(self) -> None:
+        self.entries: list[tuple[Any, str, Any, bool]] = []
+
+    def note(self, holder: Any, name: str) -> None:
+        self.entries.append((holder, name, holder.__dict__.get(name), name in holder.__dict__))
+
+    def set(self, holder: Any, name: str, value: Any) -> None:
+        self.note(holder, name)
+        holder.__dict__[name] = value
+
+
+def restore(model: nn.Module) -> None:
+    """Undo ``make_memory_efficient``: every attribute that it set is what it was.
+
+    Raises:
+        ValueError: the model was not changed.
+    """
+    base = find_model(model)
+    require(RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "one as it was")
+    record = base.__dict__.pop(RECORD)
+    if any(name == HOOKS and not value for _, name, value, _ in record):
+        base.disable_input_require_grads()
+    for holder, name, value, was_there in reversed(record):
+        if was_there:
+            holder.__dict__[name] = value
+        else:
+            holder.__dict__.pop(name, None)
