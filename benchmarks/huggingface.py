@@ -1,11 +1,15 @@
 """A training step of a small Llama as transformers has it, and after make_memory_efficient: memory and time.
 
     python benchmarks/huggingface.py [--tokens 4096 8192 16384] [--output FOLDER]
+    python benchmarks/huggingface.py --tokens --longest 8GiB [--run own]
 
 Llama of dim 512, 4 layers, 8 heads, vocabulary 32000, random weights, fp32, one sequence; a forward and backward with
 its loss, each in a fresh process and in turn. Memory is the peak above the built model and its gradients (the resident
 set's high-water mark), after a short step that loads what is used first. Seconds are of that one step, in which the
-allocator returns every block at once, for all alike. Writes huggingface.json and huggingface.md to FOLDER.
+allocator returns every block at once, for all alike. With --longest the planner says how long a sequence fits into a
+size, model and gradients included; of the systems named by --run it is run. Writes huggingface.json and huggingface.md
+to FOLDER; what the file has already, of the same machine and versions, stays. `python benchmarks/readme.py` copies the
+latter into the README.
 """
 
 import argparse
@@ -18,10 +22,16 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor, nn
+from transformers import LlamaConfig, LlamaForCausalLM, __version__
+from transformers.modeling_outputs import CausalLMOutput
 
 from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.benchmarking.report import table
 from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
+from memory_efficient_attention_pytorch.huggingface import make_memory_efficient
+from memory_efficient_attention_pytorch.huggingface.planning import ExampleInputs, on_meta
+from memory_efficient_attention_pytorch.planner import Plan, format_size, max_seq_len, parse_size, plan
 from memory_efficient_attention_pytorch.training.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent
@@ -33,71 +43,153 @@ SYSTEMS = {
 WARM_UP = 1024
 
 
-def build(system: str, tokens: int) -> Callable[[], None]:
-    """The model with its gradients, and its step; the target of ``measure_peak``."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+class ChunkedLoss(nn.Module):
+    """A Llama with PyTorch's loss in place of its own."""
 
-    from memory_efficient_attention_pytorch.huggingface import make_memory_efficient
+    def __init__(self, llama: nn.Module) -> None:
+        super().__init__()
+        self.llama = llama
 
-    torch.manual_seed(0)
+    def forward(self, input_ids: Tensor, labels: Tensor, **others: Any) -> Any:
+        hidden = self.llama.model(input_ids=input_ids, **others).last_hidden_state[:, :-1].flatten(0, 1)
+        options = torch.nn.LinearCrossEntropyOptions()
+        loss = F.linear_cross_entropy(hidden, self.llama.lm_head.weight, labels[:, 1:].flatten(), options=options)
+        return CausalLMOutput(loss=loss)
+
+
+def make_model(system: str, tokens: int) -> nn.Module:
     config = LlamaConfig(
         vocab_size=32000, hidden_size=512, intermediate_size=1376, num_hidden_layers=4, num_attention_heads=8,
         num_key_value_heads=8, max_position_embeddings=tokens, attn_implementation="sdpa",
     )  # fmt: skip
     model = LlamaForCausalLM(config).train()
-    ids = torch.randint(config.vocab_size, (1, tokens))
     if system == "ours":
         make_memory_efficient(model)
     else:
-        model.activation_checkpointing_enable({"use_reentrant": False})
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return ChunkedLoss(model) if system == "chunked loss" else model
+
+
+def build(system: str, tokens: int) -> Callable[[], None]:
+    """The model with its gradients, and its step; the target of ``measure_peak``."""
+    torch.manual_seed(0)
+    model = make_model(system, tokens)
+    ids = torch.randint(32000, (1, tokens))
 
     def step(length: int = tokens) -> None:
-        x = ids[:, :length]
-        if system == "chunked loss":
-            hidden = model.model(input_ids=x, use_cache=False).last_hidden_state[:, :-1]
-            options = torch.nn.LinearCrossEntropyOptions()
-            loss = F.linear_cross_entropy(
-                hidden.flatten(0, 1), model.lm_head.weight, x[:, 1:].flatten(), options=options
-            )
-        else:
-            loss = model(input_ids=x, labels=x, use_cache=False).loss
-        loss.backward()
+        model(input_ids=ids[:, :length], labels=ids[:, :length], use_cache=False).loss.backward()
 
     step(min(WARM_UP, tokens))
     zero_grads(model)
     return step
 
 
-def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192, 16384])
-    parser.add_argument("--output", type=Path, default=ROOT / "results" / "huggingface", metavar="FOLDER")
-    args = parser.parse_args()
-    names = [name for name in SYSTEMS if name != "chunked loss" or hasattr(F, "linear_cross_entropy")]
-    runs: list[dict[str, Any]] = []
-    for tokens in args.tokens:
-        for name in names:
-            found = measure_peak(f"{__file__}:build", {"system": name, "tokens": tokens})
-            runs.append({"system": name, "tokens": tokens, "peak_bytes": found.peak_bytes, "seconds": found.seconds})
-            print(f"{tokens:6} {SYSTEMS[name]:<40}{found.peak_bytes / 1e6:8.0f} MB {found.seconds:8.1f} s", flush=True)
-    machine = describe_machine("cpu")
-    first = {run["tokens"]: run for run in reversed(runs) if run["system"] == "own"}
+def planned(system: str, tokens: int) -> Plan:
+    return plan(seq_len=tokens, batch_size=1, **_to_be_planned(system))
+
+
+def beyond_the_model(made: Plan) -> int:
+    state = made.timeline.breakdown(0)
+    return made.peak_bytes - state["parameters"] - state["gradients"]
+
+
+def _to_be_planned(system: str) -> dict[str, Any]:
+    with torch.device("meta"):
+        model = on_meta(make_model(system, 1 << 20))
+    inputs = ExampleInputs(model)
+    return {"model_or_config": model, "example_inputs": inputs, "optimizer": None, "device": "cpu"}
+
+
+def measure(system: str, tokens: int) -> dict[str, Any]:
+    expected = beyond_the_model(planned(system, tokens))
+    found = measure_peak(f"{__file__}:build", {"system": system, "tokens": tokens})
+    print(f"{tokens:6} {SYSTEMS[system]:<40}{found.peak_bytes / 1e6:8.0f} MB {found.seconds:8.1f} s", flush=True)
+    return {
+        "system": system,
+        "tokens": tokens,
+        "peak_bytes": found.peak_bytes,
+        "planned_bytes": expected,
+        "seconds": found.seconds,
+        "date": time.strftime("%Y-%m-%d"),
+    }
+
+
+def longest(system: str, budget: str, run: bool) -> dict[str, Any]:
+    tokens = max_seq_len(budget=budget, **_to_be_planned(system))
+    made = planned(system, tokens)
+    state = made.peak_bytes - beyond_the_model(made)
+    found = measure_peak(f"{__file__}:build", {"system": system, "tokens": tokens}) if run else None
+    taken = None if found is None else state + found.peak_bytes
+    print(
+        f"{tokens:6} {SYSTEMS[system]:<40}in {budget}" + ("" if taken is None else f": {format_size(taken)}"),
+        flush=True,
+    )
+    return {"system": system, "budget": budget, "tokens": tokens, "planned_bytes": made.peak_bytes, "peak_bytes": taken}
+
+
+def text(record: dict[str, Any]) -> str:
+    machine = record["machine"]
+    first = {run["tokens"]: run for run in record["runs"] if run["system"] == "own"}
     rows = [
         [
             f"{run['tokens']}: {SYSTEMS[run['system']]}",
             f"{run['peak_bytes'] / 1e6:.0f}",
+            f"{run['planned_bytes'] / 1e6:.0f}",
             f"{first[run['tokens']]['peak_bytes'] / run['peak_bytes']:.1f}",
             f"{run['seconds']:.1f}",
             f"{run['seconds'] / first[run['tokens']]['seconds']:.2f}",
         ]
-        for run in runs
+        for run in record["runs"]
     ]
-    text = table(["tokens", "MB", "× less", "seconds, once", "× the first"], rows)
-    place = f"{machine['processor']}, {machine['cores']} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
+    dates = sorted({run["date"] for run in record["runs"]})
+    parts = [
+        "One forward and backward, loss included, of a small Llama of transformers: one sequence, dim 512, 4 layers, "
+        "8 heads, vocabulary 32000, fp32, random weights. Memory is the peak above the built model and its gradients, "
+        "and what the planner says of it beforehand; each in a fresh process, in turn, one step. "
+        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1024**3:.0f} GiB; "
+        f"torch {record['torch']}, transformers {record['transformers']}; {', '.join(dates)}.",
+        table(["tokens", "MB", "planned", "× less", "seconds", "× the first"], rows),
+    ]
+    found = record["longest"]
+    if found:
+        shortest = next(each["tokens"] for each in found if each["system"] == "own")
+        of_each = [
+            [
+                SYSTEMS[each["system"]],
+                f"{each['tokens']:,}",
+                f"{each['tokens'] / shortest:.1f}",
+                "planned" if each["peak_bytes"] is None else f"run: {format_size(each['peak_bytes'])}",
+            ]
+            for each in found
+        ]
+        budget = format_size(parse_size(found[0]["budget"]))
+        parts.append(table([f"longest sequence in {budget}, model and gradients included", "tokens", "×", ""], of_each))
+    return "\n\n".join(parts)
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192, 16384])
+    parser.add_argument("--longest", metavar="SIZE")
+    parser.add_argument("--run", nargs="*", default=[], choices=SYSTEMS)
+    parser.add_argument("--output", type=Path, default=ROOT / "results" / "huggingface", metavar="FOLDER")
+    args = parser.parse_args()
+    names = [name for name in SYSTEMS if name != "chunked loss" or hasattr(F, "linear_cross_entropy")]
+    place = {"machine": describe_machine("cpu"), "torch": torch.__version__, "transformers": __version__}
+    record: dict[str, Any] = {**place, "runs": [], "longest": []}
+    file = args.output / "huggingface.json"
+    if file.exists():
+        before = json.loads(file.read_text())
+        if all(before.get(key) == value for key, value in place.items()):
+            record |= before
+    new = [measure(name, tokens) for tokens in args.tokens for name in names]
+    kept = [run for run in record["runs"] if run["tokens"] not in args.tokens]
+    record["runs"] = sorted([*kept, *new], key=lambda run: (run["tokens"], list(SYSTEMS).index(run["system"])))
+    if args.longest:
+        record["longest"] = [longest(name, args.longest, name in args.run) for name in names]
     args.output.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "runs": runs}
-    write_atomically(args.output / "huggingface.json", json.dumps(record, indent=1) + "\n")
-    write_atomically(args.output / "huggingface.md", f"{text}\n\n{place}\n")
+    write_atomically(file, json.dumps(record, indent=1) + "\n")
+    write_atomically(args.output / "huggingface.md", text(record) + "\n")
     return 0
 
 

@@ -3,7 +3,8 @@
     python benchmarks/readme.py [--check] [RESULTS_JSON]
 
 Without a file: the newest under benchmarks/results/, quick runs aside. With --check nothing is written; the exit
-status is 1 if a figure in the text is not the one in the results.
+status is 1 if a figure in the text is not the one in the results. What `python benchmarks/huggingface.py` wrote stands
+in the README between markers of its own.
 """
 
 import argparse
@@ -12,11 +13,21 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from memory_efficient_attention_pytorch.benchmarking.report import between_markers, comparison, full, rewrite
+from memory_efficient_attention_pytorch.benchmarking.report import (
+    BEGIN,
+    END,
+    between_markers,
+    comparison,
+    full,
+    rewrite,
+)
 from memory_efficient_attention_pytorch.benchmarking.results import Results
 
 ROOT = Path(__file__).resolve().parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
+MARKERS = BEGIN, END
+OF_MODELS = tuple(marker.replace("benchmark:", "benchmark of transformers' models:") for marker in MARKERS)
+"""Around the figures of models of transformers, where a document has these."""
 
 
 def newest_results(folder: Path) -> Path:
@@ -27,8 +38,8 @@ def newest_results(folder: Path) -> Path:
     return max(files, key=lambda path: Results.load(path).date)
 
 
-def blocks(results_file: Path) -> dict[Path, str]:
-    """What belongs between the markers of each file: the table and the plane in the README, all in the docs."""
+def blocks(results_file: Path) -> list[tuple[Path, tuple[str, str], str]]:
+    """Documents, markers and what belongs between them: the table and the plane in the README, all in the docs."""
     results = Results.load(results_file)
 
     def figures(document: Path, pattern: str = "*.png") -> list[str]:
@@ -36,7 +47,14 @@ def blocks(results_file: Path) -> dict[Path, str]:
         return [Path(os.path.relpath(path, document.parent)).as_posix() for path in found]
 
     plane = [f"![memory and time]({path})" for path in figures(README, "memory-and-time.png")]
-    return {README: "\n\n".join([comparison(results), *plane]), DOCS: full(results, figures(DOCS))}
+    found = [
+        (README, MARKERS, "\n\n".join([comparison(results), *plane])),
+        (DOCS, MARKERS, full(results, figures(DOCS))),
+    ]
+    if OF_MODELS[0] in README.read_text():
+        models = ROOT / "benchmarks" / "results" / "huggingface" / "huggingface.md"
+        found.append((README, OF_MODELS, models.read_text().strip("\n")))
+    return found
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -46,13 +64,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
     args = parser.parse_args(arguments)
     file = (args.results or newest_results(ROOT / "benchmarks" / "results")).resolve()
     stale = False
-    for path, block in blocks(file).items():
+    for path, markers, block in blocks(file):
         if args.check:
-            current = between_markers(path) == block
+            current = between_markers(path, markers) == block
             stale = stale or not current
             print(f"{path.relative_to(ROOT)}: {'as in the results' if current else 'out of date'}")
         else:
-            changed = rewrite(path, block)
+            changed = rewrite(path, block, markers)
             print(f"{path.relative_to(ROOT)}: {'rewritten' if changed else 'unchanged'} from {file}")
     return 1 if stale else 0
 

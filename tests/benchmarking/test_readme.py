@@ -55,6 +55,20 @@ def test_the_newest_results_are_written_and_a_changed_figure_is_noticed(checkout
     assert "README.md: out of date" in capsys.readouterr().out
 
 
+def test_figures_of_models_stand_between_markers_of_their_own(checkout):
+    begin, end = checkout.OF_MODELS
+    folder = checkout.ROOT / "benchmarks" / "results"
+    save_results(folder / "2026-01-01", "2026-01-01T00:00:00+00:00", 8.5)
+    checkout.README.write_text(f"{checkout.README.read_text()}{begin}\n{end}\nlast\n")
+    (folder / "huggingface").mkdir()
+    (folder / "huggingface" / "huggingface.md").write_text("| 323 MB |\n")
+    assert checkout.main([]) == 0
+    assert f"{begin}\n\n| 323 MB |\n\n{end}\nlast\n" in checkout.README.read_text()
+    assert "8.5" in checkout.README.read_text()
+    (folder / "huggingface" / "huggingface.md").write_text("| 322 MB |\n")
+    assert checkout.main(["--check"]) == 1
+
+
 def test_the_published_figures_are_those_of_the_newest_results(capsys):
     readme = load_benchmark("readme")
     try:

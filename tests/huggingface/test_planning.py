@@ -85,7 +85,8 @@ def test_more_tokens_than_positions_are_refused_where_each_has_a_vector():
 def test_without_contents_the_same_is_changed(kind):
     with torch.device("meta"):
         empty = getattr(transformers, type(small_model(kind)).__name__)(small_model(kind).config)
-    found, expected = make_memory_efficient(empty), make_memory_efficient(small_model(kind))
+        found = make_memory_efficient(empty)
+    expected = make_memory_efficient(small_model(kind))
     assert (found.changed, found.left) == (expected.changed, expected.left)
 
 

@@ -72,29 +72,29 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join([line(headings), line(rule), *map(line, rows)])
 
 
-def between_markers(path: Path) -> str:
+def between_markers(path: Path, markers: tuple[str, str] = (BEGIN, END)) -> str:
     """What stands between the markers of a Markdown file, without the empty lines around it.
 
     Raises:
         ValueError: the file does not have the two markers, once each and in order.
     """
-    return _split_at_markers(path)[1].strip("\n")
+    return _split_at_markers(path, *markers)[1].strip("\n")
 
 
-def rewrite(path: Path, block: str) -> bool:
+def rewrite(path: Path, block: str, markers: tuple[str, str] = (BEGIN, END)) -> bool:
     """Put ``block`` between the markers of a Markdown file; True if that changed it. Raises as ``between_markers``."""
-    before, former, after = _split_at_markers(path)
+    before, former, after = _split_at_markers(path, *markers)
     renewed = f"\n\n{block}\n\n"
     if renewed != former:
         write_atomically(path, before + renewed + after)
     return renewed != former
 
 
-def _split_at_markers(path: Path) -> tuple[str, str, str]:
+def _split_at_markers(path: Path, begin: str, finish: str) -> tuple[str, str, str]:
     text = path.read_text()
-    if text.count(BEGIN) != 1 or text.count(END) != 1 or text.index(BEGIN) > text.index(END):
-        raise ValueError(f"path: expected one line {BEGIN!r} and after it one {END!r} in {path}")
-    start, end = text.index(BEGIN) + len(BEGIN), text.index(END)
+    if text.count(begin) != 1 or text.count(finish) != 1 or text.index(begin) > text.index(finish):
+        raise ValueError(f"path: expected one line {begin!r} and after it one {finish!r} in {path}")
+    start, end = text.index(begin) + len(begin), text.index(finish)
     return text[:start], text[start:end], text[end:]
 
 

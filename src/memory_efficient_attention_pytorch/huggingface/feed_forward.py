@@ -110,7 +110,10 @@ def _objection(module: nn.Module, tried: dict[object, str | None]) -> str | None
         # A copy is tried, once for all alike, whose weights are one number each and take no memory.
         kind = type(module), *((name, p.shape) for name, p in module.named_parameters())
         if kind not in tried:
-            numbers = {id(p): nn.Parameter(torch.full((), 0.02, dtype=p.dtype).expand(p.shape)) for p in parameters}
+            numbers = {
+                id(p): nn.Parameter(torch.full((), 0.02, dtype=p.dtype, device="cpu").expand(p.shape))
+                for p in parameters
+            }
             tried[kind] = _objection(copy.deepcopy(module, numbers), tried)
         return tried[kind]
     if not are_plain(*parameters):

@@ -86,7 +86,7 @@ def plan_step(
     limit = None if budget is None else parse_size(budget)
     plans, longest = {}, {}
     for state, model in _states(changed):
-        given = {**options, "device": device, "example_inputs": _Inputs(model)}
+        given = {**options, "device": device, "example_inputs": ExampleInputs(model)}
         try:
             plans[state] = replace(plan(model, batch_size=batch_size, seq_len=seq_len, **given), budget=limit)
             if limit is not None:
@@ -100,7 +100,7 @@ def plan_step(
 
 
 def _states(changed: nn.Module) -> list[tuple[str, nn.Module]]:
-    before, after = _on_meta(changed), _on_meta(changed)
+    before, after = on_meta(changed), on_meta(changed)
     restore(before)
     states = [] if is_checkpointed(before) else [(AS_IT_IS, before)]
     checkpointed = copy.deepcopy(before)
@@ -112,7 +112,7 @@ def _states(changed: nn.Module) -> list[tuple[str, nn.Module]]:
     return [*states, (EFFICIENT, after)]
 
 
-def _on_meta(model: nn.Module) -> nn.Module:
+def on_meta(model: nn.Module) -> nn.Module:
     """A copy that trains, without memory for weights."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
@@ -126,7 +126,7 @@ def _on_meta(model: nn.Module) -> nn.Module:
     return copied
 
 
-class _Inputs:
+class ExampleInputs:
     """Example inputs of a training step by batch and length: tokens that are their own labels.
 
     Where a model takes a cache it gets one that is empty and stays so: then transformers does not look for packed
