@@ -1,23 +1,25 @@
 """A training step of a small Llama as transformers has it, and after make_memory_efficient: memory and time.
 
-    python benchmarks/huggingface.py [--tokens 4096 8192 16384] [--output FOLDER]
+    python benchmarks/huggingface.py [--tokens 4096 8192 16384] [--rounds N] [--output FOLDER]
     python benchmarks/huggingface.py --tokens --longest 8GiB [--run own]
 
 Llama of dim 512, 4 layers, 8 heads, vocabulary 32000, random weights, fp32, one sequence; a forward and backward with
 its loss, each in a fresh process and in turn. Memory is the peak above the built model and its gradients (the resident
 set's high-water mark), after a short step that loads what is used first. Seconds are of that one step, in which the
-allocator returns every block at once, for all alike. With --longest the planner says how long a sequence fits into a
-size, model and gradients included; of the systems named by --run it is run. Writes huggingface.json and huggingface.md
-to FOLDER; what the file has already, of the same machine and versions, stays. `python benchmarks/readme.py` copies the
-latter into the README.
+allocator returns every block at once, for all alike. Of several rounds the medians count, and those of the ratios
+within a round. With --longest the planner says how long a sequence fits into a size, model and gradients included; of
+the systems named by --run it is run. Writes huggingface.json and huggingface.md to FOLDER; rounds are added to what the
+file has already of the same machine and versions. `python benchmarks/readme.py` copies the latter into the README.
 """
 
 import argparse
+import itertools
 import json
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+from statistics import median
 from typing import Any
 
 import torch
@@ -100,18 +102,18 @@ def _to_be_planned(system: str) -> dict[str, Any]:
     return {"model_or_config": model, "example_inputs": inputs, "optimizer": None, "device": "cpu"}
 
 
-def measure(system: str, tokens: int) -> dict[str, Any]:
-    expected = beyond_the_model(planned(system, tokens))
+def measure(runs: list[dict[str, Any]], system: str, tokens: int) -> None:
+    """Add a round to the system's runs at this length."""
     found = measure_peak(f"{__file__}:build", {"system": system, "tokens": tokens})
     print(f"{tokens:6} {SYSTEMS[system]:<40}{found.peak_bytes / 1e6:8.0f} MB {found.seconds:8.1f} s", flush=True)
-    return {
-        "system": system,
-        "tokens": tokens,
-        "peak_bytes": found.peak_bytes,
-        "planned_bytes": expected,
-        "seconds": found.seconds,
-        "date": time.strftime("%Y-%m-%d"),
-    }
+    run = next((run for run in runs if (run["system"], run["tokens"]) == (system, tokens)), None)
+    if run is None:
+        expected = beyond_the_model(planned(system, tokens))
+        run = {"system": system, "tokens": tokens, "planned_bytes": expected, "peak_bytes": [], "seconds": []}
+        runs.append(run)
+    run["peak_bytes"].append(found.peak_bytes)
+    run["seconds"].append(found.seconds)
+    run["date"] = time.strftime("%Y-%m-%d")
 
 
 def longest(system: str, budget: str, run: bool) -> dict[str, Any]:
@@ -127,17 +129,22 @@ def longest(system: str, budget: str, run: bool) -> dict[str, Any]:
     return {"system": system, "budget": budget, "tokens": tokens, "planned_bytes": made.peak_bytes, "peak_bytes": taken}
 
 
+def ratio(run: dict[str, Any], first: dict[str, Any], name: str) -> float:
+    return median(mine / its for mine, its in zip(run[name], first[name], strict=True))
+
+
 def text(record: dict[str, Any]) -> str:
     machine = record["machine"]
     first = {run["tokens"]: run for run in record["runs"] if run["system"] == "own"}
     rows = [
         [
             f"{run['tokens']}: {SYSTEMS[run['system']]}",
-            f"{run['peak_bytes'] / 1e6:.0f}",
+            f"{median(run['peak_bytes']) / 1e6:.0f}",
             f"{run['planned_bytes'] / 1e6:.0f}",
-            f"{first[run['tokens']]['peak_bytes'] / run['peak_bytes']:.1f}",
-            f"{run['seconds']:.1f}",
-            f"{run['seconds'] / first[run['tokens']]['seconds']:.2f}",
+            f"{1 / ratio(run, first[run['tokens']], 'peak_bytes'):.1f}",
+            f"{median(run['seconds']):.1f}",
+            f"{ratio(run, first[run['tokens']], 'seconds'):.2f}",
+            str(len(run["seconds"])),
         ]
         for run in record["runs"]
     ]
@@ -145,10 +152,10 @@ def text(record: dict[str, Any]) -> str:
     parts = [
         "One forward and backward, loss included, of a small Llama of transformers: one sequence, dim 512, 4 layers, "
         "8 heads, vocabulary 32000, fp32, random weights. Memory is the peak above the built model and its gradients, "
-        "and what the planner says of it beforehand; each in a fresh process, in turn, one step. "
+        "and what the planner says of it beforehand; each in a fresh process, in turn, one step: medians. "
         f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1024**3:.0f} GiB; "
         f"torch {record['torch']}, transformers {record['transformers']}; {', '.join(dates)}.",
-        table(["tokens", "MB", "planned", "× less", "seconds", "× the first"], rows),
+        table(["tokens", "MB", "planned", "× less", "seconds", "× the first", "rounds"], rows),
     ]
     found = record["longest"]
     if found:
@@ -170,6 +177,7 @@ def text(record: dict[str, Any]) -> str:
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tokens", type=int, nargs="*", default=[4096, 8192, 16384])
+    parser.add_argument("--rounds", type=int, default=1)
     parser.add_argument("--longest", metavar="SIZE")
     parser.add_argument("--run", nargs="*", default=[], choices=SYSTEMS)
     parser.add_argument("--output", type=Path, default=ROOT / "results" / "huggingface", metavar="FOLDER")
@@ -182,9 +190,9 @@ def main() -> int:
         before = json.loads(file.read_text())
         if all(before.get(key) == value for key, value in place.items()):
             record |= before
-    new = [measure(name, tokens) for tokens in args.tokens for name in names]
-    kept = [run for run in record["runs"] if run["tokens"] not in args.tokens]
-    record["runs"] = sorted([*kept, *new], key=lambda run: (run["tokens"], list(SYSTEMS).index(run["system"])))
+    for tokens, _, name in itertools.product(args.tokens, range(args.rounds), names):
+        measure(record["runs"], name, tokens)
+    record["runs"].sort(key=lambda run: (run["tokens"], list(SYSTEMS).index(run["system"])))
     if args.longest:
         record["longest"] = [longest(name, args.longest, name in args.run) for name in names]
     args.output.mkdir(parents=True, exist_ok=True)

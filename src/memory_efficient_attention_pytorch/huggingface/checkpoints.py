@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 from torch import nn
 from transformers import PreTrainedModel
 
-from ..common.errors import require
+from ..recompute.host_inputs import InputsOnHost
 
 
 def is_checkpointed(model: nn.Module) -> bool:
@@ -13,8 +15,14 @@ def is_checkpointed(model: nn.Module) -> bool:
 
 
 def enable_checkpoints(model: PreTrainedModel, offload: bool = False) -> None:
-    if hasattr(model, "activation_checkpointing_enable"):
-        model.activation_checkpointing_enable({"use_reentrant": False}, offload=offload)
-    else:
-        require(not offload, "checkpoint", "True: this release of transformers holds no inputs on the host", "cpu")
-        model.gradient_checkpointing_enable({"use_reentrant": False})
+    """offload: inputs of layers wait in host memory (:class:`InputsOnHost`)."""
+    enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
+    enable({"use_reentrant": False})
+    own: dict[int, Any] = {}
+    for module in model.modules() if offload else ():
+        function = module.__dict__.get(_FUNCTION)
+        if function is not None:  # one that layers share stays one, which knows the order of their inputs
+            module.__dict__[_FUNCTION] = own.setdefault(id(function), InputsOnHost(function))
+
+
+_FUNCTION = "_gradient_checkpointing_func"
