@@ -11,6 +11,7 @@ from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
 from ..common.dry_run import current, device_type
+from ..torch_internals.engine import version
 from ..torch_internals.tensors import are_plain
 
 
@@ -123,7 +124,7 @@ class _Input:
     """A tensor on its way to the host, there, or on its way back."""
 
     def __init__(self, tensor: Tensor, lane: Lane) -> None:
-        self.lane, self.version, self.device = lane, tensor._version, tensor.device
+        self.lane, self.version, self.device = lane, version(tensor), tensor.device
         self.on_device: Tensor | None = tensor
         self.on_host = torch.empty_like(tensor, device="cpu", pin_memory=lane.pinned)
         self.copied = lane.copy(self.on_host, tensor)
@@ -133,13 +134,13 @@ class _Input:
         if self.on_device is None:
             self.on_device = torch.empty_like(self.on_host, device=self.device)
             self.copied = self.lane.copy(self.on_device, self.on_host)
-            self.version = self.on_device._version
+            self.version = version(self.on_device)
         return self.on_device
 
     def leave(self) -> None:
         """Let go of the tensor on the device, when what is under way has come."""
         if self.on_device is not None:
             self.lane.wait(self.copied)
-            if self.on_device._version != self.version:
+            if version(self.on_device) != self.version:
                 raise RuntimeError("an input of a checkpoint has been modified by an inplace operation")
             self.on_device = None
