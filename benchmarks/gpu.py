@@ -19,7 +19,6 @@ import statistics
 import subprocess
 import sys
 import time
-import tomllib
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -28,7 +27,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memory_efficient_attention_pytorch import AlibiBias, Transformer, dot_product_attention, select_backend
+from memory_efficient_attention_pytorch import (
+    AlibiBias,
+    Transformer,
+    __version__,
+    dot_product_attention,
+    select_backend,
+)
 
 ROOT = Path(__file__).resolve().parents[1]
 COMPILING = 60.0  # seconds that FlexAttention may take for a case, to begin with
@@ -317,8 +322,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 1
     size, clock = LARGE if args.device == "cuda" else TINY, Clock(args.device, args.minutes)
     now = datetime.datetime.now(datetime.UTC)
-    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-    versions = {"python": platform.python_version(), "torch": torch.__version__, "ours": project["version"]}
+    versions = {"python": platform.python_version(), "torch": torch.__version__, "ours": __version__}
     if torch.version.cuda:
         versions["cuda"] = torch.version.cuda
     found: dict[str, Any] = {

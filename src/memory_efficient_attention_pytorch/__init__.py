@@ -8,6 +8,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 from .common.lazy import names_from
+from .common.version import __version__ as __version__
 
 # Loaded now and let go of: importing it later would put the module in the place of the function of the same name.
 import_module(".memory_efficient_attention", __name__)

@@ -8,20 +8,19 @@ import os
 import platform
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from ..common.errors import require
+from ..common.version import __version__
 from ..training.files import write_atomically
 from .schedule import Settings
 from .shape import Shape
 from .systems import System
 
 FORMAT = 1
-DISTRIBUTION = "memory-efficient-attention-pytorch"
 OUTCOMES = ("measured", "out_of_memory", "too_slow", "failed")
 
 
@@ -91,7 +90,7 @@ def begin(settings: Settings, systems: Sequence[System]) -> Results:
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "ours": metadata.version(DISTRIBUTION),
+        "ours": __version__,
     }
     for system in systems:
         versions |= system.versions()

@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 
 from ..common.errors import nearest
+from ..common.version import __version__
 from .parser import Parser
 
 # One row per command: its name, the module that does it and what `mea --help` says of it. The module offers
@@ -25,6 +26,7 @@ COMMANDS = {
     "export": ("export", "write a trained model as one of Hugging Face transformers"),
     "plan": ("plan", "say before a run what memory it needs, or what fits in the memory there is"),
     "bench": ("bench", "measure memory and speed on this machine"),
+    "env": ("env", "say what a report of a fault needs: versions, machine, how attention is computed here"),
 }
 
 _USAGE_ERROR, _RUN_ERROR, _INTERRUPTED = 2, 1, 130
@@ -75,9 +77,7 @@ def _general(arguments: list[str]) -> int:
     )
     parser.add_argument("--version", action="store_true", help="print the version and exit")
     if parser.parse_args(arguments).version:
-        from importlib.metadata import version
-
-        print("mea", version("memory-efficient-attention-pytorch"))
+        print("mea", __version__)
     else:
         parser.print_help()
     return 0

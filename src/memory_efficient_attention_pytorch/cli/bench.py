@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..benchmarking.shape import SHAPE_FIELDS, Shape
+from ..common.errors import MissingExtraError, brought_by
 from .parser import add_options, given_options
 
 if TYPE_CHECKING:
@@ -123,9 +124,10 @@ def _report(results: Results, output: Path) -> None:
     from ..training.files import write_atomically
 
     try:
-        figures = [path.name for path in draw(results, output)]
-    except ModuleNotFoundError as error:
+        with brought_by("train"):
+            figures = [path.name for path in draw(results, output)]
+    except MissingExtraError as error:
         figures = []
-        print(f"no figures: {error}; pip install matplotlib", file=sys.stderr)
+        print(f"no figures: {error}", file=sys.stderr)
     write_atomically(output / "report.md", full(results, figures) + "\n")
     print(f"\n{comparison(results)}\n\nresults, report and figures: {output}")

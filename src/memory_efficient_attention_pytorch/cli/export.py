@@ -23,14 +23,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    from ..huggingface.model import MemoryEfficientForCausalLM
+    from ..huggingface.tokenizers import byte_tokenizer, tokenizer_of_file
     from ..training.model import model_keywords
     from ..training.run_directory import RunDirectory, load_run
 
-    try:
-        from ..huggingface.model import MemoryEfficientForCausalLM
-        from ..huggingface.tokenizers import byte_tokenizer, tokenizer_of_file
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; pip install memory-efficient-attention-pytorch[huggingface]") from error
     directory = Path(args.directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"DIR: expected a new or an empty directory, got {directory}")

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from ..common.errors import brought_by
 from ..models.config import KNOBS, SETTINGS, TransformerConfig
 from ..training.config import TrainConfig, known_keys
 from .parser import add_options, given_options
@@ -107,12 +108,10 @@ def _run_model(args: argparse.Namespace, step: dict[str, Any]) -> int:
     size = {"batch_size": 1} | given_options(args, _STEP)
     if "seq_len" not in size:
         raise ValueError("--model needs --seq-len, the tokens of a sequence")
-    try:
-        from ..huggingface import make_memory_efficient
-        from ..huggingface.planning import load_on_meta
-        from ..torch_internals.fake import log_no_refusals
-    except ModuleNotFoundError as error:
-        raise ValueError(f"{error}; pip install memory-efficient-attention-pytorch[huggingface]") from error
+    from ..huggingface import make_memory_efficient
+    from ..huggingface.planning import load_on_meta
+    from ..torch_internals.fake import log_no_refusals
+
     if args.from_shell:
         log_no_refusals()
     model = load_on_meta(args.model)
@@ -161,9 +160,8 @@ def _draw(made: "Plan", file: str) -> Path:
     if not Path(file).name:
         raise ValueError(f"--plot: expected the name of a file, got {file!r}")
     try:
-        return draw(made, file)
-    except ModuleNotFoundError as error:
-        raise ValueError(f"--plot: {error}; pip install matplotlib") from error
+        with brought_by("train"):
+            return draw(made, file)
     except OSError as error:
         raise ValueError(f"--plot: cannot write to {file}: {error.strerror}") from error
 

@@ -6,6 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from ..common.errors import brought_by
 from ..training.files import quoted
 from ..training.tracking import Callback, OutputError, Record, Sample, Step, Validation, read_metrics
 
@@ -82,13 +83,9 @@ class Live(Lines):
 
     def __init__(self) -> None:
         super().__init__()
-        try:
+        with brought_by("train"):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
-        except ImportError as error:
-            raise ValueError(
-                "the progress bar needs rich: pip install 'memory-efficient-attention-pytorch[train]'"
-            ) from error
         console = Console(highlight=False)
         self.progress = Progress(
             TextColumn("{task.fields[name]}"),

@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
+
+
+class MissingExtraError(ModuleNotFoundError, ValueError):
+    """What was asked needs a package that an optional dependency brings, and the package is not installed."""
 
 
 def require(condition: bool, argument: str, expected: str, got: Any) -> None:
@@ -21,6 +26,17 @@ def require_positive_int(argument: str, value: Any) -> None:
 def require_probability(argument: str, value: Any) -> None:
     """Raise unless ``0 <= value < 1``."""
     require(isinstance(value, int | float) and 0 <= value < 1, argument, "a number in [0, 1)", repr(value))
+
+
+@contextmanager
+def brought_by(extra: str) -> Iterator[None]:
+    """Inside, a package that is missing raises :class:`MissingExtraError`, which names ``extra``, that brings it."""
+    try:
+        yield
+    except ModuleNotFoundError as error:
+        package = (error.name or str(error)).partition(".")[0]
+        command = f"pip install 'memory-efficient-attention-pytorch[{extra}]'"
+        raise MissingExtraError(f"{package} is not installed: {command}", name=error.name) from error
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from ..attention.functional import select_backend
+from ..common.errors import brought_by
 from .budget import Memory, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
@@ -262,14 +263,11 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
 
 
 def _make_accelerator(config: TrainConfig) -> "Accelerator":
-    try:
-        import tomli_w  # noqa: F401  what the run's configuration is written with
+    with brought_by("train"):
+        import matplotlib  # noqa: F401  for the picture of the losses
+        import tomli_w  # noqa: F401  for the run's configuration
         from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
-    except ImportError as error:
-        raise ValueError(
-            f"training needs {error.name}: pip install 'memory-efficient-attention-pytorch[train]'"
-        ) from error
     _prefer_deterministic_kernels()
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     device = None if on_cpu else torch.accelerator.current_accelerator()

@@ -8,6 +8,7 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..common.errors import brought_by
 from .files import write_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
@@ -64,7 +65,8 @@ class SubwordTokenizer:
     """
 
     def __init__(self, path: Path | str):
-        from tokenizers import Tokenizer as Backend
+        with brought_by("train"):
+            from tokenizers import Tokenizer as Backend
 
         if not Path(path).is_file():
             raise ValueError(f"tokenizer {path} is not a file: give a tokenizer.json of the tokenizers library")
@@ -185,7 +187,8 @@ def decode_lines(chunks: Iterable[bytes]) -> Iterator[str]:
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path) -> SubwordTokenizer:
     """Train a byte-level BPE on `texts`, write it to `path` and return it. It may end with fewer tokens than asked."""
-    from tokenizers.implementations.byte_level_bpe import ByteLevelBPETokenizer
+    with brought_by("train"):
+        from tokenizers.implementations.byte_level_bpe import ByteLevelBPETokenizer
 
     backend = ByteLevelBPETokenizer()
     backend.train_from_iterator(texts, vocab_size=vocab_size, special_tokens=[END_OF_DOCUMENT], show_progress=False)

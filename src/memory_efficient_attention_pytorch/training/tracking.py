@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from ..common.errors import brought_by
 from .files import RunError, write_atomically
 
 
@@ -110,12 +111,8 @@ class TensorBoardFile(Callback):
     """The same numbers for TensorBoard. Raises ValueError if the package is missing."""
 
     def __init__(self, path: Path, first_step: int):
-        try:
+        with brought_by("tensorboard"):
             from torch.utils.tensorboard import SummaryWriter
-        except ImportError as error:
-            raise ValueError(
-                "tensorboard is not installed: pip install 'memory-efficient-attention-pytorch[tensorboard]'"
-            ) from error
         try:
             self.writer: Any = SummaryWriter(str(path), purge_step=first_step + 1)
         except UnicodeEncodeError as error:

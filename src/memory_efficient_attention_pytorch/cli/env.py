@@ -1,0 +1,75 @@
+"""Say what this machine and its packages are, and how attention is computed on them: what a report of a fault needs.
+
+  mea env
+
+No names of users, hosts or folders are in it.
+"""
+
+import argparse
+import platform
+from collections.abc import Iterator
+from importlib import metadata
+from typing import TYPE_CHECKING
+
+from ..common.version import __version__
+
+if TYPE_CHECKING:
+    import torch
+
+_PACKAGES = ("torch", "numpy", "safetensors", "accelerate", "tokenizers", "transformers", "peft")
+_SHAPE = (1, 8, 2048, 64)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mea env"
+
+
+def run(args: argparse.Namespace) -> int:
+    lines = [("memory-efficient-attention-pytorch", __version__), ("python", platform.python_version())]
+    lines += [(package, _version(package)) for package in _PACKAGES]
+    lines += _machine()
+    width = max(len(name) for name, _ in lines) + 2
+    for name, value in lines:
+        print(f"{name:<{width}}{value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+def _machine() -> Iterator[tuple[str, str]]:
+    import torch
+
+    from ..benchmarking.results import describe_machine
+    from ..planner import format_size
+
+    machine = describe_machine("cpu")
+    yield "system", machine["system"]
+    yield "processor", f"{machine['processor']}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
+    yield "cores", f"{machine['cores']}, {torch.get_num_threads()} threads"
+    yield "memory", format_size(machine["memory_bytes"])
+    accelerator = torch.accelerator.current_accelerator(check_available=True)
+    names = ["cpu"]
+    if accelerator is not None and accelerator.type == "cuda":
+        names += [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+    elif accelerator is not None:
+        names += [accelerator.type] * torch.accelerator.device_count()
+    yield "devices", ", ".join(names)
+    for device in ["cpu"] if accelerator is None else ["cpu", accelerator.type]:
+        for dtype in (torch.float32, torch.bfloat16):
+            yield f"attention, {device}, {str(dtype)[6:]}", _attention(device, dtype)
+
+
+def _attention(device: str, dtype: "torch.dtype") -> str:
+    """The way chosen for causal attention of 8 heads of 64 and 2048 tokens that is trained."""
+    import torch
+
+    from ..attention.functional import select_backend
+
+    q, k, v = (torch.zeros(_SHAPE, device=device, dtype=dtype, requires_grad=True) for _ in range(3))
+    choice = select_backend(q, k, v, causal=True)
+    return f"{choice.name} ({choice.way}): {choice.reason}"
