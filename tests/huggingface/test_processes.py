@@ -1,0 +1,53 @@
+"""On two processes over gloo a model made long has the gradients that it had on one: DDP, FSDP2, accelerate, Trainer."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+
+from tests.huggingface import two_processes
+from tests.huggingface.models import tokens
+from tests.huggingface.two_processes import CASES, WORLD, build, trained
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module")
+def found(tmp_path_factory) -> Path:
+    """All cases run once, in two processes; the folder of what they found."""
+    directory = tmp_path_factory.mktemp("two_processes")
+    command = [sys.executable, two_processes.__file__]
+    running = [
+        subprocess.Popen([*command, str(rank), str(directory)], stderr=subprocess.PIPE, text=True)
+        for rank in range(WORLD)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), "\n".join(errors)
+    return directory
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_find_what_its_own_attention_finds_on_one(case, found, tmp_path):
+    model = build(case)
+    if case == "trainer":
+        trained(model, tmp_path, batch=8, accumulation=1)
+        expected, tolerance = dict(model.named_parameters()), 2e-5
+    else:
+        ids = tokens(batch=WORLD)
+        model(input_ids=ids, labels=ids).loss.backward()
+        expected = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        tolerance = 1e-6
+    for rank in range(WORLD):
+        ours = load_file(found / f"{case}-{rank}.safetensors")
+        assert ours.keys() == expected.keys()
+        for name, value in expected.items():
+            torch.testing.assert_close(ours[name], value.detach(), rtol=tolerance, atol=tolerance / 10, msg=name)
