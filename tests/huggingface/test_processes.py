@@ -1,4 +1,4 @@
-"""On two processes over gloo a model made long has the gradients that it had on one: DDP, FSDP2, accelerate, Trainer."""
+"""On two processes a model made long has the gradients that it had on one: DDP, FSDP2, accelerate, Trainer."""
 
 import subprocess
 import sys
