@@ -1,7 +1,11 @@
-"""Attention beside PyTorch's own kernels, forward and backward: paired ratios of processor or wall seconds.
+"""Every way of computing attention beside the one that ``auto`` takes, forward and backward, in turn in one process.
 
-``python benchmarks/attention.py [--threads N] [--clock wall|cpu] [--rounds R]``. Each line runs ours and PyTorch's in
-turn; the ratio is the median over rounds, below 1 where ours is faster. A mask that PyTorch needs is made beforehand.
+    python benchmarks/attention.py                       16 shapes and masks, about half an hour on two cores
+    python benchmarks/attention.py --lengths 4096 --widths 64 --cases causal window
+
+For each case: the median seconds of each way that serves it, of PyTorch's own attention (a mask that it needs is made
+beforehand), and the ratio of the way that ``auto`` takes to the fastest, which is the median over rounds of the paired
+ratio. The last line is the worst of these. Above 1.05 something is chosen that does not pay on this machine.
 """
 
 from __future__ import annotations
@@ -15,88 +19,112 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from memory_efficient_attention_pytorch import MaskFunction, dot_product_attention
+from memory_efficient_attention_pytorch import MaskFunction, dot_product_attention, select_backend
+from memory_efficient_attention_pytorch.attention.decision import WAYS
+from memory_efficient_attention_pytorch.benchmarking.results import processor
+from memory_efficient_attention_pytorch.layers.positions import AlibiBias
 
 Call = Callable[[], Tensor]
+HEADS = 8
+CASES = ("plain", "causal", "window", "padding", "documents", "ALiBi", "dropout")
+# By functions, and what is differentiated, too: for these there is less to choose from.
+OTHERS = ("mask function", "mask function, kept", "soft cap", "bias gradient")
 
 
-def cases() -> Iterator[tuple[str, Call, Call, list[Tensor]]]:
-    """Name, ours, PyTorch's, and what is differentiated."""
-    n = 4096
-    leaves = heads(n, 8)
+def arguments_of(case: str, n: int) -> tuple[dict[str, object], dict[str, object]]:
+    """What is asked of ours, and what of PyTorch's."""
     causal = torch.ones(n, n, dtype=torch.bool).tril()
-    yield "plain", ours(leaves), theirs(leaves), leaves
-    yield "causal", ours(leaves, causal=True), theirs(leaves, is_causal=True), leaves
-    padding = torch.arange(n)[None] >= 300
-    mask = (causal & padding[:, None])[None]
-    yield "causal + key padding", ours(leaves, causal=True, mask=padding), theirs(leaves, attn_mask=mask), leaves
-    ids = (torch.arange(n) // 700)[None]
-    mask = (causal & (ids[0][:, None] == ids[0][None]))[None, None]
-    yield "documents, causal", ours(leaves, causal=True, document_ids=ids), theirs(leaves, attn_mask=mask), leaves
-    numbers = ids.expand(1, n)
+    distance = torch.arange(n)[:, None] - torch.arange(n)[None]
+    if case == "window":
+        return {"causal": True, "window": 1024}, {"attn_mask": causal & (distance <= 1024)}
+    if case == "padding":
+        padding = torch.arange(n)[None] >= n // 10
+        return {"causal": True, "mask": padding}, {"attn_mask": causal & padding}
+    if case == "documents" or case.startswith("mask function"):
+        ids = (torch.arange(n) // 700)[None]
+        theirs = {"attn_mask": causal & (ids.mT == ids)}
+        if case == "documents":
+            return {"causal": True, "document_ids": ids}, theirs
 
-    def together(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
-        return (i >= j) & (numbers[b, i] == numbers[b, j])
+        def together(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
+            return (i >= j) & (ids[0, i] == ids[0, j])
 
-    yield "the same, a function", ours(leaves, mask=together), theirs(leaves, attn_mask=mask), leaves
-    kept = MaskFunction(together)
-    yield "the same, tiles kept", ours(leaves, mask=kept), theirs(leaves, attn_mask=mask), leaves
-    # PyTorch has no kernel for it on a CPU: beside what it caps.
-    capped = ours(leaves, attn_bias=lambda score, b, h, i, j: 30 * torch.tanh(score / 30), causal=True)
-    yield "soft cap, causal", capped, theirs(leaves, is_causal=True), leaves
-
-    leaves = heads(8192, 8)
-    distance = torch.arange(8192)[:, None] - torch.arange(8192)[None]
-    near = distance.abs() <= 1024
-    yield "window 1024 at 8192", ours(leaves, window=1024), theirs(leaves, attn_mask=near), leaves
-    near = near & (distance >= 0)
-    yield "window 1024, causal, at 8192", ours(leaves, window=1024, causal=True), theirs(leaves, attn_mask=near), leaves
-
-    leaves = heads(n, 2)
-    yield "dropout", ours(leaves, dropout=0.1), theirs(leaves, dropout_p=0.1), leaves
-    bias = torch.randn(1, 2, n, n, requires_grad=True)
-    yield "bias gradient", ours(leaves, attn_bias=bias), theirs(leaves, attn_mask=bias), [*leaves, bias]
-    row = torch.randn(1, 2, 1, n, requires_grad=True)
-    wide = {"attn_mask": row.expand(1, 2, n, n), "dropout_p": 0.1}
-    yield "bias gradient + dropout", ours(leaves, attn_bias=row, dropout=0.1), theirs(leaves, **wide), [*leaves, row]
+        return {"mask": MaskFunction(together) if case.endswith("kept") else together}, theirs
+    if case == "soft cap":  # PyTorch has no kernel for it on a CPU: beside what it caps
+        return {"causal": True, "attn_bias": lambda s, b, h, i, j: 30 * torch.tanh(s / 30)}, {"is_causal": True}
+    if case == "ALiBi":
+        bias = AlibiBias(HEADS)
+        values = bias(torch.arange(n), torch.arange(n)).masked_fill(~causal, -torch.inf)
+        return {"causal": True, "attn_bias": bias}, {"attn_mask": values}
+    if case == "dropout":
+        return {"causal": True, "dropout": 0.1}, {"is_causal": True, "dropout_p": 0.1}
+    if case == "bias gradient":
+        bias = torch.randn(1, HEADS, n, n, requires_grad=True)
+        return {"attn_bias": bias}, {"attn_mask": bias}
+    return {"causal": case == "causal"}, {"is_causal": case == "causal"}
 
 
-def heads(n: int, h: int) -> list[Tensor]:
-    return [torch.randn(1, h, n, 64, requires_grad=True) for _ in range(3)]
+def calls(case: str, n: int, leaves: list[Tensor]) -> tuple[str, dict[str, Call]]:
+    """The name of the way that ``auto`` takes, and every call by the name of its way; a bias joins the leaves."""
+    ours, theirs = arguments_of(case, n)
+    leaves += [x for x in ours.values() if isinstance(x, Tensor) and x.requires_grad]
+    heads = leaves[:3]
+    found: dict[str, Call] = {}
+    for way in WAYS:
+        try:
+            select_backend(*heads, backend=way.name, **ours)
+        except NotImplementedError:
+            continue
+        if way.backend != "naive":
+            found[way.name] = lambda name=way.name: dot_product_attention(*heads, backend=name, **ours)
+    found["PyTorch"] = lambda: F.scaled_dot_product_attention(*heads, **theirs)
+    return select_backend(*heads, **ours).way, found
 
 
-def ours(leaves: list[Tensor], **arguments: object) -> Call:
-    return lambda: dot_product_attention(*leaves, **arguments)
-
-
-def theirs(leaves: list[Tensor], **arguments: object) -> Call:
-    return lambda: F.scaled_dot_product_attention(*leaves, **arguments)
-
-
-def seconds(call: Call, leaves: list[Tensor], clock: Callable[[], float]) -> float:
-    start = clock()
+def seconds(call: Call, leaves: list[Tensor]) -> float:
+    start = time.perf_counter()
     out = call()
     torch.autograd.grad(out, leaves, out)
-    return clock() - start
+    return time.perf_counter() - start
+
+
+def measure(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, list[float]]]]:
+    """Of each case: its name, what ``auto`` takes, and the seconds of each way in every round."""
+    for n in options.lengths:
+        for d in options.widths:
+            for case in options.cases:
+                leaves = [torch.randn(1, HEADS, n, d, requires_grad=True) for _ in range(3)]
+                chosen, ways = calls(case, n, leaves)
+                times: dict[str, list[float]] = {name: [] for name in ways}
+                for round_ in range(options.rounds + 1):
+                    for name, call in ways.items():
+                        took = seconds(call, leaves)
+                        if round_:
+                            times[name].append(took)
+                yield f"{case}, {n} × {d}", chosen, times
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--lengths", type=int, nargs="+", default=[4096, 8192])
+    parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
+    parser.add_argument("--cases", nargs="+", choices=CASES + OTHERS, default=CASES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
-    parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)
-    clock = time.perf_counter if options.clock == "wall" else time.process_time
-    print(f"torch {torch.__version__}, {options.threads} threads, {options.clock} seconds, median of {options.rounds}")
-    print(f"{'':32}{'ours':>8}{'PyTorch':>9}{'ratio':>7}")
-    for name, mine, other, leaves in cases():
-        seconds(mine, leaves, clock)
-        seconds(other, leaves, clock)
-        pairs = [(seconds(mine, leaves, clock), seconds(other, leaves, clock)) for _ in range(options.rounds)]
-        a, b = (statistics.median(column) for column in zip(*pairs, strict=True))
-        ratio = statistics.median(x / y for x, y in pairs)
-        print(f"{name:32}{a:8.2f}{b:9.2f}{ratio:7.2f}", flush=True)
+    print(f"{processor()}, {options.threads} threads, torch {torch.__version__}, {HEADS} heads, median seconds")
+    names = calls("plain", 64, [torch.randn(1, HEADS, 64, 64) for _ in range(3)])[1]
+    print(f"{'':26}" + "".join(f"{name:>12}" for name in names) + f"{'auto':>12}{'÷ best':>8}")
+    worst, where = 0.0, ""
+    for title, chosen, times in measure(options):
+        ours = {name: values for name, values in times.items() if name != "PyTorch"}
+        best = min(ours, key=lambda name: statistics.median(ours[name]))
+        ratio = statistics.median(a / b for a, b in zip(ours[chosen], ours[best], strict=True))
+        medians = (f"{statistics.median(times[name]):12.2f}" if name in times else f"{'–':>12}" for name in names)
+        print(f"{title:26}" + "".join(medians) + f"{chosen:>12}{ratio:8.2f}", flush=True)
+        worst, where = max((worst, where), (ratio, title))
+    print(f"worst: {worst:.2f} ({where})")
 
 
 if __name__ == "__main__":

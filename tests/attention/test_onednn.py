@@ -1,19 +1,30 @@
 """Tiles whose products oneDNN adds in place: packed products, which questions get them, what they hold and do."""
 
+from threading import get_ident
+
 import pytest
 import torch
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
-from memory_efficient_attention_pytorch import dot_product_attention, select_backend
+from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, dot_product_attention, select_backend
 from memory_efficient_attention_pytorch.attention import onednn as way
 from memory_efficient_attention_pytorch.common import products
 from memory_efficient_attention_pytorch.common.products import PackedWeight, product
+from memory_efficient_attention_pytorch.planner.accounting import Accounting
+from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
 from tests import reference
 from tests.memory.live_bytes import LiveBytes
 
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
 MIB = 2**20
+
+
+@pytest.fixture
+def restored_threads():
+    before = torch.get_num_threads()
+    yield
+    torch.set_num_threads(before)
 
 
 @pytest.fixture(autouse=True)
@@ -106,6 +117,17 @@ def test_not_for_many_threads_nor_where_another_library_is_as_fast(monkeypatch):
     assert select_backend(*qkv(2048)).name == "tiled"
     monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
     assert select_backend(*qkv(2048)).name == "fused"
+
+
+def test_not_where_each_head_would_find_anew_what_one_pass_finds_for_all(monkeypatch):
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    q, k, v = qkv(2048, h=2)
+    documents = (torch.arange(2048) // 500)[None]
+    several = {"document_ids": documents}, {"mask": lambda b, h, i, j: i >= j}, {"attn_bias": RelativePositionBias(2)}
+    for kwargs in several:
+        assert select_backend(q, k, v, **kwargs).way == "cpu_kernel"
+    for kwargs in ({"mask": documents > 0}, {"attn_bias": AlibiBias(2)}, {"attn_bias": torch.randn(1, 1, 1, 2048)}):
+        assert select_backend(q, k, v, **kwargs).way == "onednn"
 
 
 def test_backward_goes_the_way_of_forward_whatever_changed_between(monkeypatch):
@@ -254,6 +276,82 @@ def test_a_row_that_sees_nothing_at_first():
     truth = dot_product_attention(q.double(), k.double(), v.double(), mask=mask, backend="naive")
     reference.assert_close("out", out, truth, 1e-5)
     assert out[0, 0, 5].eq(0).all()
+
+
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"kv": 2, "causal": True},
+        {"dropout": 0.3, "causal": True},
+        {"documents": True},
+        {"alibi": True},
+        {"bias": True},
+    ],
+    ids=str,
+)
+def test_a_head_in_a_thread_is_the_same_bit_for_bit(kwargs, restored_threads):
+    kwargs = dict(kwargs)
+    wanted = list(qkv(256, h=4, kv=kwargs.pop("kv", None)))
+    if kwargs.pop("documents", False):
+        kwargs["document_ids"] = (torch.arange(256) // 50)[None]
+    if kwargs.pop("alibi", False):
+        kwargs["attn_bias"] = AlibiBias(4)
+    if kwargs.pop("bias", False):
+        kwargs["attn_bias"] = torch.randn(1, 4, 1, 256, requires_grad=True)
+        wanted.append(kwargs["attn_bias"])
+
+    def found(threads):
+        torch.set_num_threads(threads)
+        torch.manual_seed(3)
+        buckets = {"q_bucket_size": 128, "k_bucket_size": 64}
+        out = dot_product_attention(*wanted[:3], backend="onednn", **buckets, **kwargs)
+        return out, *torch.autograd.grad(out.sum(), wanted)
+
+    for one, two in zip(found(1), found(2), strict=True):
+        assert one.equal(two)
+
+
+@pytest.mark.parametrize("by", ["mask", "bias", "score"])
+def test_functions_of_the_callers_are_called_in_his_thread(by, restored_threads):
+    threads = set()
+
+    class Bias(torch.nn.Module):
+        def forward(self, queries, keys):
+            threads.add(get_ident())
+            return torch.zeros(len(queries), len(keys))
+
+    def mask(b, h, i, j):
+        threads.add(get_ident())
+        return i >= j
+
+    def score(score, b, h, i, j):
+        threads.add(get_ident())
+        return score * 1
+
+    torch.set_num_threads(2)
+    q, k, v = qkv(256, h=4)
+    kwargs = {"mask": {"mask": mask}, "bias": {"attn_bias": Bias()}, "score": {"attn_bias": score}}[by]
+    backend = "tiled" if by == "score" else "onednn"
+    dot_product_attention(q, k, v, backend=backend, **kwargs).sum().backward()
+    assert threads == {get_ident()}
+
+
+def test_a_dry_run_counts_what_each_thread_holds():
+    def peak(threads, heads):
+        step = Step(_Attention(), torch.sum, (torch.zeros(1, heads, 2048, 32, requires_grad=True),), optimizer=None)
+        return int(dry_run(step, Accounting(torch.device("cpu"), threads)).live.sum(1).max())
+
+    one, two, four = (peak(threads, 4) for threads in (1, 2, 4))
+    # Two tiles of scores, 2 MiB each, masks of 1 MiB and packed keys and values.
+    assert 4 * MIB <= two - one <= 9 * MIB
+    assert four - two == 2 * (two - one)
+    assert peak(2, 1) == peak(1, 1), "one head, which the threads share"
+
+
+class _Attention(torch.nn.Module):
+    def forward(self, x):
+        return dot_product_attention(x, x, x, causal=True, backend="onednn")
 
 
 # What they hold

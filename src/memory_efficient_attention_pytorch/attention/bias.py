@@ -15,6 +15,7 @@ from ..common.errors import require
 from ..common.gradients import GradientSums, accumulator
 from ..common.parameters import SeenParameters
 from ..common.precision import full_dtype
+from ..torch_internals.hooks import all_modules_are_watched, module_is_watched
 from .broadcasting import canonical_broadcast, narrow_broadcast
 from .mask_function import Place
 from .score_function import captured_by, exchanged, is_score_mod, modified, stand_ins
@@ -70,6 +71,11 @@ class Bias:
     def tensor(self) -> Tensor | None:
         """The tensor that it is, if it is one."""
         return self.values if isinstance(self.values, Tensor) else None
+
+    @property
+    def several_threads(self) -> bool:
+        """Several threads may ask for tiles at once."""
+        return isinstance(self.values, Tensor) or serves_several_threads(self.values)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
@@ -197,6 +203,14 @@ class BiasOfHeads(nn.Module):
             return self.bias(query_positions, key_positions, heads=chosen)
         values = self.bias(query_positions, key_positions)
         return values[..., chosen, :, :] if values.dim() >= 3 and values.shape[-3] > 1 else values
+
+
+def serves_several_threads(bias: object) -> bool:
+    """A module whose class says so of itself, and that nobody has hooked; of others it is not known."""
+    if not isinstance(bias, nn.Module) or module_is_watched(bias) or all_modules_are_watched():
+        return False
+    of_heads = isinstance(bias, BiasOfHeads)
+    return serves_several_threads(bias.bias) if of_heads else vars(type(bias)).get("several_threads", False) is True
 
 
 def accepts_heads(bias: BiasModule) -> bool:

@@ -35,6 +35,7 @@ class Part(NamedTuple):
     heads: slice
     kv_heads: slice
     visibility: Visibility
+    schedules: dict[tuple[int, int], list[Row]]  # shared with the parts that may see the same
 
     def of_query(self, x: Tensor) -> Tensor:
         """The part's heads of ``x (b, h, …)``."""
@@ -46,7 +47,10 @@ class Part(NamedTuple):
 
     def rows(self, request: AttentionRequest) -> Iterable[Row]:
         """The rows of tiles, of which a dry run goes through a few."""
-        rows = self.visibility.schedule(request.q_bucket_size, request.k_bucket_size, request.device)
+        buckets = (request.q_bucket_size, request.k_bucket_size)
+        if buckets not in self.schedules:
+            self.schedules[buckets] = self.visibility.schedule(*buckets, request.device)
+        rows = self.schedules[buckets]
         # Under causality rows grow, and end in wide and narrow tiles by turns; the very last may have few queries.
         return each(rows, size=lambda row: row.scores, last=3)
 
@@ -62,6 +66,17 @@ def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alik
     A part's heads are whole groups that share a key/value head, or a piece of one group. None: as many elements as stay
     in the device's cache. alike: the pass and its tensors, by which a dry run knows one that does the same.
     """
+    return each(cut(request, elements), alike=alike_to(request, alike))
+
+
+def alike_to(request: AttentionRequest, alike: Alike) -> Alike:
+    """What another loop over the parts of a request must share to take the same memory; None where none may."""
+    plain = request.visibility.structural and request.bias is None
+    return (*alike, request) if alike and plain else None
+
+
+def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
+    """All of :func:`parts`."""
     if elements is None:
         elements = ELEMENTS_ON_A_CPU if request.device_type == "cpu" else ELEMENTS_ELSEWHERE
     per_part = max(1, elements // max(1, request.tile_scores))
@@ -71,12 +86,13 @@ def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alik
     batch = max(1, per_part // request.h) if heads == request.h else 1
     found = []
     for b0 in range(0, request.b, batch):
+        schedules: dict[tuple[int, int], list[Row]] = {}
         for h0 in range(0, request.h, heads):
             of_batch, of_heads = slice(b0, min(b0 + batch, request.b)), slice(h0, h0 + heads)
             kv = slice(h0 // group, max(h0 // group + 1, (h0 + heads) // group))
-            found.append(Part(of_batch, of_heads, kv, request.visibility.narrow(of_batch, of_heads)))
-    plain = request.visibility.structural and request.bias is None
-    return each(found, alike=(*alike, request) if alike and plain else None)
+            known = schedules if request.visibility.alike_in_heads else {}
+            found.append(Part(of_batch, of_heads, kv, request.visibility.narrow(of_batch, of_heads), known))
+    return found
 
 
 class Scores(NamedTuple):
@@ -89,7 +105,7 @@ class Scores(NamedTuple):
     @staticmethod
     def all_of(request: AttentionRequest) -> Scores:
         """Everything as a single tile."""
-        part = Part(EVERYTHING, EVERYTHING, EVERYTHING, request.visibility)
+        part = Part(EVERYTHING, EVERYTHING, EVERYTHING, request.visibility, {})
         return Scores(request, part, Tile(0, request.n, 0, request.m, request.visibility.trivial))
 
     @property

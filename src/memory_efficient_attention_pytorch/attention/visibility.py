@@ -147,6 +147,11 @@ class Visibility:
         return self.mask is None and self.document_ids is None and self.function is None
 
     @property
+    def alike_in_heads(self) -> bool:
+        """All heads see the same."""
+        return (self.mask is None or self.mask.shape[1] == 1) and self.heads is None
+
+    @property
     def structurally_trivial(self) -> bool:
         """Window and causality hide nothing."""
         return self.structurally_full(0, self.n, 0, self.m)

@@ -106,7 +106,7 @@ def begin(settings: Settings, systems: Sequence[System]) -> Results:
 def describe_machine(device: str) -> dict[str, Any]:
     """Processor, cores usable, memory, system, and the CUDA device if one is used. No host name."""
     machine: dict[str, Any] = {
-        "processor": _processor(),
+        "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_bytes": os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"),
         "system": f"{platform.system()} {platform.machine()}",
@@ -119,7 +119,7 @@ def describe_machine(device: str) -> dict[str, Any]:
     return machine
 
 
-def _processor() -> str:
+def processor() -> str:
     """The processor's name, and its family and model, since chips of one name differ in kind."""
     info = Path("/proc/cpuinfo")
     if not info.exists():

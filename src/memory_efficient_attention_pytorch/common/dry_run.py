@@ -36,6 +36,9 @@ class DryRun(Protocol):
     def working_on(self, owner: object) -> AbstractContextManager[None]:
         """Inside, the work is ``owner``'s: a parameter of the module that does it, or ``"loss"``."""
 
+    def at_once(self, times: int) -> AbstractContextManager[None]:
+        """Inside, what is made is made by as many threads, each for itself."""
+
     def keeps(self, tensor: Tensor) -> None:
         """The loop at work keeps this tensor, as it does one like it for every part that was left out."""
 
@@ -81,6 +84,12 @@ def working_on(owner: object) -> AbstractContextManager[None]:
     """Tell a dry run whose work is done inside."""
     dry_run = current()
     return nullcontext() if dry_run is None else dry_run.working_on(owner)
+
+
+def at_once(times: int) -> AbstractContextManager[None]:
+    """Tell a dry run that as many threads do what is done inside."""
+    dry_run = current()
+    return nullcontext() if dry_run is None else dry_run.at_once(times)
 
 
 def keeps(tensor: Tensor) -> None:

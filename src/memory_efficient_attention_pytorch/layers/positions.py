@@ -50,6 +50,9 @@ class AlibiBias(nn.Module):
     by every second slope of the next higher one, as in the paper's code.
     """
 
+    several_threads = True
+    """May call it at the same time, each for heads of its own."""
+
     def __init__(self, heads: int) -> None:
         super().__init__()
         require_positive_int("heads", heads)
@@ -57,7 +60,7 @@ class AlibiBias(nn.Module):
 
     def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
         """Positions ``(i,)`` and ``(j,)`` → ``(h, i, j)`` in fp32, of the ``heads`` asked for."""
-        distance = (query_positions[:, None] - key_positions[None, :]).abs()
+        distance = (query_positions.int()[:, None] - key_positions.int()[None, :]).abs()
         return -self.slopes(query_positions.device)[heads, None, None] * distance
 
     def slopes(self, device: torch.device | None = None) -> Tensor:

@@ -76,6 +76,7 @@ class Ledger(TorchDispatchMode):
         self._kept: list[int] = []  # how many things libraries have kept by then
         self._flops = 0.0
         self._weight = 1.0  # how many operations the one at work stands for
+        self._threads_at_work = 1
         self._accounting, self._device = accounting.anew(), device
         self._categorize = categorize
         self._live: Counter[str] = Counter()
@@ -154,6 +155,14 @@ class Ledger(TorchDispatchMode):
         if owner == "loss":
             return self.during("loss" if self.phase == "forward" else self.phase)
         return self.during(self.phase, self._owners.get(owner, ""))
+
+    @contextmanager
+    def at_once(self, times: int) -> Iterator[None]:
+        self._threads_at_work = times
+        try:
+            yield
+        finally:
+            self._threads_at_work = 1
 
     def keeps(self, tensor: Tensor) -> None:
         # Its storage counts as often as the operation at work.
@@ -270,7 +279,9 @@ class Ledger(TorchDispatchMode):
         key = id(storage)  # the same object for as long as the storage lives
         if key in self._storages:
             return
-        held = _Held(weakref.ref(storage, partial(self._discharge, key)), category, storage.nbytes())
+        held = _Held(
+            weakref.ref(storage, partial(self._discharge, key)), category, storage.nbytes(), self._threads_at_work
+        )
         self._storages[key] = held
         self._count(held, 1)
 

@@ -30,6 +30,12 @@ def memory_is_shared(tensor: Tensor) -> bool:
     return count is None or count(storage._cdata) > 2
 
 
+@capability
+def dispatch_modes() -> Callable[[], int]:
+    """A function that tells how many dispatch modes are at work in this thread."""
+    return torch._C._len_torch_dispatch_stack
+
+
 def is_fake(tensor: Tensor) -> bool:
     """True for a tensor with a shape and a device but no contents, which dry runs and tracers send through the code."""
     return type(tensor).__name__ == "FakeTensor"
