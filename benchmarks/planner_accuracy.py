@@ -4,6 +4,7 @@
   python benchmarks/planner_accuracy.py --calibrate   the same for the calibration set, which the table never contains
   python benchmarks/planner_accuracy.py --operators   what single operators allocate for themselves
   python benchmarks/planner_accuracy.py --limits      the longest sequence within a budget, run under that budget
+  python benchmarks/planner_accuracy.py --models      models of transformers, before and after make_memory_efficient
 
 A measurement is the rise of a fresh process's high-water resident set during the step, added to the bytes of what
 exists before it (parameters, gradients, optimizer state), which are known exactly.
@@ -12,6 +13,7 @@ exists before it (parameters, gradients, optimizer state), which are known exact
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import platform
 import statistics
@@ -19,6 +21,7 @@ import sys
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
 from datetime import date
+from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -270,6 +273,14 @@ REPORT_HEAD = (
     "configurations was looked at when the allowances for kernels were set.",
     "",
 )
+MODELS_HEAD = (
+    "# Models of transformers: what the planner predicted and what was measured",
+    "",
+    f"Made by `python benchmarks/planner_accuracy.py --models` on {MACHINE}, transformers {version('transformers')}.",
+    "Three layers 256 wide, 4 heads, vocabulary 8000, fp32, as their configurations make them; the peak of a training",
+    "step with AdamW, its state and the model included. No allowance of the planner's was set by them.",
+    "",
+)
 LIMITS_HEAD = (
     "# The longest sequence within a budget, where no more can be had",
     "",
@@ -280,6 +291,70 @@ LIMITS_HEAD = (
     "kernels it compiles and never touches it, which is no memory and is granted on top.",
     "",
 )
+
+
+# One of grouped queries; one with positions and dropout, which makes its own attention n × n; one with windows.
+MODELS: dict[str, dict[str, Any]] = {
+    "Llama": {"num_key_value_heads": 2},
+    "GPT2": {},
+    "Gemma3": {"layer_types": ["sliding_attention", "sliding_attention", "full_attention"], "sliding_window": 512},
+}
+MODEL_LENGTHS = (1024, 2048, 4096)
+
+
+def model_of_transformers(kind: str, seq_len: int) -> Any:
+    import transformers
+
+    shape: dict[str, Any]
+    if kind == "GPT2":
+        shape = {"n_embd": 256, "n_layer": 3, "n_head": 4, "n_positions": seq_len, "vocab_size": 8000}
+        config = transformers.GPT2Config(**shape, bos_token_id=0, eos_token_id=0, loss_type="ForCausalLM")
+        return transformers.GPT2LMHeadModel(config).train()
+    shape = {"hidden_size": 256, "intermediate_size": 768, "num_hidden_layers": 3, "num_attention_heads": 4}
+    shape |= {"vocab_size": 8000, "head_dim": 64, "max_position_embeddings": seq_len, "pad_token_id": 0}
+    named = transformers.Gemma3TextConfig if kind == "Gemma3" else transformers.LlamaConfig
+    return getattr(transformers, f"{kind}ForCausalLM")(named(**shape, **MODELS[kind])).train()
+
+
+def build_model(kind: str, state: str, seq_len: int) -> Callable[[], None]:
+    """The same as ``build`` of a model of transformers, in one of the states that are planned."""
+    from memory_efficient_attention_pytorch.huggingface import make_memory_efficient, planning
+
+    torch.manual_seed(0)
+    model = model_of_transformers(kind, seq_len)
+    if state == planning.CHECKPOINTED:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    if state == planning.EFFICIENT:
+        make_memory_efficient(model)
+    zero_grads(model)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    tokens = torch.randint(8000, (1, seq_len))
+
+    def step(length: int) -> None:
+        x = tokens[:, :length]
+        model(input_ids=x, labels=x, use_cache=False).loss.backward()
+        optimizer.step()
+
+    step(16)  # loads what PyTorch loads on first use
+    return lambda: step(seq_len)
+
+
+def models() -> Iterator[str]:
+    from memory_efficient_attention_pytorch.huggingface import make_memory_efficient
+
+    yield "| model | state | tokens | predicted | measured | error |"
+    yield "|---|---|---:|---:|---:|---:|"
+    for kind, seq_len in itertools.product(MODELS, MODEL_LENGTHS):
+        with torch.device("meta"):
+            model = model_of_transformers(kind, seq_len)
+        for state, made in make_memory_efficient(model).plan(seq_len=seq_len, device="cpu").plans.items():
+            before = sum(made.timeline.breakdown(0)[part] for part in STATE)
+            arguments = {"kind": kind, "state": state, "seq_len": seq_len}
+            measured = before + measure_peak(f"{__file__}:build_model", arguments).peak_bytes
+            sizes = f"{format_size(made.peak_bytes)} | {format_size(measured)}"
+            row = f"| {kind} | {state} | {seq_len} | {sizes} | {made.peak_bytes / measured - 1:+.1%} |"
+            print(row, flush=True)
+            yield row
 
 
 def write(name: str, *lines: str) -> None:
@@ -357,9 +432,13 @@ def main() -> None:
     parser.add_argument("--operators", action="store_true")
     parser.add_argument("--only", type=int, nargs="+", help="numbers of configurations; nothing is written")
     parser.add_argument("--limits", action="store_true")
+    parser.add_argument("--models", action="store_true")
     arguments = parser.parse_args()
     if arguments.operators:
         measure_operators()
+        return
+    if arguments.models:
+        write("models.md", *MODELS_HEAD, *models())
         return
     if arguments.limits:
         write("limits.md", *LIMITS_HEAD, *limits())
