@@ -23,6 +23,12 @@ def test_every_public_name_is_there_and_listed():
         assert getattr(package, name).__name__ == name
 
 
+def test_the_citation_and_the_changelog_are_of_this_version():
+    root = Path(__file__).parent.parent
+    assert f"\nversion: {package.__version__}\n" in (root / "CITATION.cff").read_text()
+    assert f"\n## {package.__version__} (" in (root / "CHANGELOG.md").read_text()
+
+
 def test_type_checkers_see_what_runs():
     tree = ast.parse(Path(package.__file__).read_text())
     (block,) = (node for node in tree.body if isinstance(node, ast.If))
