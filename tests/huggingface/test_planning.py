@@ -132,5 +132,8 @@ def test_mistakes_beside_a_directory_are_told_in_a_line(tmp_path, capsys, monkey
     assert "config.json" in told("--model", str(tmp_path), "--seq-len", "8")
     experts = directory(tmp_path / "b", "GptOss")
     assert "cannot be run dry" in told("--model", experts, "--seq-len", "8")
-    monkeypatch.setitem(sys.modules, "memory_efficient_attention_pytorch.huggingface", None)
-    assert "[huggingface]" in told("--model", model, "--seq-len", "8")
+    for name in [name for name in sys.modules if name.startswith("memory_efficient_attention_pytorch.huggingface")]:
+        monkeypatch.delitem(sys.modules, name)
+    monkeypatch.setitem(sys.modules, "transformers", None)
+    expected = "transformers is not installed: pip install 'memory-efficient-attention-pytorch[huggingface]'"
+    assert expected in told("--model", model, "--seq-len", "8")
