@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test package test-wheel test-torch bench gpu lint clean
+.PHONY: setup train test package test-torch bench gpu lint clean
 
 setup: $(STAMP)
 
@@ -20,16 +20,13 @@ lint: setup
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 
-test: lint
-	$(BIN)/python -m pytest -n auto
+# The sdist and the wheel are built in dist/, the wheel is tried without extras beside exactly what it requires, and the
+# tests run on its files, which are found before those in src. While you work: .venv/bin/python -m pytest tests/attention
+test: lint package
+	PYTHONPATH=$(CURDIR)/build/wheel $(BIN)/python -m pytest -n auto
 
-# The sdist and the wheel in dist/, and that the wheel works without extras, beside exactly what it requires.
 package: setup
 	$(BIN)/python tests/wheel.py
-
-# The tests on what users install: the wheel's files, which are found before those in src.
-test-wheel: package
-	PYTHONPATH=$(CURDIR)/build/wheel $(BIN)/python -m pytest -n auto
 
 # The tests with another PyTorch, in an environment of its own: make test-torch VERSION=2.11.0
 test-torch: TORCH := .venv-torch-$(VERSION)
