@@ -95,6 +95,7 @@ def measure(options: argparse.Namespace) -> Iterator[tuple[str, str, dict[str, l
             for case in options.cases:
                 leaves = [torch.randn(1, HEADS, n, d, requires_grad=True) for _ in range(3)]
                 chosen, ways = calls(case, n, leaves)
+                ways = {name: call for name, call in ways.items() if name not in options.without or name == chosen}
                 times: dict[str, list[float]] = {name: [] for name in ways}
                 for round_ in range(options.rounds + 1):
                     for name, call in ways.items():
@@ -110,6 +111,7 @@ def main() -> None:
     parser.add_argument("--widths", type=int, nargs="+", default=[64, 128])
     parser.add_argument("--cases", nargs="+", choices=CASES + OTHERS, default=CASES)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    parser.add_argument("--without", nargs="*", default=(), help="names of ways to leave out")
     parser.add_argument("--rounds", type=int, default=3)
     options = parser.parse_args()
     torch.set_num_threads(options.threads)

@@ -69,9 +69,10 @@ class OneDnn(Way):
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out, *log_sum_exp = empty_results(request, v)
+        kept: dict[tuple[int, ...], Tensor] = {}
 
         def worker() -> Callable[[Part], None]:
-            shared = _Shared(request, transposed=False)
+            shared = _Shared(request, False, kept)
 
             def attend(part: Part) -> None:
                 heads = (part.of_query(q), part.of_key(k), part.of_key(v), *map(part.of_query, (out, *log_sum_exp)))
@@ -86,9 +87,10 @@ class OneDnn(Way):
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         # oneDNN adds to what has no gaps: each head's gradient in one piece, not each token's.
         gradients = torch.zeros_like(given.q), fresh_total(given.k), fresh_total(given.v)
+        kept: dict[tuple[int, ...], Tensor] = {}
 
         def worker() -> Callable[[Sequence[Part]], None]:
-            shared = _Shared(request, transposed=True)
+            shared = _Shared(request, True, kept)
 
             def differentiate(group: Sequence[Part]) -> None:
                 for part in each(group):
@@ -114,13 +116,13 @@ def _calls_nobody(request: AttentionRequest) -> bool:
 class _Shared:
     """What the heads of one pass have in common: buffers, and what tiles must not see.
 
-    Window and causality hide the same in many tiles: it is kept for a few. transposed: tiles are ``(j, i)``.
+    Window and causality hide the same in many tiles: it is kept for a few, in ``kept``, which all threads of a pass
+    share. transposed: tiles are ``(j, i)``.
     """
 
-    def __init__(self, request: AttentionRequest, transposed: bool) -> None:
+    def __init__(self, request: AttentionRequest, transposed: bool, kept: dict[tuple[int, ...], Tensor]) -> None:
         self.request, self.transposed = request, transposed
-        self.scratch = Scratch(torch.float32, request.device)
-        self.kept: dict[tuple[int, ...], Tensor] = {}
+        self.scratch, self.kept = Scratch(torch.float32, request.device), kept
 
     def start(self, of_tile: Scores, scores: Tensor, value: Tensor) -> None:
         """Fill ``scores (i, j)``, or transposed, to which products are added, with the value of each query, shaped to
@@ -148,15 +150,16 @@ class _Shared:
         tile = of_tile.tile
         repeated = self.request.visibility.structural
         place = (tile.i0 - tile.j0, tile.i1 - tile.i0, tile.j1 - tile.j0)
-        if repeated and place in self.kept:
-            return self.kept[place]
+        known = self.kept.get(place) if repeated else None
+        if known is not None:
+            return known
         visible = of_tile.visible
         assert visible is not None
         visible = visible[0, 0].expand(place[1:])
         hidden = (visible.t().contiguous() if self.transposed else visible).to(torch.bfloat16).log_()
         if repeated:
-            if len(self.kept) == MOST_MASKS:
-                del self.kept[next(iter(self.kept))]
+            if len(self.kept) >= MOST_MASKS:
+                self.kept.pop(next(iter(list(self.kept))), None)  # of a copy, since other threads add to it
             self.kept[place] = hidden
         return hidden
 
