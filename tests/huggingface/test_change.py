@@ -266,3 +266,43 @@ def test_a_trainer_accumulates_the_same_gradients(tmp_path):
     expected, found = trained(False), trained(True)
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-5)
+
+
+class Causal(torch.nn.Module):
+    """Linear layers alone, and every token sees those before it."""
+
+    def __init__(self):
+        super().__init__()
+        self.up, self.down = torch.nn.Linear(4, 9), torch.nn.Linear(9, 4)
+
+    def forward(self, x):
+        return self.down(self.up(x).cumsum(1))
+
+
+def test_what_mixes_tokens_is_not_cut():
+    found = list(feed_forward.candidates(torch.nn.ModuleDict({"mixer": Causal()})))
+    assert [(name, why) for name, _, why in found] == [("mixer", "a token's output depends on other tokens")]
+
+
+def test_labels_are_taken_by_position():
+    model, ids = small_model("Llama"), tokens()
+    expected = model(ids, labels=ids).loss
+    make_memory_efficient(model)
+    output = model(ids, None, None, None, None, ids)
+    torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=1e-6, check_dtype=False)
+    assert output.logits._made is None
+
+
+def test_logits_that_a_model_makes_contiguous_stay_lazy():
+    import transformers
+
+    config = transformers.OPTConfig(
+        vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
+        max_position_embeddings=64, dropout=0.0,
+    )  # fmt: skip
+    model, ids = transformers.OPTForCausalLM(config).train(), tokens()
+    expected = step(model, ids, labels=ids)
+    make_memory_efficient(model)
+    assert_same_step(step(model, ids, labels=ids), expected, 2e-5)
+    logits = model(input_ids=ids, labels=ids).logits
+    assert logits._made is None

@@ -1,14 +1,20 @@
 """Our Transformer behind transformers' interface computes what it computes by itself."""
 
+import copy
+
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, DynamicCache
 
 from memory_efficient_attention_pytorch import AutoregressiveWrapper
-from memory_efficient_attention_pytorch.huggingface import MemoryEfficientConfig, MemoryEfficientForCausalLM
+from memory_efficient_attention_pytorch.huggingface import (
+    MemoryEfficientConfig,
+    MemoryEfficientForCausalLM,
+    make_memory_efficient,
+)
 from memory_efficient_attention_pytorch.models.config import KNOBS, TransformerConfig
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
@@ -103,3 +109,81 @@ def test_a_trainer_trains_it(tmp_path):
     assert model.eval()(ids, labels=ids).loss.item() < before - 0.5
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-6")
     assert torch.equal(loaded(ids).logits, model(ids).logits)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_its_vocabulary_is_resized_and_saved(kind, tmp_path):
+    model, (ids, _) = model_of(kind), prompts()
+    before = model(ids).logits
+    model.resize_token_embeddings(70)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, device_map="cpu")
+    assert loaded.config.vocab_size == 70
+    torch.testing.assert_close(model(ids).logits[..., :61], before)
+    assert torch.equal(loaded(ids).logits, model(ids).logits)
+    assert torch.isfinite(loaded(ids + 60 * (ids == 3), labels=ids).loss)
+
+
+def test_weights_that_a_file_lacks_are_initialised(tmp_path):
+    from safetensors.torch import load_file, save_file
+
+    model_of("rotary, grouped, tied").save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    weights = load_file(file)
+    lacking = [name for name in weights if "layers.1" in name]
+    save_file({n: w for n, w in weights.items() if n not in lacking}, file, metadata={"format": "pt"})
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path).state_dict()
+    assert lacking
+    for name in lacking:
+        assert loaded[name].abs().max() < 2  # memory as it was found would hold anything
+        assert (loaded[name].std() > 0) == (weights[name].std() > 0)
+
+
+def test_a_cache_is_continued_by_any_number_of_tokens():
+    model, (ids, _) = model_of("rotary, grouped, tied"), prompts()
+    with torch.no_grad():
+        cache, expected = DynamicCache(), model(ids).logits
+        parts = [model(piece, past_key_values=cache).logits for piece in ids.split([5, 3, 1], 1)]
+    torch.testing.assert_close(torch.cat(parts, 1), expected)
+
+
+def test_padding_on_either_side_changes_no_token():
+    model, (ids, mask) = model_of("learned"), prompts()
+    left, right = model(ids, attention_mask=mask).logits, model(ids, attention_mask=mask.flip(1)).logits
+    torch.testing.assert_close(left[:1, 4:], model(ids[:1, 4:]).logits)
+    torch.testing.assert_close(right[:1, :5], model(ids[:1, :5]).logits)
+
+
+def test_an_assistant_changes_nothing():
+    model, assistant, (ids, _) = model_of("learned"), model_of("alibi with a window"), prompts()
+    options = {"max_new_tokens": 8, "do_sample": False}
+    assert torch.equal(
+        model.generate(ids[:1], assistant_model=assistant, **options), model.generate(ids[:1], **options)
+    )
+
+
+def test_copies_dtypes_and_tuples_are_those_of_any_model(tmp_path):
+    model, (ids, _) = model_of("rotary, grouped, tied"), prompts()
+    assert torch.equal(copy.deepcopy(model)(ids).logits, model(ids).logits)
+    assert torch.equal(model(ids, return_dict=False)[0], model(ids).logits)
+    model.save_pretrained(tmp_path)
+    loaded = AutoModelForCausalLM.from_pretrained(tmp_path, dtype=torch.bfloat16)
+    assert loaded(ids).logits.dtype == torch.bfloat16
+    made = AutoModelForCausalLM.from_config(model.config)
+    assert {n: p.shape for n, p in made.named_parameters()} == {n: p.shape for n, p in model.named_parameters()}
+
+
+def test_what_it_does_not_give_is_refused():
+    model, (ids, _) = model_of("learned"), prompts()
+    embedded = model.get_input_embeddings()(ids)
+    for name, value in {"output_attentions": True, "output_hidden_states": True, "inputs_embeds": embedded}.items():
+        with pytest.raises(ValueError, match=name):
+            model(None if name == "inputs_embeds" else ids, **{name: value})
+    with pytest.raises(ValueError, match="input_ids"):
+        model()
+    with pytest.raises(ValueError, match="attention_mask"):
+        model(ids, attention_mask=torch.ones(2, 1, 9, 9))
+    with pytest.raises(ValueError, match="checkpointing"):
+        model.gradient_checkpointing_enable()
+    report = make_memory_efficient(model)
+    assert (report.changed, report.left) == ([], [("model", "it is memory-efficient by itself")])

@@ -74,3 +74,70 @@ def test_functions_written_for_numbers_are_mapped():
 def test_padding_that_hides_nothing_is_dropped():
     visible = memory_efficient_mask(2, 12, 12, attention_mask=torch.ones(2, 12))
     assert visible.arguments == {"causal": True}
+
+
+def test_one_document_alone_is_none():
+    """As transformers that is traced hands it on."""
+    one = torch.full((2, 12), 3)
+    function = hf.packed_sequence_compatibility_function(hf.causal_mask_function, POSITIONS, one)
+    assert memory_efficient_mask(2, 12, 12, mask_function=function).arguments == {"causal": True}
+
+
+def prefix(b, h, q, k):
+    return k < PREFIXES[b]
+
+
+PREFIXES = torch.tensor([4, 7])
+MAKERS = {
+    "causal": (hf.create_causal_mask, {}),
+    "causal and a prefix": (hf.create_causal_mask, {"or_mask_function": prefix}),
+    "causal and what is also asked": (hf.create_causal_mask, {"and_mask_function": prefix}),
+    "blocks seen whole": (hf.create_causal_mask, {"block_sequence_ids": BLOCKS}),
+    "sliding": (hf.create_sliding_window_causal_mask, {}),
+    "sliding and blocks": (hf.create_sliding_window_causal_mask, {"block_sequence_ids": BLOCKS}),
+    "chunked": (hf.create_chunked_causal_mask, {}),
+    "bidirectional": (hf.create_bidirectional_mask, {}),
+    "sliding both ways": (hf.create_bidirectional_sliding_window_mask, {}),
+}
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
+@pytest.mark.parametrize("cache", ["none", "dynamic", "static"])
+@pytest.mark.parametrize("name", MAKERS)
+def test_masks_that_models_make_are_those_of_its_own_attention(name, cache, padding):
+    """From the makers that models call, with caches that grow and of fixed size."""
+    from transformers import DynamicCache, LlamaConfig, StaticCache
+
+    from memory_efficient_attention_pytorch.huggingface.attention import NAME, register
+
+    register()
+    maker, options = MAKERS[name]
+    bidirectional = "bidirectional" in maker.__name__
+    if cache != "none" and (bidirectional or "block_sequence_ids" in options):
+        pytest.skip("made for whole sequences")
+    config = LlamaConfig(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2, hidden_size=8)
+    config.sliding_window = config.attention_chunk_size = 4
+    kind = {"sliding": "sliding_attention", "chunked": "chunked_attention"}.get(name.split()[0], "full_attention")
+    config.layer_types = [kind]
+    queries = 12 if cache == "none" else 5
+    given = {"config": config, "inputs_embeds": torch.zeros(2, queries, 8), "attention_mask": padding, **options}
+    if not bidirectional:
+        held = {"none": None, "dynamic": DynamicCache, "static": lambda config: StaticCache(config, max_cache_len=15)}
+        given["past_key_values"] = held[cache] and held[cache](config=config)
+        if cache != "none":
+            before = torch.zeros(2, 2, 7, 4)
+            given["past_key_values"].update(before, before, 0)
+            given["position_ids"] = torch.arange(7, 12).expand(2, -1)
+    config._attn_implementation = "sdpa"
+    shown = maker(**given)
+    config._attn_implementation = NAME
+    visible = maker(**given)
+    q, k, v = heads(queries, visible.keys)
+    if shown is None:  # what its attention knows by itself
+        arguments = {} if bidirectional else {"causal": True}
+        expected = dot_product_attention(q, k, v, backend="naive", **arguments)
+    else:
+        expected = dot_product_attention(q, k, v, mask=shown, backend="naive")
+    seen = torch.ones(2, queries, dtype=torch.bool) if padding is None else padding[:, -queries:]
+    found = attend(q, k, v, visible)
+    torch.testing.assert_close(found.mT.transpose(1, 3)[seen], expected.mT.transpose(1, 3)[seen])

@@ -81,8 +81,8 @@ def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
         elements = ELEMENTS_ON_A_CPU if request.device_type == "cpu" else ELEMENTS_ELSEWHERE
     per_part = max(1, elements // max(1, request.tile_scores))
     group = request.h // request.kv
-    fitting = (s for s in range(1, min(request.h, per_part) + 1) if request.h % s == 0 and 0 in (s % group, group % s))
-    heads = max(fitting, default=1)
+    fitting = [s for s in range(1, min(request.h, per_part) + 1) if request.h % s == 0 and 0 in (s % group, group % s)]
+    heads = max([1, *fitting])
     batch = max(1, per_part // request.h) if heads == request.h else 1
     found = []
     for b0 in range(0, request.b, batch):

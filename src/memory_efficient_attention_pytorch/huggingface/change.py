@@ -16,6 +16,7 @@ from ..common.errors import require
 from . import attention as own_attention
 from . import feed_forward, logits
 from .checkpoints import enable_checkpoints, is_checkpointed
+from .model import MemoryEfficientForCausalLM
 from .planning import StepPlans, plan_step
 from .undoing import HOOKS, RECORD, Record, find_model, restore
 
@@ -80,6 +81,9 @@ def make_memory_efficient(
     require(checkpoint in (True, False, "cpu"), "checkpoint", 'True, False or "cpu"', repr(checkpoint))
     report, record = Report(weakref.ref(model)), Record()
     base.__dict__[RECORD] = record.entries
+    if isinstance(base, MemoryEfficientForCausalLM):
+        attention = mlp = loss = checkpoint = False
+        report.left.append(("model", "it is memory-efficient by itself"))
     steps: list[tuple[bool, Callable[[], None]]] = [
         (attention, lambda: _change_attention(base, record, report)),
         (mlp, lambda: _change_mlps(base, record, report)),

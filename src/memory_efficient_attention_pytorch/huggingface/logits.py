@@ -26,21 +26,28 @@ class LazyLogits:
     """
 
     def __init__(
-        self, head: nn.Linear, hidden: Tensor, scale: float = 1.0, tanh: bool = False, softcap: float = 1.0
+        self,
+        head: nn.Linear,
+        hidden: Tensor,
+        scale: float = 1.0,
+        tanh: bool = False,
+        softcap: float = 1.0,
+        dtype: torch.dtype | None = None,
     ) -> None:
         self._head, self._hidden = head, hidden
-        self._scale, self._tanh, self._softcap = scale, tanh, softcap
+        self._scale, self._tanh, self._softcap, self._dtype = scale, tanh, softcap, dtype
         self._made: Tensor | None = None
 
     def _changed(self, factor: float = 1.0, tanh: bool = False) -> LazyLogits:
         if self._tanh:
-            return LazyLogits(self._head, self._hidden, self._scale, True, self._softcap * factor)
-        return LazyLogits(self._head, self._hidden, self._scale * factor, tanh)
+            return LazyLogits(self._head, self._hidden, self._scale, True, self._softcap * factor, self._dtype)
+        return LazyLogits(self._head, self._hidden, self._scale * factor, tanh, dtype=self._dtype)
 
     def materialize(self) -> Tensor:
         """The logits ``(…, V)``, with their graph."""
         if self._made is None:
-            logits = nn.functional.linear(self._hidden, self._head.weight, self._head.bias) * self._scale
+            logits = nn.functional.linear(self._hidden, self._head.weight, self._head.bias)
+            logits = (logits if self._dtype is None else logits.to(self._dtype)) * self._scale
             self._made = torch.tanh(logits) * self._softcap if self._tanh else logits
         return self._made
 
@@ -68,6 +75,16 @@ class LazyLogits:
         return self._changed(other) if isinstance(other, int | float) else self.materialize() * other
 
     __rmul__ = __mul__
+
+    def contiguous(self) -> Any:
+        """Themselves while their model makes them (OPT): nobody sees how they lie. Later a tensor."""
+        return self if _HEAD_OF_A_LOSS.get() is self._head else self.materialize().contiguous()
+
+    def float(self) -> Any:
+        """Lazy while their model makes them (Mamba): their loss is computed in fp32 anyway. Later a tensor."""
+        if _HEAD_OF_A_LOSS.get() is not self._head:
+            return self.materialize().float()
+        return LazyLogits(self._head, self._hidden, self._scale, self._tanh, self._softcap, torch.float32)
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # copies and pickles ask for these before there is anything
@@ -127,13 +144,16 @@ def head_forward(head: nn.Linear, hidden: Tensor) -> Any:
 def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
     """A model's forward, given its class's: where it has labels, its head returns lazy logits."""
 
+    names = list(inspect.signature(own).parameters)[1:]
+
     @wraps(own)
-    def forward(self: Any, *args: Any, labels: Tensor | None = None, **kwargs: Any) -> Any:
-        if labels is None:
+    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
+        if labels is None or torch.compiler.is_compiling():  # whose graphs have logits, as before
             return own(self, *args, **kwargs)
         token = _HEAD_OF_A_LOSS.set(self.get_output_embeddings())
         try:
-            return own(self, *args, labels=labels, **kwargs)
+            return own(self, *args, **kwargs)
         finally:
             _HEAD_OF_A_LOSS.reset(token)
 

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils.generic import can_return_tuple
 
 from ..common.errors import require
 from ..layers.cache import KVCache
@@ -69,6 +70,7 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
     def __init__(self, config: MemoryEfficientConfig) -> None:
         super().__init__(config)
         self.net = Transformer(**config.transformer_keywords())
+        self._loaded = any(parameter.is_meta for parameter in self.parameters())  # its weights come from a file
         self.post_init()
 
     @classmethod
@@ -82,7 +84,10 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Nothing: the Transformer's layers are initialised as they are made."""
+        """Of weights that a file lacks. Else the Transformer's layers are initialised as they are made."""
+        reset: Any = getattr(module, "reset_parameters", None)
+        if self._loaded and reset is not None:
+            reset()
 
     def get_input_embeddings(self) -> nn.Module:
         return self.net.token_emb
@@ -90,9 +95,17 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
     def get_output_embeddings(self) -> nn.Module | None:
         return self.net.to_logits[1] if len(self.net.to_logits) > 1 else None
 
+    def set_input_embeddings(self, value: nn.Module) -> None:
+        assert isinstance(value, nn.Embedding)
+        self.net.token_emb, self.net.num_tokens = value, value.num_embeddings
+
+    def set_output_embeddings(self, value: nn.Module) -> None:
+        self.net.to_logits[1] = value
+
+    @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
-        input_ids: Tensor,
+        input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
@@ -111,8 +124,16 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: what the sum of losses is divided by, where not by the number of labels.
 
         Raises:
-            ValueError: other positions, or labels with a cache.
+            ValueError: other positions, labels with a cache, or what it does not give: attention weights, hidden
+                states, and embeddings in the place of tokens.
         """
+        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
+            asked = kwargs.get(name) is not None and kwargs[name] is not False
+            require(not asked, name, "none: tokens come in, and logits or a loss go out", "one")
+        require(input_ids is not None, "input_ids", "tokens (b, n)", None)
+        assert input_ids is not None
+        flat = attention_mask is None or attention_mask.dim() == 2
+        require(flat, "attention_mask", "(b, tokens), as caches that grow have it", attention_mask)
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
         self._check_positions(position_ids, mask, before, input_ids)
@@ -151,6 +172,7 @@ class _Behind(KVCache):
     def extend(self, layer: nn.Module, k: Tensor, v: Tensor, left: int | None = None) -> tuple[Tensor, Tensor]:
         keys, values = self.cache.update(k, v, self.asked)
         self.asked += 1
+        keys, values = (t[:, :, : self.length + k.shape[2]] for t in (keys, values))  # of a cache of fixed size
         first = 0 if left is None else max(0, keys.shape[2] - left - k.shape[2])
         return keys[:, :, first:], values[:, :, first:]
 

@@ -48,6 +48,7 @@ class _Simple(NamedTuple):
     document_ids: Tensor | None = None
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # looks at closures and values: one break of the graph for all layers
 def memory_efficient_mask(
     batch_size: int,
     q_length: int,
@@ -72,7 +73,8 @@ def memory_efficient_mask(
             arguments["causal"] = True
         if (parts.left, parts.right) != (None, None):
             arguments["window"] = (parts.left, parts.right)
-        if parts.document_ids is not None:
+        # transformers that is traced, which cannot look, hands on documents where there is one.
+        if parts.document_ids is not None and not _is_constant(parts.document_ids):
             arguments["document_ids"] = parts.document_ids
         if padding is not None:
             arguments["mask"] = padding
@@ -93,8 +95,13 @@ def _padding(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | 
         return None
     missing = max(0, keys + offset - attention_mask.shape[-1])
     padding = torch.nn.functional.pad(attention_mask.bool(), (0, missing))[:, offset : offset + keys]
-    looks = not torch.compiler.is_compiling() and type(padding) is Tensor and padding.device.type != "meta"
-    return None if looks and bool(padding.all()) else padding
+    return None if _is_constant(padding) and bool(padding[:, 0].all()) else padding
+
+
+def _is_constant(tensor: Tensor) -> bool:
+    """Is each of its rows one value? Not known of tensors without contents."""
+    known = type(tensor) is Tensor and tensor.device.type != "meta"
+    return known and bool((tensor == tensor[:, :1]).all())
 
 
 def _simple(function: IndexFunction) -> _Simple | None:
@@ -126,7 +133,8 @@ def _simple(function: IndexFunction) -> _Simple | None:
 
 def _both(parts: list[_Simple]) -> _Simple | None:
     def least(values: list[int | None]) -> int | None:
-        return min((v for v in values if v is not None), default=None)
+        given = [v for v in values if v is not None]
+        return min(given) if given else None
 
     documents = [p.document_ids for p in parts if p.document_ids is not None]
     if len(documents) > 1:
