@@ -16,7 +16,7 @@ from ..common.version import __version__
 if TYPE_CHECKING:
     import torch
 
-_PACKAGES = ("torch", "numpy", "safetensors", "accelerate", "tokenizers", "transformers", "peft")
+_PACKAGES = ("numpy", "safetensors", "accelerate", "tokenizers", "transformers", "peft")
 _SHAPE = (1, 8, 2048, 64)
 
 
@@ -25,7 +25,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    import torch
+
     lines = [("memory-efficient-attention-pytorch", __version__), ("python", platform.python_version())]
+    lines.append(("torch", torch.__version__))  # which says for what it was built
     lines += [(package, _version(package)) for package in _PACKAGES]
     lines += _machine()
     width = max(len(name) for name, _ in lines) + 2
