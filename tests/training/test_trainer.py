@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import shutil
 import subprocess
 import sys
 import warnings
@@ -106,6 +107,40 @@ def test_two_processes_learn_what_one_does_with_two_batches(text, tmp_path):
     mine, theirs = (validations(folder) for folder in (tmp_path / "one", tmp_path / "two"))
     assert [step for step, _ in mine] == [step for step, _ in theirs] == [0, 2, 4]
     assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
+
+
+def test_a_sharded_model_learns_what_a_whole_one_does_and_goes_on_in_one_process(text, tmp_path):
+    """Three windows of validation in batches of one: the second process has fewer, and takes part all the same."""
+    last = {"steps": 6, "final_learning_rate": 1.0}
+    train(text, tmp_path / "one", batch_size=2, accumulation=2, evaluate_every=2, evaluation_windows=3, **last)
+    options = {"dim": 16, "depth": 2, "heads": 2, "dim-head": 8, "seq-len": 16, "evaluation-windows": 3, "steps": 4}
+    options |= {"data": text, "sample-every": 2, "sample-tokens": 4, "warmup-steps": 2, "batch-size": 2}
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    launch += ["-m", "memory_efficient_attention_pytorch", "train"]
+    options["final-learning-rate"] = 1.0
+    two, sixth = tmp_path / "two", tmp_path / "one/checkpoints/step-00000006/model.safetensors"
+
+    def run(*arguments):
+        env = os.environ | {"OMP_NUM_THREADS": "1"}
+        done = subprocess.run([*launch, *arguments], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=120)
+        assert done.returncode == 0, done.stderr
+
+    given = [f"--{name}={value}" for name, value in options.items()]
+    run("--out=two", "--device=cpu", "--shard", "--evaluate-every=2", *given)
+    shutil.copytree(two, tmp_path / "alone")
+    run("--resume=two", "--steps=6")
+    resume_run(tmp_path / "alone", {"steps": 6, "batch_size": 4, "shard": False}, lambda main: Callback())
+    for folder in (two, tmp_path / "alone"):
+        assert largest_difference(load_file(sixth), weights_of(folder, 6)) < 2e-6
+        assert [step for step, _ in validations(folder)] == [0, 2, 4, 6]
+    assert load_run(two, checkpoint="last").config.shard
+    with pytest.raises(ValueError, match="start several with torchrun"):
+        train(text, tmp_path / "refused", shard=True)
+    assert not (tmp_path / "refused").exists()
+
+
+def weights_of(folder, step):
+    return load_file(folder / f"checkpoints/step-{step:08d}/model.safetensors")
 
 
 def validations(folder):

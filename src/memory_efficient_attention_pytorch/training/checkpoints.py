@@ -24,6 +24,7 @@ from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
 from .files import directory_written_atomically, discard
+from .sharding import gathered, is_sharded, parted
 
 _PREFIX = "step-"
 _NAME = re.compile(r"step-\d{8,}")
@@ -70,12 +71,25 @@ class Checkpoints:
     def __init__(self, root: Path):
         self.root = root
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Checkpoint:
-        """Write a checkpoint. Whatever stops it, the ones before are untouched and no half of this one is seen."""
+    def save(
+        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, main: bool = True
+    ) -> Checkpoint:
+        """Write a checkpoint. Whatever stops it, the ones before are untouched and no half of this one is seen.
+
+        Of a model that is sharded every process has to save, and the main one alone writes.
+        """
         path = self.root / f"{_PREFIX}{state.step:08d}"
+        averages, sharded = _optimizer_tensors(model, optimizer), is_sharded(model)
+        if sharded:
+            weights, averages = (gathered(each, keep=main) for each in (model.state_dict(), averages))
+        if not main:
+            return Checkpoint(path, state)
         with directory_written_atomically(path) as directory:
-            save_model(model, str(directory / "model.safetensors"))
-            save_file(_optimizer_tensors(model, optimizer), directory / "optimizer.safetensors")
+            if sharded:
+                save_file(weights, directory / "model.safetensors")
+            else:
+                save_model(model, str(directory / "model.safetensors"))
+            save_file(averages, directory / "optimizer.safetensors")
             (directory / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
             sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(directory.iterdir())]
             (directory / _SUMS).write_text("".join(sums))
@@ -172,9 +186,11 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoin
     state: dict[int, dict[str, torch.Tensor]] = {}
     with _utf8_name(checkpoint.optimizer) as file:
         tensors = load_file(file)
+    parameters = dict(model.named_parameters())
     for index, name in enumerate(_names_in_order(model, optimizer)):
-        prefix = f"{name}:"
-        state[index] = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
+        prefix, like = f"{name}:", parameters[name]
+        of_it = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
+        state[index] = {key: parted(tensor, like) for key, tensor in of_it.items()}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 

@@ -35,7 +35,7 @@ RUNS = Path("runs")
 
 _CHANGEABLE = {
     *("steps", "batch_size", "accumulation", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"),
-    *("clip", "device", "head_chunks", "ff_chunks", "loss_chunk_size", "memory_budget", "evaluate_every"),
+    *("clip", "device", "shard", "head_chunks", "ff_chunks", "loss_chunk_size", "memory_budget", "evaluate_every"),
     *("evaluation_windows", "sample_every", "sample_tokens", "checkpoint_every", "keep", "tensorboard"),
 }
 

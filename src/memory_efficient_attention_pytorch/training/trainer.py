@@ -3,7 +3,7 @@
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -20,6 +20,7 @@ from .model import build_model
 from .plot import plot_losses
 from .resources import forget_pages, memory_now, memory_peak
 from .run_directory import RunDirectory
+from .sharding import shard, whole
 from .tokenizers import Tokenizer
 from .tracking import Callback, OutputError, Record, Sample, Step, Validation
 
@@ -58,7 +59,12 @@ class Trainer:
         self.model = build_model(config, tokenizer.num_tokens)
         if checkpoint:
             load_weights(self.model, checkpoint)
-        self.wrapped, self.optimizer = accelerator.prepare(self.model, make_optimizer(self.model, config))
+        self.wrapped: nn.Module = self.model
+        if config.shard:
+            shard(self.model, accelerator)
+        else:
+            self.wrapped = accelerator.prepare(self.model)
+        self.optimizer = accelerator.prepare(make_optimizer(self.model, config))
         if checkpoint:
             load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
             if accelerator.scaler is not None and self.state.scaler is not None:
@@ -104,12 +110,13 @@ class Trainer:
         losses = []
         for x, labels in self.batches(step):
             with self.accelerator.accumulate(self.wrapped):
-                loss = self.wrapped(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
+                with self.accelerator.autocast():
+                    loss = self.wrapped(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
                 self.accelerator.backward(loss)
                 losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
                     norm = self.accelerator.clip_grad_norm_(self.wrapped.parameters(), config.clip or math.inf)
-                    mean, norm = self._agree(torch.stack(losses).mean(), norm, interruption)
+                    mean, norm = self._agree(torch.stack(losses).mean(), whole(norm), interruption)
                     self._check_finite(mean, norm)
                 self.optimizer.step()
                 self.optimizer.zero_grad()
@@ -202,9 +209,15 @@ class Trainer:
         mine = starts[self.accelerator.process_index :: self.accelerator.num_processes]
         total = torch.zeros(2, dtype=torch.float64)
         self.model.eval()
-        for batch in _divided(mine, self.config.batch_size):
-            x, labels = shifted(tokens, batch, length)
-            loss = self.model(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
+        # The first process has the most; where weights are gathered each forward pass is one of all processes.
+        most = len(starts[:: self.accelerator.num_processes]) if self.config.shard else len(mine)
+        for first in range(0, most, self.config.batch_size):
+            batch = mine[first : first + self.config.batch_size]
+            x, labels = shifted(tokens, batch if len(batch) else starts[:1], length)
+            with self.accelerator.autocast():
+                loss = self.model(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
+            if not len(batch):
+                continue
             total += torch.tensor([loss.item() * labels.numel(), labels.numel()], dtype=torch.float64)
         if self.accelerator.num_processes > 1:
             total = self.accelerator.gather(total.float().to(self.accelerator.device)[None]).sum(0)
@@ -212,10 +225,10 @@ class Trainer:
         return (total[0] / total[1]).item()
 
     def _sample(self) -> None:
-        if not self.accelerator.is_main_process:
-            return
+        if not (self.accelerator.is_main_process or self.config.shard):
+            return  # where weights are gathered all processes write the same
         prompt = self.corpus.validation[:_PROMPT_TOKENS].astype(np.int64)
-        torch.manual_seed(_seed_of(self.config.seed, self.state.step, self.accelerator.process_index))
+        torch.manual_seed(_seed_of(self.config.seed, self.state.step, 0))
         self.model.eval()
         start = torch.from_numpy(prompt)[None].to(self.accelerator.device)
         tokens = AutoregressiveWrapper(self.model).generate(
@@ -232,10 +245,12 @@ class Trainer:
         """Write a checkpoint of this step, unless there is one, and remove those no longer kept."""
         if self.saved_step == self.state.step:
             return
-        if self.accelerator.is_main_process:
-            if self.accelerator.scaler is not None:
-                self.state = dataclasses.replace(self.state, scaler=self.accelerator.scaler.state_dict())
-            self.run.checkpoints.save(self.model, self.optimizer.optimizer, self.state)
+        if self.accelerator.is_main_process and self.accelerator.scaler is not None:
+            self.state = dataclasses.replace(self.state, scaler=self.accelerator.scaler.state_dict())
+        main = self.accelerator.is_main_process
+        if main or self.config.shard:
+            self.run.checkpoints.save(self.model, self.optimizer.optimizer, self.state, main=main)
+        if main:
             self.run.checkpoints.prune(self.config.keep)
         self.saved_step = self.state.step
         self.accelerator.wait_for_everyone()
@@ -292,8 +307,3 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 def _seed_of(*numbers: int) -> int:
     """One 63-bit seed from several numbers, unlike for unlike numbers."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))
-
-
-def _divided(items: np.ndarray, size: int) -> Iterator[np.ndarray]:
-    for start in range(0, len(items), size):
-        yield items[start : start + size]
