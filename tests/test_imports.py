@@ -24,7 +24,7 @@ FLOORS = (
     {"layers"},
     {"models"},
     {"planner"},
-    {"huggingface"},
+    {"distributed", "huggingface"},
     {"training"},
     {"benchmarking"},
     {"cli"},

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ..common.autograd import once_differentiable
+from ..common.divided import active
 from ..common.errors import require
 from ..common.precision import full_precision
 from .bias import BiasGradient
@@ -22,6 +23,7 @@ from .onednn import OneDnn
 from .products import Products
 from .request import AttentionRequest, build_request
 from .sdpa import Sdpa
+from .tiles import Tiled
 from .way import BackwardInputs, Way
 
 WAYS: tuple[Way, ...] = (OneDnn(), Sdpa(), Cpu(), Flash(), Efficient(), CudaKernel(), CpuKernel(), Products(), Naive())
@@ -82,10 +84,16 @@ def decide(
         request = build_request(q, k, v, **arguments)
     able: Way | None = None
     objection: str | None = None
+    divided = active()
     for way in _named(backend):
+        if divided is not None and not isinstance(way, Tiled):
+            objection = objection or "it does not compute the tiles of tokens that are divided over processes"
+            continue
         nothing_kept = "it leaves nothing that could be kept for backward" if keep and way.by_autograd else None
         against = nothing_kept or way.objection(request, q, k, v)
         if against is None:
+            if divided is not None:
+                return Decision(request, divided.way(way, request)), q, k, v
             if way.drawback(request) is None:
                 return Decision(request, way), q, k, v
             able = able or way

@@ -7,12 +7,13 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
+from ..common.divided import Divided, active
 from ..common.dry_run import device_type
 from ..common.errors import require, require_positive_int, require_probability
 from ..common.precision import full_dtype
 from ..torch_internals.tensors import are_plain, is_fake
 from .bias import Bias, BiasModule
-from .visibility import Mask, Visibility, Window
+from .visibility import Block, Mask, Visibility, Window
 
 LARGEST_BIAS, LARGEST_SCORE, LARGEST_VALUE = 2.0**12, 2.0**16, 2.0**96
 """Up to these biases of a row and scores a log-sum-exp in fp32 is right to 2.4e-4 and 4e-3, as scores are
@@ -29,7 +30,8 @@ class AttentionRequest:
     """One call of :func:`dot_product_attention`, validated. Shapes by the legend of ``visibility``.
 
     device_type: that of the device whose choices are made; in a dry run not ``device``'s own. moderate: q, k and v are
-    known to be so small that no product comes near to where fp32 rounds a log-sum-exp, or ends.
+    known to be so small that no product comes near to where fp32 rounds a log-sum-exp, or ends. block: what the tensors
+    at hand hold of heads, queries and keys; the rest of the request is about the whole. None: all.
     """
 
     b: int
@@ -51,6 +53,7 @@ class AttentionRequest:
     k_bucket_size: int
     return_lse: bool
     moderate: bool
+    block: Block | None = None
 
     @property
     def keeps_rest(self) -> bool:
@@ -65,6 +68,11 @@ class AttentionRequest:
     @property
     def score_shape(self) -> tuple[int, int, int, int]:
         return self.b, self.h, self.n, self.m
+
+    @property
+    def held(self) -> Block:
+        """The heads, queries and keys at hand."""
+        return self.block or Block(slice(0, self.h), slice(0, self.n), slice(0, self.m))
 
     @property
     def tile_scores(self) -> int:
@@ -102,6 +110,14 @@ def build_request(
 ) -> AttentionRequest:
     """Validate the arguments of :func:`dot_product_attention` and draw the dropout seed from the default generator."""
     b, h, kv, n, m, d, e = _dimensions(q, k, v)
+    divided = active()
+    if divided is not None:
+        local = divided.local_tokens
+        for name, tokens in (("q", n), ("k", m)):
+            require(tokens == local, name, f"{local} tokens, as many as each process has of the sequence", tokens)
+        n = m = divided.num_tokens
+        mask = divided.gather(mask) if isinstance(mask, Tensor) and mask.shape == (b, local) else mask
+        document_ids = None if document_ids is None else divided.gather(document_ids)
     require_positive_int("q_bucket_size", q_bucket_size)
     require_positive_int("k_bucket_size", k_bucket_size)
     require_probability("dropout", dropout)
@@ -116,11 +132,11 @@ def build_request(
         visibility=Visibility.build(shape, q.device, mask, causal, window, document_ids),
         bias=bias,
         dropout=float(dropout),
-        seed=_draw_seed() if dropout else 0,
+        seed=_draw_seed(divided) if dropout else 0,
         q_bucket_size=q_bucket_size,
         k_bucket_size=k_bucket_size,
         return_lse=return_lse,
-        moderate=_are_moderate(q, k, v, scale, bias),
+        moderate=_are_moderate(q, k, v, scale, bias, divided),
     )
 
 
@@ -141,7 +157,7 @@ def _dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
     return b, h, kv, n, m, d, e
 
 
-def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | None) -> bool:
+def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | None, divided: Divided | None) -> bool:
     """Looked at on a CPU, at less than a hundredth of attention's time; elsewhere it would be waited for."""
     if device_type(q.device) != "cpu":
         return False
@@ -150,6 +166,8 @@ def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | No
     q, k, v = (x.detach() for x in (q, k, v))
     q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=full_dtype(x.dtype)).amax() for x in (q, k))
     largest = torch.stack(v.aminmax()).abs().amax()
+    if divided is not None:
+        q_norm, k_norm, largest = divided.largest(torch.stack([q_norm, k_norm, largest.to(q_norm.dtype)])).unbind()
     moderate = (q_norm * k_norm * abs(scale) <= LARGEST_SCORE) & ((largest <= LARGEST_VALUE) | largest.isinf())
     if bias is not None and bias.tensor is not None:
         level = bias.tensor.detach().amax(dim=-1)
@@ -157,6 +175,8 @@ def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | No
     return bool(moderate)
 
 
-def _draw_seed() -> int:
+def _draw_seed(divided: Divided | None) -> int:
     seed = torch.randint(2**62, (), device="cpu")
-    return 0 if is_fake(seed) else int(seed)
+    if is_fake(seed):
+        return 0
+    return int(seed) if divided is None else divided.same(int(seed))

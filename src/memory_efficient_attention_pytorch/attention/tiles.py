@@ -29,17 +29,21 @@ ELEMENTS_ON_A_CPU, ELEMENTS_ELSEWHERE = 2**20, 2**25
 
 
 class Part(NamedTuple):
-    """A part of the batch and of the query heads, the key/value heads that serve them, and what they may see."""
+    """A part of the batch and of the query heads, the key/value heads that serve them, and what they may see.
+
+    held: the number of the first query head at hand; ``heads`` are numbers of the whole, ``kv_heads`` of those at hand.
+    """
 
     batch: slice
     heads: slice
     kv_heads: slice
     visibility: Visibility
     schedules: dict[tuple[int, int], list[Row]]  # shared with the parts that may see the same
+    held: int = 0
 
     def of_query(self, x: Tensor) -> Tensor:
         """The part's heads of ``x (b, h, …)``."""
-        return x[self.batch, self.heads]
+        return x[self.batch, shifted(self.heads, self.held) if self.held else self.heads]
 
     def of_key(self, x: Tensor) -> Tensor:
         """The key/value heads that serve them, of ``x (b, kv, …)``."""
@@ -49,10 +53,15 @@ class Part(NamedTuple):
         """The rows of tiles, of which a dry run goes through a few."""
         buckets = (request.q_bucket_size, request.k_bucket_size)
         if buckets not in self.schedules:
-            self.schedules[buckets] = self.visibility.schedule(*buckets, request.device)
+            self.schedules[buckets] = self.visibility.schedule(*buckets, request.device, request.block)
         rows = self.schedules[buckets]
         # Under causality rows grow, and end in wide and narrow tiles by turns; the very last may have few queries.
         return each(rows, size=lambda row: row.scores, last=3)
+
+
+def shifted(part: slice, first: int) -> slice:
+    """Numbers of the whole as those of what is at hand, which begins with ``first``."""
+    return slice(part.start - first, part.stop - first)
 
 
 def tiles(row: Row) -> Iterable[Tile]:
@@ -80,18 +89,19 @@ def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
     if elements is None:
         elements = ELEMENTS_ON_A_CPU if request.device_type == "cpu" else ELEMENTS_ELSEWHERE
     per_part = max(1, elements // max(1, request.tile_scores))
-    group = request.h // request.kv
-    fitting = [s for s in range(1, min(request.h, per_part) + 1) if request.h % s == 0 and 0 in (s % group, group % s)]
+    group, held = request.h // request.kv, request.held.heads
+    h, first = held.stop - held.start, held.start // group
+    fitting = [s for s in range(1, min(h, per_part) + 1) if h % s == 0 and 0 in (s % group, group % s)]
     heads = max([1, *fitting])
-    batch = max(1, per_part // request.h) if heads == request.h else 1
+    batch = max(1, per_part // h) if heads == h else 1
     found = []
     for b0 in range(0, request.b, batch):
         schedules: dict[tuple[int, int], list[Row]] = {}
-        for h0 in range(0, request.h, heads):
+        for h0 in range(held.start, held.stop, heads):
             of_batch, of_heads = slice(b0, min(b0 + batch, request.b)), slice(h0, h0 + heads)
-            kv = slice(h0 // group, max(h0 // group + 1, (h0 + heads) // group))
+            kv = slice(h0 // group - first, max(h0 // group + 1, (h0 + heads) // group) - first)
             known = schedules if request.visibility.alike_in_heads else {}
-            found.append(Part(of_batch, of_heads, kv, request.visibility.narrow(of_batch, of_heads), known))
+            found.append(Part(of_batch, of_heads, kv, request.visibility.narrow(of_batch, of_heads), known, held.start))
     return found
 
 
@@ -159,6 +169,7 @@ class Scores(NamedTuple):
         if not request.dropout:
             return None
         size = (part.batch.stop - part.batch.start, part.heads.stop - part.heads.start)
+        tile = part.visibility.whole_tile(tile, request.q_bucket_size, request.k_bucket_size)
         shape = (*size, tile.i1 - tile.i0, tile.j1 - tile.j0)
         keep = torch.empty(shape, dtype=torch.bool, device=request.device)
         generator = torch.Generator(request.device)
@@ -168,7 +179,7 @@ class Scores(NamedTuple):
         for (b, h), draw in draws.items():
             generator.manual_seed(_mix(request.seed, part.batch.start + b, part.heads.start + h, tile.i0, tile.j0))
             draw.bernoulli_(1 - request.dropout, generator=generator)
-        return keep
+        return keep[:, :, shifted(self.tile.queries, tile.i0), shifted(self.tile.keys, tile.j0)]
 
 
 def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
@@ -282,54 +293,60 @@ class Tiled(Way):
         """This tile's part of the gradients of q, k and v, and the gradient of its scores or None."""
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out, *log_sum_exp = empty_results(request, v)
+        first_query, first_key = request.held.queries.start, request.held.keys.start
+        # Of a block, the output is to be merged with others.
+        out, *log_sum_exp = empty_results(request, v, None if request.block is None else request.compute_dtype)
         for part in parts(request, self.elements, alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
             for row in part.rows(request):
-                queries = part.of_query(q)[:, :, row.queries]
+                here = shifted(row.queries, first_query)
+                queries = part.of_query(q)[:, :, here]
                 merged: tuple[Tensor, LogSumExp] | None = None
                 for tile in tiles(row):
                     scores = Scores(request, part, tile)
-                    found = self.attend(scores, queries, keys[:, :, tile.keys], values[:, :, tile.keys])
-                    merged = found if merged is None else _merge(*merged, *found)
+                    there = shifted(tile.keys, first_key)
+                    found = self.attend(scores, queries, keys[:, :, there], values[:, :, there])
+                    merged = found if merged is None else merge(*merged, *found)
                 assert merged is not None  # a row has a tile
-                here = (part.batch, part.heads, row.queries)
-                out[here] = merged[0]
+                part.of_query(out)[:, :, here] = merged[0]
                 for whole, of_row in zip(log_sum_exp, merged[1].rounded(), strict=False):
-                    whole[here] = of_row
+                    part.of_query(whole)[:, :, here] = of_row
         return out, *log_sum_exp
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
         dtype, bias_gradient = request.compute_dtype, given.bias_gradient
-        grad_q = torch.zeros_like(given.q)
+        first_query, first_key = request.held.queries.start, request.held.keys.start
+        grad_q = torch.zeros_like(given.q, dtype=None if request.block is None else dtype)
         grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (given.k, given.v))
         for part in parts(request, self.elements, alike=(self.name, *given.tensors)):
             keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
             for row in part.rows(request):
-                bucket = QueryBucket.of(part, row.queries, given, dtype)
+                queries = shifted(row.queries, first_query)
+                bucket = QueryBucket.of(part, queries, given, dtype)
                 of_queries = torch.zeros_like(bucket.q, dtype=dtype)
                 for tile in tiles(row):
-                    here, scores = (EVERYTHING, EVERYTHING, tile.keys), Scores(request, part, tile)
+                    here, scores = (EVERYTHING, EVERYTHING, shifted(tile.keys, first_key)), Scores(request, part, tile)
                     dq, dk, dv, ds = self.differentiate(scores, bucket, keys[here], values[here])
                     of_queries += dq
                     to_keys[here] += dk
                     to_values[here] += dv
                     if ds is not None and bias_gradient.wanted:
                         bias_gradient.add(tile, part.batch, part.heads, ds)
-                grad_q[part.batch, part.heads, row.queries] = of_queries
+                part.of_query(grad_q)[:, :, queries] = of_queries
         return grad_q, grad_k, grad_v
 
 
-def empty_results(request: AttentionRequest, v: Tensor) -> tuple[Tensor, ...]:
+def empty_results(request: AttentionRequest, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
     """The output and the log-sum-exp of rows that see nothing, for all rows; and its rest, where that is kept."""
     # Token-major in memory, so that merging the heads afterwards is a view.
-    out = v.new_zeros(request.b, request.n, request.h, request.e).transpose(1, 2)
-    lse = v.new_full((request.b, request.h, request.n), float("-inf"), dtype=request.compute_dtype)
+    h, n = (part.stop - part.start for part in request.held[:2])
+    out = v.new_zeros(request.b, n, h, request.e, dtype=dtype).transpose(1, 2)
+    lse = v.new_full((request.b, h, n), float("-inf"), dtype=request.compute_dtype)
     return (out, lse, torch.zeros_like(lse)) if request.keeps_rest else (out, lse)
 
 
-def _merge(out: Tensor, lse: LogSumExp, other: Tensor, other_lse: LogSumExp) -> tuple[Tensor, LogSumExp]:
+def merge(out: Tensor, lse: LogSumExp, other: Tensor, other_lse: LogSumExp) -> tuple[Tensor, LogSumExp]:
     """The attention over two disjoint sets of keys from the attention over each."""
     high = torch.maximum(lse.high, other_lse.high)
     mine, others = (part.low + (part.high - finite(high)) for part in (lse, other_lse))

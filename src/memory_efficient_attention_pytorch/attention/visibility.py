@@ -48,6 +48,14 @@ class Tile(NamedTuple):
         return (self.i1 - self.i0) * (self.j1 - self.j0)
 
 
+class Block(NamedTuple):
+    """The heads, queries and keys of the whole that tensors hold, where they do not hold all of them."""
+
+    heads: slice
+    queries: slice
+    keys: slice
+
+
 class Row(NamedTuple):
     """A bucket of queries, how many scores window and causality leave to it, and its tiles in key order."""
 
@@ -59,15 +67,15 @@ class Row(NamedTuple):
 class _Tiles(Sequence[Tile]):
     """A row's tiles by their places alone, made as they are asked for: there may be millions."""
 
-    def __init__(self, visibility: Visibility, i0: int, i1: int, keys: range) -> None:
-        self.visibility, self.i0, self.i1, self.keys = visibility, i0, i1, keys
+    def __init__(self, visibility: Visibility, i0: int, i1: int, keys: range, first: int) -> None:
+        self.visibility, self.i0, self.i1, self.keys, self.first = visibility, i0, i1, keys, first
 
     def __len__(self) -> int:
         return len(self.keys)
 
     def __getitem__(self, index: int) -> Tile:  # type: ignore[override]
         j0 = self.keys[index]
-        corners = (self.i0, self.i1, j0, min(j0 + self.keys.step, self.keys.stop))
+        corners = (self.i0, self.i1, max(j0, self.first), min(j0 + self.keys.step, self.keys.stop))
         # What mask and documents hide is not known from window and causality.
         return Tile(*corners, full=self.visibility.structural and self.visibility.structurally_full(*corners))
 
@@ -174,21 +182,40 @@ class Visibility:
         batch_asked, heads_asked = None if self.batch is None else batch, None if self.heads is None else heads
         return replace(self, mask=mask, document_ids=ids, batch=batch_asked, heads=heads_asked)
 
-    def schedule(self, q_bucket_size: int, k_bucket_size: int, device: torch.device) -> list[Row]:
-        """The buckets of queries that see anything, each with the tiles that are not empty.
+    def keys_of(self, i0: int, i1: int) -> tuple[int, int]:
+        """From where to where the keys stand that window and causality leave to these queries."""
+        low = 0 if self.left is None else max(0, i0 + self.offset - self.left)
+        high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
+        return low, high
+
+    def whole_tile(self, tile: Tile, q_bucket_size: int, k_bucket_size: int) -> Tile:
+        """That of which ``tile`` is what a block leaves; itself, where there is no block."""
+        i0 = tile.i0 - tile.i0 % q_bucket_size
+        i1 = min(i0 + q_bucket_size, self.n)
+        low, high = self.keys_of(i0, i1)
+        j0 = tile.j0 - (tile.j0 - low) % k_bucket_size
+        return Tile(i0, i1, j0, min(j0 + k_bucket_size, high), tile.full)
+
+    def schedule(
+        self, q_bucket_size: int, k_bucket_size: int, device: torch.device, block: Block | None = None
+    ) -> list[Row]:
+        """The buckets of queries that see anything, each with the tiles that are not empty; within a block, those of
+        the whole as far as they lie in it.
 
         Positions decide first what is empty or full, then what the tensors hold and a mask function says, each in one
         copy from device to host. Where there are no contents (a dry run) every tile may be partial.
         """
         rows = []
-        for i0 in range(0, self.n, q_bucket_size):
-            i1 = min(i0 + q_bucket_size, self.n)
-            low = 0 if self.left is None else max(0, i0 + self.offset - self.left)
-            high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
-            tiles = _Tiles(self, i0, i1, range(low, high, k_bucket_size))
-            rows.append(Row(slice(i0, i1), (i1 - i0) * max(0, high - low), tiles))
+        queries, keys = (slice(0, self.n), slice(0, self.m)) if block is None else block[1:]
+        for start in range(queries.start - queries.start % q_bucket_size, queries.stop, q_bucket_size):
+            i0, i1 = max(start, queries.start), min(start + q_bucket_size, queries.stop)
+            low, high = self.keys_of(start, min(start + q_bucket_size, self.n))
+            # Tiles begin where they do without a block, so that dropout draws the same.
+            first, high = max(low, keys.start), min(high, keys.stop)
+            tiles = _Tiles(self, i0, i1, range(first - (first - low) % k_bucket_size, high, k_bucket_size), first)
+            rows.append(Row(slice(i0, i1), (i1 - i0) * max(0, high - first), tiles))
         if not self.structural:
-            rows = self._refined(rows, (q_bucket_size, k_bucket_size), device)
+            rows = self._refined(rows, (q_bucket_size, k_bucket_size, str(block)), device)
         return [row for row in rows if row.tiles]
 
     def tile_mask(self, tile: Tile, device: torch.device) -> Tensor | None:
@@ -224,7 +251,7 @@ class Visibility:
         assert visible is not None
         return visible[None, None]
 
-    def _refined(self, rows: list[Row], buckets: tuple[int, int], device: torch.device) -> list[Row]:
+    def _refined(self, rows: list[Row], buckets: tuple[int, int, str], device: torch.device) -> list[Row]:
         """Drop tiles that tensors or the function make empty and mark those that they leave full."""
         said = [
             kinds for kinds in (self._by_tensors(rows), self._by_function(rows, buckets, device)) if kinds is not None
@@ -249,7 +276,9 @@ class Visibility:
         found = dict(zip(different, _on_host([self._content(tile) for tile in different.values()]), strict=True))
         return [found[tile[corners]] for row in rows for tile in row.tiles]
 
-    def _by_function(self, rows: list[Row], buckets: tuple[int, int], device: torch.device) -> Sequence[int] | None:
+    def _by_function(
+        self, rows: list[Row], buckets: tuple[int, int, str], device: torch.device
+    ) -> Sequence[int] | None:
         """The same of the mask function, which keeps it."""
         if self.function is None:
             return None

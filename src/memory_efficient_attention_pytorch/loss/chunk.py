@@ -11,12 +11,14 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from ..common.divided import Divided
 from ..common.precision import full_dtype
 from ..common.products import add_product, linear_into
 
 
 class Settings(NamedTuple):
-    """The options of a loss, checked. ``gradients_wait``: for backward; otherwise forward makes them.
+    """The options of a loss, checked. ``gradients_wait``: for backward; otherwise forward makes them. ``divided``: by
+    whom the tokens are, over processes.
 
     ``product_dtype``: of the matrix products; everything else is in fp32, for fp64 in fp64. ``softcap``: 0 for none.
     """
@@ -30,6 +32,7 @@ class Settings(NamedTuple):
     softcap: float = 0.0
     z_loss: float = 0.0
     gradients_wait: bool = False
+    divided: Divided | None = None
 
 
 class ChunkLoss:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.autograd import once_differentiable
+from ..common.divided import active
 from ..common.dry_run import each, working_on
 from ..common.gradients import accumulator, fresh_total, left_to_add, may_add_in_place
 from ..common.precision import full_dtype, full_precision
@@ -39,9 +40,10 @@ def chunked_loss(
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     waits = not wanted or settings.reduction == "none" or gradients_wait(settings.product_dtype, source.shape, weight)
     replay = Replay(weight) if source.random and wanted and waits else None
-    settings = settings._replace(gradients_wait=waits)
+    divided = active()
+    settings = settings._replace(gradients_wait=waits, divided=divided)
     losses: Tensor = LinearCrossEntropy.apply(settings, source.make, replay, labels, class_weights, *inputs)
-    return losses
+    return losses if divided is None or settings.reduction == "none" else divided.loss(losses)
 
 
 class LinearCrossEntropy(torch.autograd.Function):
@@ -182,8 +184,9 @@ def z_loss_of_each(
 def _total_weight(settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
     """Of the labels that count; their number without class weights; 1 where it would be 0."""
     counted = labels != settings.ignore_index
+    of_all = (lambda x: x) if settings.divided is None else settings.divided.sum
     if class_weights is None:
-        return counted.sum().clamp_min(1)
+        return of_all(counted.sum()).clamp_min(1)
     of_labels = class_weights.to(full_dtype(dtype))[labels.masked_fill(~counted, 0)]
-    total = of_labels.masked_fill(~counted, 0).sum()
+    total = of_all(of_labels.masked_fill(~counted, 0).sum())
     return total.masked_fill(total == 0, 1)

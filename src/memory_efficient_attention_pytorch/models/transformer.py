@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention.mask_function import mask_function
 from ..attention.visibility import Mask
+from ..common.divided import Divided, active
 from ..common.errors import require
 from ..layers.attention import Attention, FlashAttention
 from ..layers.cache import KVCache
@@ -160,11 +161,23 @@ class Transformer(nn.Module):
         total = before + x.shape[1]
         fits = self.pos_emb is None or total <= self.max_seq_len
         require(fits, "x", f"at most max_seq_len = {self.max_seq_len} tokens for learned positions", total)
+        divided = active()
+        if divided is not None:
+            return self._of_divided(divided, x, mask)
         positions = torch.arange(total, device=x.device)
         if not isinstance(mask, Tensor):
             return positions[before:]
         padding = mask.int().argmax(dim=1, keepdim=True) if total else positions.new_zeros(len(mask), 1)
         return (positions - padding).clamp(min=0)[:, before:]
+
+    def _of_divided(self, divided: Divided, x: Tensor, mask: Mask | None) -> Tensor:
+        """:meth:`_positions` of this process's tokens among all."""
+        total, positions = divided.num_tokens, divided.positions(x.device)
+        fits = self.pos_emb is None or total <= self.max_seq_len
+        require(fits, "x", f"at most max_seq_len = {self.max_seq_len} tokens for learned positions", total)
+        if not isinstance(mask, Tensor):
+            return positions
+        return (positions - divided.gather(mask).int().argmax(dim=1, keepdim=True)).clamp(min=0)
 
     def _check(self, x: Tensor, labels: Tensor | None, mask: Mask | None, cache: KVCache | None) -> None:
         integers = not x.is_floating_point() and x.dtype != torch.bool
@@ -203,7 +216,10 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Te
     """As :func:`linear_cross_entropy` defines it, from logits ``(b, n, V)``: 0 without a valid label."""
     logits, targets = logits.flatten(0, 1), labels.flatten()
     total = nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
-    return total / (labels != ignore_index).sum().clamp(min=1)
+    count, divided = (labels != ignore_index).sum(), active()
+    if divided is None:
+        return total / count.clamp(min=1)
+    return divided.loss(total / divided.sum(count).clamp(min=1))
 
 
 def _drop_upstream_duplicates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:

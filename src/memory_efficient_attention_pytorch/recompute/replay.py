@@ -1,4 +1,4 @@
-"""A forward pass repeated under the circumstances of the first: random state, autocast, results kept."""
+"""A forward pass repeated as the first was: random state, autocast, division of tokens, results kept."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import get_device_states, set_device_states
 
+from ..common.divided import active, within
 from .kept import KeptResults
 
 
@@ -23,15 +24,17 @@ class Replay:
         self.autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)
         }
+        self._divided = active()
         self._kept = KeptResults() if torch.is_grad_enabled() else None
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
-        """The recorded autocast settings, without its weight cache.
+        """The recorded autocast settings, without its weight cache, and division of tokens.
 
         A weight cast under ``no_grad`` and then found in the cache by the repetition would get no gradient.
         """
         with ExitStack() as stack:
+            stack.enter_context(within(self._divided))
             for kind, (enabled, dtype) in self.autocast.items():
                 stack.enter_context(torch.autocast(kind, dtype=dtype, enabled=enabled, cache_enabled=False))
             yield

@@ -1,0 +1,62 @@
+"""Tokens divided over processes: what a layer asks of whoever divided them, without knowing who that is."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+
+class Divided(Protocol):
+    """A sequence of which this process holds some tokens. All processes ask the same in the same order."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole sequence."""
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of each process, with those that fill up."""
+
+    def positions(self, device: torch.device) -> Tensor:
+        """Where this process's tokens stand in the whole, int64 ``(local,)``; those that fill up at the last place."""
+
+    def gather(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole sequence's tensor from each process's part of it, without gradient."""
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over all processes, without gradient."""
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over all processes."""
+
+    def same(self, number: int) -> int:
+        """The first process's number."""
+
+    def loss(self, part: Tensor) -> Tensor:
+        """The sum of each process's part of a loss, of which each differentiates its own."""
+
+    def way(self, within: Any, request: Any) -> Any:
+        """A way of computing attention over all tokens by one that computes tiles."""
+
+
+_active: ContextVar[Divided | None] = ContextVar("divided", default=None)
+
+
+def active() -> Divided | None:
+    """Whoever divided the tokens of the code that runs; None where all of them are here."""
+    return _active.get()
+
+
+@contextmanager
+def within(divided: Divided | None) -> Iterator[None]:
+    """Inside, tokens are divided by this one."""
+    token = _active.set(divided)
+    try:
+        yield
+    finally:
+        _active.reset(token)

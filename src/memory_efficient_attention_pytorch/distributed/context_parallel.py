@@ -1,0 +1,206 @@
+"""One sequence over several processes."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from contextlib import AbstractContextManager
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from ..attention.request import AttentionRequest
+from ..attention.tiles import Tiled
+from ..attention.way import Way
+from ..common.autograd import once_differentiable
+from ..common.divided import within
+from ..common.errors import require
+from .all_to_all import AllToAll
+from .exchange import Layout
+from .ring import Ring
+
+METHODS = ("auto", "ring", "all_to_all")
+
+
+class ContextParallel:
+    """Tokens of a sequence divided over the processes of a group; attention sees all of them.
+
+    ::
+
+        context = ContextParallel(mesh["context"])
+        x, labels, mask = context.shard(x, labels, mask)
+        with context:
+            loss = model(x, labels=labels, mask=mask)
+        loss.backward()
+        context.reduce_gradients(model)
+
+    Of 2p chunks process r has number r and number 2p − 1 − r, so that under causality all have as much to do. Inside
+    of ``with``, attention's masks, windows, documents, biases and functions are about the whole sequence: key padding
+    ``(b, local)`` and documents come as :meth:`shard` left them, other masks and bias tensors as they are for the
+    whole. Backward needs no ``with`` for this package's layers; under ``torch.utils.checkpoint`` it does.
+
+    Every process calls the same in the same order. One that fails leaves the others waiting until the group's timeout.
+
+    Args:
+        group: a process group, or a mesh of one dimension.
+        method: ``"ring"``, keys and values go round; ``"all_to_all"``, heads exchanged for tokens, where head counts
+            allow; ``"auto"``, whichever sends less.
+        averaged: gradients will be averaged over this group's processes, by DDP or FSDP on a mesh of (data, context):
+            those of the loss are multiplied by their number here, and :meth:`reduce_gradients` is not called.
+
+    Raises:
+        ValueError: a wrong group or method; tokens that were not divided by :meth:`shard`.
+        NotImplementedError: a backend asked for by name that does not compute tiles; heads that cannot be exchanged.
+
+    Masks travel whole, ``b · n`` bytes. Attention to another sequence is not supported inside.
+    """
+
+    def __init__(self, group: dist.ProcessGroup | DeviceMesh, *, method: str = "auto", averaged: bool = False) -> None:
+        if isinstance(group, DeviceMesh):
+            require(group.ndim == 1, "group", "a mesh of one dimension", f"one of {group.ndim}")
+            group = group.get_group()
+        require(isinstance(group, dist.ProcessGroup), "group", "a process group or a mesh", type(group).__name__)
+        require(method in METHODS, "method", f"one of {', '.join(METHODS)}", repr(method))
+        self.group, self.method, self.averaged = group, method, averaged
+        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self._layout: Layout | None = None
+        self._entered: list[AbstractContextManager[None]] = []
+
+    def __enter__(self) -> ContextParallel:
+        self._entered.append(within(self))
+        self._entered[-1].__enter__()
+        return self
+
+    def __exit__(self, *error: Any) -> None:
+        self._entered.pop().__exit__(*error)
+
+    @property
+    def layout(self) -> Layout:
+        """Which tokens each process has of the sequence that was sharded last."""
+        if self._layout is None:
+            raise ValueError("context: expected tokens divided by shard(), got none so far")
+        return self._layout
+
+    @property
+    def num_tokens(self) -> int:
+        """Tokens of the whole sequence."""
+        return self.layout.num_tokens
+
+    @property
+    def local_tokens(self) -> int:
+        """Tokens of each process, with up to ``2p − 1`` in all that fill the last chunks up."""
+        return self.layout.local
+
+    def shard(self, x: Tensor, labels: Tensor | None = None, *others: Tensor | None, ignore_index: int = -100) -> Any:
+        """This process's tokens of ``x (b, n, …)``, of labels ``(b, n)``, shifted already, and of others alike.
+
+        Where ``2p`` does not divide n, the last chunks are filled up: by 0 or False, labels by ``ignore_index``. Nobody
+        sees these tokens. Returns as many as were given, a single one by itself.
+        """
+        given = (x, labels, *others)
+        self._layout = Layout(x.shape[1], self.size)
+        for number, tensor in enumerate(given):
+            fits = tensor is None or tensor.shape[:2] == x.shape[:2]
+            require(fits, f"tensor {number}", f"shape {tuple(x.shape[:2])} + (…)", tensor is not None and tensor.shape)
+        found = [None if t is None else self._own(t, ignore_index if i == 1 else 0) for i, t in enumerate(given)]
+        return found[0] if labels is None and not others else tuple(found)
+
+    def _own(self, x: Tensor, fill: int) -> Tensor:
+        layout = self.layout
+        own = x.new_full((x.shape[0], layout.local, *x.shape[2:]), fill)
+        for chunk in layout.chunks(self.rank):
+            if chunk.start < chunk.stop:
+                own[:, layout.here(self.rank, chunk)] = x[:, chunk]
+        return own
+
+    def gather(self, x: Tensor, dim: int = 1) -> Tensor:
+        """The whole ``(b, n, …)``, in order, of every process's ``(b, local, …)``; without gradient."""
+        require(x.shape[dim] == self.layout.local, "x", f"{self.layout.local} tokens", x.shape[dim])
+        own = x.detach().movedim(dim, 0).contiguous()
+        bits = own.view(torch.uint8) if own.dtype == torch.bool else own
+        parts = [torch.empty_like(bits) for _ in range(self.size)]
+        dist.all_gather(parts, bits, group=self.group)
+        whole = torch.cat(parts)[self.layout.places(x.device)]
+        return whole.view(own.dtype).movedim(0, dim)
+
+    def positions(self, device: torch.device | str = "cpu") -> Tensor:
+        """Where this process's tokens stand in the whole, int64 ``(local,)``; those that fill up at the last place."""
+        layout = self.layout
+        chunks = (self.rank, 2 * self.size - 1 - self.rank)
+        starts = (torch.arange(c * layout.chunk, (c + 1) * layout.chunk, device=device) for c in chunks)
+        return torch.cat(list(starts)).clamp(max=layout.num_tokens - 1)
+
+    def reduce_gradients(self, parameters: nn.Module | Iterable[Tensor]) -> None:
+        """Sum the gradients of a model's parameters over the group: those of the loss of all tokens."""
+        given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
+        trained = [p for p in given if p.requires_grad]
+        if not trained:
+            return
+        device = trained[0].device
+        used = self._reduced(torch.tensor([p.grad is not None for p in trained], device=device).int())
+        for parameter, some in zip(trained, used.tolist(), strict=True):
+            if some:
+                parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
+                dist.all_reduce(parameter.grad, group=self.group)
+
+    def sum(self, x: Tensor) -> Tensor:
+        """Over all processes, without gradient."""
+        return self._reduced(x.detach())
+
+    def largest(self, x: Tensor) -> Tensor:
+        """The elementwise maximum over all processes."""
+        return self._reduced(x.detach(), dist.ReduceOp.MAX)
+
+    def _reduced(self, x: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
+        total = x.clone()
+        dist.all_reduce(total, how, group=self.group)
+        return total
+
+    def same(self, number: int) -> int:
+        """The first process's number."""
+        told = [number]
+        dist.broadcast_object_list(told, group_src=0, group=self.group)
+        return told[0]
+
+    def loss(self, part: Tensor) -> Tensor:
+        """The sum of each process's part of a loss, of which each differentiates its own."""
+        total: Tensor = _Sum.apply(self, part)
+        return total
+
+    def way(self, within: Tiled, request: AttentionRequest) -> Way:
+        """How attention over all tokens is computed, by a way that computes tiles."""
+        refusal = AllToAll.refusal(request.h, request.kv, self.size)
+        if self.method == "all_to_all" and refusal is not None:
+            raise NotImplementedError(f"method: 'all_to_all' cannot serve this call: {refusal}; use 'ring' or 'auto'")
+        kind: type[Ring] | type[AllToAll] = Ring
+        if self.method == "all_to_all" or (
+            self.method == "auto" and refusal is None and self._exchange_is_less(request)
+        ):
+            kind = AllToAll
+        return kind(within, self.layout, self.group)
+
+    def _exchange_is_less(self, request: AttentionRequest) -> bool:
+        """By the elements sent per token: heads once out and back, or keys and values p − 1 times.
+
+        A window's keys are needed from two neighbours alone.
+        """
+        width = request.d + request.e
+        exchanged = (request.h + max(request.kv, self.size)) * width * (self.size - 1) / self.size
+        visible = request.visibility
+        near = sum(self.layout.chunk if side is None else side for side in (visible.left, visible.right))
+        steps = min(self.size - 1, 2 * near / self.layout.local) if None not in (visible.left, visible.right) else None
+        return exchanged < request.kv * width * (self.size - 1 if steps is None else steps)
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, context: ContextParallel, part: Tensor) -> Tensor:
+        ctx.factor = context.size if context.averaged else 1
+        return context.sum(part)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, cotangent: Tensor) -> tuple[None, Tensor]:
+        return None, cotangent * ctx.factor

@@ -1,0 +1,82 @@
+"""Which chunks of a sequence each process has, and how parts of tensors travel between processes."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+
+class Layout(NamedTuple):
+    """A sequence in ``2 · size`` chunks, of which process r has number r and number ``2 · size − 1 − r``.
+
+    Under causality an early chunk and a late one see, together, as much as any other such pair.
+    """
+
+    num_tokens: int
+    size: int
+
+    @property
+    def chunk(self) -> int:
+        """Tokens of a chunk, with those that fill up."""
+        return -(-self.num_tokens // (2 * self.size))
+
+    @property
+    def local(self) -> int:
+        return 2 * self.chunk
+
+    def chunks(self, rank: int) -> tuple[slice, slice]:
+        """Where a process's chunks stand in the whole, without the tokens that fill up."""
+        starts = (rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk)
+        first, second = (slice(*(min(s, self.num_tokens) for s in (start, start + self.chunk))) for start in starts)
+        return first, second
+
+    def here(self, rank: int, part: slice) -> slice:
+        """A part of one of a process's chunks as an index of its own tensors."""
+        first, second = (rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk)
+        shift = first if part.start < first + self.chunk else second - self.chunk
+        return slice(part.start - shift, part.stop - shift)
+
+    def places(self, device: torch.device) -> Tensor:
+        """Of each token of the whole, where it is among all processes' tensors one after another."""
+        order = [chunk for rank in range(self.size) for chunk in (rank, 2 * self.size - 1 - rank)]
+        where = torch.tensor(order, device=device).argsort()
+        tokens = where[:, None] * self.chunk + torch.arange(self.chunk, device=device)
+        return tokens.flatten()[: self.num_tokens]
+
+
+class Transfer:
+    """Tensors on their way: sent to one process while others come from another."""
+
+    def __init__(
+        self, group: dist.ProcessGroup, to: int, sent: Sequence[Tensor], source: int, shapes: Sequence[torch.Size]
+    ) -> None:
+        self.shapes, like = shapes, sent[0]
+        self._sent = torch.cat([t.reshape(-1) for t in sent])
+        self._found = like.new_empty(sum(shape.numel() for shape in shapes))
+        peers = [dist.get_global_rank(group, rank) for rank in (to, source)]
+        steps: list[tuple[Callable[..., object], Tensor, int]] = [
+            (dist.isend, self._sent, peers[0]),
+            (dist.irecv, self._found, peers[1]),
+        ]
+        operations = [dist.P2POp(how, t, peer, group) for how, t, peer in steps if t.numel()]
+        self._works = dist.batch_isend_irecv(operations) if operations else []
+
+    def wait(self) -> list[Tensor]:
+        """What has come, in its shapes."""
+        for work in self._works:
+            work.wait()
+        del self._sent
+        parts = self._found.split([shape.numel() for shape in self.shapes])
+        return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
+
+
+def all_to_all(group: dist.ProcessGroup, sent: Sequence[Tensor]) -> list[Tensor]:
+    """Tensors of one shape, one for each process; those that come, one from each."""
+    stacked = torch.stack(list(sent))
+    found = torch.empty_like(stacked)
+    dist.all_to_all_single(found, stacked, group=group)
+    return list(found)

@@ -1,0 +1,164 @@
+"""One of several processes that share each sequence over gloo: `python divided_processes.py RANK WORLD DIRECTORY`.
+
+Every case's loss and summed gradients go to DIRECTORY/WORLD-RANK.safetensors; the test computes them in one process.
+"""
+
+import sys
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from memory_efficient_attention_pytorch import Transformer, dot_product_attention
+from memory_efficient_attention_pytorch.attention.mask_function import MaskFunction
+from memory_efficient_attention_pytorch.distributed import ContextParallel
+from memory_efficient_attention_pytorch.layers.positions import RelativePositionBias
+
+BATCH, TOKENS, HEADS = 2, 61, 4
+SIDES: dict[str, Any] = {"q_bucket_size": 8, "k_bucket_size": 8}
+
+
+def numbers(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float64) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
+
+
+def padding() -> Tensor:
+    mask = torch.ones(BATCH, TOKENS, dtype=torch.bool)
+    mask[0, :9], mask[1, 50:] = False, False
+    return mask
+
+
+def documents() -> Tensor:
+    return (torch.arange(TOKENS) // 17).expand(BATCH, -1).contiguous()
+
+
+def near_or_even(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+    return ((query - key).abs() < 5 + head) | (key % 3 == 0)
+
+
+torch.manual_seed(0)  # the bias module is the same everywhere
+# What may be seen or added, of which padding and documents are sharded with the tokens.
+SEEN: dict[str, dict[str, Any]] = {
+    "all": {},
+    "causal": {"causal": True},
+    "window": {"window": (5, 9)},
+    "causal window": {"causal": True, "window": 7},
+    "padding": {"mask": padding()},
+    "causal documents": {"causal": True, "document_ids": documents()},
+    "function": {"mask": MaskFunction(near_or_even)},
+    "whole mask": {"mask": numbers(1, HEADS, TOKENS, TOKENS, seed=5) > 0},
+    "bias": {"causal": True, "attn_bias": numbers(HEADS, TOKENS, TOKENS, seed=6)},
+    "bias module": {"attn_bias": RelativePositionBias(HEADS, 8, 20).double()},
+    "dropout": {"causal": True, "dropout": 0.4},
+    "dropout window": {"window": (11, 3), "dropout": 0.4},
+}
+NETWORKS: dict[str, dict[str, Any]] = {
+    "learned": {"positions": "learned"},
+    "rotary exact": {"positions": "rotary", "exact": True},
+    "alibi pieces": {"positions": "alibi", "head_chunks": 2, "ff_chunks": 3},
+    "kept stored": {"keep_attention": True, "kv_heads": 2},
+    "stored dropout": {"reversible": False, "dropout": 0.2},
+    "kept pieces dropout": {"keep_attention": True, "head_chunks": 2, "dropout": 0.2, "tie_embeddings": True},
+}
+
+
+def attended(seen: str, method: str, context: ContextParallel | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """Output and gradients of one attention; ``method`` ending in ``gqa`` has half as many key/value heads."""
+    given = dict(SEEN[seen])
+    kv = 2 if method.endswith("gqa") else HEADS
+    leaves = [numbers(BATCH, h, TOKENS, 8, seed=i, dtype=dtype) for i, h in enumerate((HEADS, kv, kv))]
+    cotangent = numbers(BATCH, HEADS, TOKENS, 8, seed=9, dtype=dtype)
+    bias = given.get("attn_bias")
+    if isinstance(bias, Tensor):
+        bias = given["attn_bias"] = bias.to(dtype).clone().requires_grad_()
+    elif bias is not None:
+        bias.zero_grad()
+    torch.manual_seed(3)
+    if context is None:
+        q, k, v = (x.requires_grad_() for x in leaves)
+        out = dot_product_attention(q, k, v, backend="tiled", **given, **SIDES)
+        out.backward(cotangent)
+        found = [out, q.grad, k.grad, v.grad]
+    else:
+        whole = [x.transpose(1, 2) for x in (*leaves, cotangent)]
+        extra = [given.get(name) for name in ("mask", "document_ids")]
+        sharded = [x if isinstance(x, Tensor) and x.shape == (BATCH, TOKENS) else None for x in extra]
+        *own, of_mask, of_documents = context.shard(whole[0], None, *whole[1:], *sharded)
+        q, k, v, cotangent = (x.transpose(1, 2) for x in own if x is not None)
+        q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+        given |= {} if of_mask is None else {"mask": of_mask}
+        given |= {} if of_documents is None else {"document_ids": of_documents}
+        with context:
+            out = dot_product_attention(q, k, v, **given, **SIDES)
+        out.backward(cotangent)
+        context.reduce_gradients([] if bias is None else [bias] if isinstance(bias, Tensor) else bias.parameters())
+        found = [context.gather(x, 2) for x in (out, q.grad, k.grad, v.grad)]
+    names = dict(zip(("out", "q", "k", "v"), found, strict=True))
+    if bias is not None:
+        names["bias"] = bias.grad if isinstance(bias, Tensor) else bias.weight.grad
+    return {name: t.detach().clone().contiguous() for name, t in names.items()}
+
+
+def network(name: str, dtype: torch.dtype) -> nn.Module:
+    torch.manual_seed(0)
+    kwargs = {"num_tokens": 19, "max_seq_len": 64, "dim": 16, "depth": 2, "heads": HEADS, "dim_head": 4, "ff_mult": 2}
+    return Transformer(**kwargs, causal=True, loss_chunk_size=8, **SIDES, **NETWORKS[name]).to(dtype)
+
+
+def trained(name: str, context: ContextParallel | None, dtype: torch.dtype) -> dict[str, Tensor]:
+    """The loss and the gradients of a Transformer; only the first 14 tokens have labels, so others have none."""
+    model = network(name, dtype)
+    tokens = torch.randint(19, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
+    labels, mask = tokens.roll(-1, 1), padding()
+    labels[:, 14:] = -100
+    torch.manual_seed(3)
+    if context is None:
+        loss = model(tokens, labels=labels, mask=mask)
+        loss.backward()
+    else:
+        tokens, labels, mask = context.shard(tokens, labels, mask)
+        with context:
+            loss = model(tokens, labels=labels, mask=mask)
+        loss.backward()
+        context.reduce_gradients(model)
+    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    return {"loss": loss.detach().reshape(1), **grads}
+
+
+def cases(world: int) -> list[tuple[str, str, str, torch.dtype]]:
+    """Kind, name, method and dtype of what is computed."""
+    core = {"causal", "causal window", "dropout", "bias", "rotary exact"}
+    methods = ("ring", "all_to_all", "ring gqa", "all_to_all gqa")
+    found = [("attention", seen, method, torch.float64) for seen in SEEN for method in methods]
+    found += [("network", name, method, torch.float64) for name in NETWORKS for method in methods[:2]]
+    found += [("network", "alibi pieces", "auto", torch.float32), ("attention", "causal", "ring", torch.float32)]
+    return [case for case in found if world == 2 or case[1] in core]
+
+
+def compute(
+    kind: str, name: str, context: ContextParallel | None, method: str, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    return attended(name, method, context, dtype) if kind == "attention" else trained(name, context, dtype)
+
+
+def main() -> None:
+    rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
+    torch.set_num_threads(1)
+    store = dist.FileStore(str(directory / f"store-{world}"), world)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    found = {}
+    for kind, name, method, dtype in cases(world):
+        context = ContextParallel(dist.group.WORLD, method=method.split()[0])
+        for key, value in compute(kind, name, context, method, dtype).items():
+            found[f"{kind}/{name}/{method}/{dtype}/{key}"] = value
+    save_file(found, directory / f"{world}-{rank}.safetensors")
+    dist.barrier()
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,72 @@
+"""Tokens divided over two and four processes: output, loss and all gradients are those of one."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from memory_efficient_attention_pytorch.distributed.exchange import Layout
+from tests.agreement import difference
+from tests.distributed import divided_processes
+from tests.distributed.divided_processes import cases, compute
+
+
+@pytest.fixture(scope="module", params=(2, 4))
+def found(request, tmp_path_factory) -> tuple[int, Path]:
+    """All cases run once, in so many processes; the folder of what they found."""
+    world, directory = request.param, tmp_path_factory.mktemp("divided")
+    running = [
+        subprocess.Popen(
+            [sys.executable, "-W", "error", divided_processes.__file__, str(rank), str(world), str(directory)],
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(world)
+    ]
+    try:
+        errors = [process.communicate(timeout=200)[1] for process in running]
+    finally:
+        for process in running:
+            process.kill()
+    assert all(process.returncode == 0 for process in running), "\n".join(errors)
+    return world, directory
+
+
+def test_processes_that_share_a_sequence_are_one(found):
+    """Masks of each kind, biases, dropout, grouped heads; reversal, pieces, kept attention, processes without labels;
+    61 tokens divide by nothing."""
+    world, directory = found
+    each = [load_file(directory / f"{world}-{rank}.safetensors") for rank in range(world)]
+    wrong, compared = [], 0
+    for kind, name, method, dtype in cases(world):
+        tolerance = 1e-10 if dtype == torch.float64 and "exact" not in name else 1e-5
+        for key, value in compute(kind, name, None, method, dtype).items():
+            for ours in each:
+                error = difference(ours[f"{kind}/{name}/{method}/{dtype}/{key}"], value)
+                compared += 1
+                wrong += [f"{kind}/{name}/{method}/{key}: {error:.1e}"] if not error <= tolerance else []
+    assert compared > 100
+    assert not wrong
+
+
+@pytest.mark.parametrize("tokens", [1, 7, 64])
+@pytest.mark.parametrize("size", [1, 2, 5])
+def test_every_token_has_one_place(tokens, size):
+    layout = Layout(tokens, size)
+    places = layout.places(torch.device("cpu"))
+    assert len(places.unique()) == tokens
+    for rank in range(size):
+        for chunk in layout.chunks(rank):
+            here = layout.here(rank, chunk) if chunk.start < chunk.stop else slice(0, 0)
+            expected = torch.arange(here.start, here.stop) + rank * layout.local
+            assert torch.equal(places[chunk], expected)
+
+
+def test_causal_work_is_balanced():
+    """Scores of each process under causality, counted."""
+    layout = Layout(4096, 4)
+    work = [sum(sum(range(c.start + 1, c.stop + 1)) for c in layout.chunks(rank)) for rank in range(4)]
+    assert max(work) <= 1.1 * min(work)
