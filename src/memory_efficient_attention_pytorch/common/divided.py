@@ -49,7 +49,8 @@ _active: ContextVar[Divided | None] = ContextVar("divided", default=None)
 
 def active() -> Divided | None:
     """Whoever divided the tokens of the code that runs; None where all of them are here."""
-    return _active.get()
+    # What is compiled runs eagerly where tokens are divided, so a compiler never asks in vain.
+    return None if torch.compiler.is_compiling() else _active.get()
 
 
 @contextmanager

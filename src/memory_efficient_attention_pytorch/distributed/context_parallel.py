@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from contextlib import AbstractContextManager
+from contextlib import ExitStack
 from typing import Any
 
 import torch
@@ -39,7 +39,8 @@ class ContextParallel:
     Of 2p chunks process r has number r and number 2p − 1 − r, so that under causality all have as much to do. Inside
     of ``with``, attention's masks, windows, documents, biases and functions are about the whole sequence: key padding
     ``(b, local)`` and documents come as :meth:`shard` left them, other masks and bias tensors as they are for the
-    whole. Backward needs no ``with`` for this package's layers; under ``torch.utils.checkpoint`` it does.
+    whole. Backward needs no ``with`` for this package's layers; under ``torch.utils.checkpoint`` it does. Compiled
+    modules run eagerly inside; a compiled function may not itself enter the ``with``.
 
     Every process calls the same in the same order. One that fails leaves the others waiting until the group's timeout.
 
@@ -66,15 +67,18 @@ class ContextParallel:
         self.group, self.method, self.averaged = group, method, averaged
         self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
         self._layout: Layout | None = None
-        self._entered: list[AbstractContextManager[None]] = []
+        self._entered: list[ExitStack] = []
 
     def __enter__(self) -> ContextParallel:
-        self._entered.append(within(self))
-        self._entered[-1].__enter__()
+        stack = ExitStack()
+        # The order of collectives is that of the calls; a compiler might move them.
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(within(self))
+        self._entered.append(stack)
         return self
 
     def __exit__(self, *error: Any) -> None:
-        self._entered.pop().__exit__(*error)
+        self._entered.pop().close()
 
     @property
     def layout(self) -> Layout:
