@@ -87,7 +87,9 @@ def test_a_run_from_a_file_leaves_everything_and_says_it(mea, text, here):
     for part in (
         "; 1 CPU thread; fp32; ",
         "attention: ",
-        "reversal: on",
+        "reversal: off, activations are stored",
+        " for a step, the fastest settings that fit in the ",
+        " (store everything; the leanest would take ",
         "pieces: ",
         "to validate on (the end of the document)",
         "sample at step 6",

@@ -6,8 +6,11 @@ import functools
 import re
 
 import pytest
+import torch
 
 from memory_efficient_attention_pytorch.cli.train import add_arguments
+from memory_efficient_attention_pytorch.common.sizes import format_size
+from memory_efficient_attention_pytorch.training import budget
 from memory_efficient_attention_pytorch.training.config import TrainConfig, dump_config, load_config
 from memory_efficient_attention_pytorch.training.model import build_model
 from tests.cli import train_command
@@ -79,6 +82,51 @@ def test_settings_are_chosen_saved_and_kept(train, here):
     assert "every setting was given before" in memory_lines(resumed)[0]
     after = load_config(here / "runs/2/config.toml")
     assert [getattr(after, name) for name in SETTINGS] == [getattr(saved, name) for name in SETTINGS]
+
+
+def test_without_a_budget_the_fastest_settings_that_fit_in_what_is_free(monkeypatch):
+    free = {"bytes": 16 << 30}
+    monkeypatch.setattr(budget, "available_memory", lambda device: free["bytes"])
+    shape = TrainConfig(dim=64, depth=8, heads=4, dim_head=16, seq_len=1024, batch_size=4)
+
+    def fitted(config=shape, **more):
+        return budget.fastest_that_fits(config, torch.device("cpu"), 256, **more)
+
+    plenty, words = fitted()
+    stored, allowed, leanest = sizes(words)
+    assert (plenty.reversible, plenty.exact, plenty.keep_attention) == (False, False, False)
+    assert allowed == 16 << 30
+    assert "the fastest settings that fit in the 16 GiB free (store everything; the leanest would take " in words
+
+    free["bytes"] = int(stored)
+    scarce, words = fitted()
+    taken, _, least = sizes(words)
+    assert scarce.reversible is False or scarce.keep_attention
+    assert least == leanest < taken < stored * 7 / 8
+    free["bytes"] = int(leanest * 1.3)
+    assert fitted()[0].reversible is True
+    # Two processes on a CPU share it, and each sends its gradients in buckets.
+    assert "it may run out" in fitted(processes=2)[1]
+    free["bytes"] = 1 << 20
+    short, words = fitted()
+    assert (short.reversible, short.keep_attention, short.head_chunks) == (True, False, 4)
+    assert words.startswith(f"the leanest settings take {format_size(leanest)} where 1 MiB is free")
+
+    # What was given stays, and is measured no more where nothing is open.
+    given = fitted(dataclasses.replace(shape, reversible=True, keep_attention=True))[0]
+    assert (given.reversible, given.keep_attention) == (True, True)
+    settled = plenty.updated({"loss_chunk_size": 512})
+    assert fitted(settled) == (settled, "")
+
+
+def test_where_a_device_does_not_tell_what_is_free_activations_are_rebuilt(monkeypatch):
+    def unknown(device):
+        raise NotImplementedError
+
+    monkeypatch.setattr(budget, "available_memory", unknown)
+    config, words = budget.fastest_that_fits(TrainConfig(), torch.device("cpu"), 256)
+    assert config.reversible is True
+    assert "is not known" in words
 
 
 def test_what_cannot_fit_is_refused_with_what_would(train, here):

@@ -149,9 +149,23 @@ def validations(folder):
 
 
 def test_stored_and_rebuilt_activations_learn_alike(text, tmp_path):
-    rebuilt = train(text, tmp_path / "rebuilt", batch_size=2)
+    rebuilt = train(text, tmp_path / "rebuilt", batch_size=2, reversible=True)
     stored = train(text, tmp_path / "stored", batch_size=2, reversible=False)
     assert largest_difference(weights(rebuilt), weights(stored)) < 1e-5
+
+
+def test_a_run_that_goes_on_computes_as_it_began_whatever_is_free(text, tmp_path, monkeypatch):
+    options = {"batch_size": 2, "dropout": 0.1, "checkpoint_every": 2}
+    whole = train(text, tmp_path / "whole", steps=4, **options)
+    assert whole.config.reversible is False
+    begun = train(text, tmp_path / "begun", steps=4, **options)
+    shutil.rmtree(begun.run.checkpoints.root / "step-00000004")
+    monkeypatch.setattr("memory_efficient_attention_pytorch.training.budget.available_memory", lambda device: 1)
+    resumed = resume_run(begun.run.path, {}, lambda main: Callback())
+    assert resumed.config == begun.config
+    assert largest_difference(weights(whole), weights(resumed)) == 0
+    scarce = train(text, tmp_path / "scarce", steps=1, **options)
+    assert (scarce.config.reversible, scarce.config.keep_attention) == (True, False)
 
 
 def test_validations_and_samples_do_not_change_what_is_learned(text, tmp_path):
@@ -206,7 +220,7 @@ def test_a_run_without_a_sound_checkpoint_cannot_be_loaded(text, tmp_path):
 
 
 def test_mixed_precision_rebuilds_exactly_by_itself(text, tmp_path):
-    exact = train(text, tmp_path / "exact", batch_size=2, precision="bf16")
+    exact = train(text, tmp_path / "exact", batch_size=2, precision="bf16", reversible=True)
     assert exact.config.exact
     stored = train(text, tmp_path / "stored", batch_size=2, precision="bf16", reversible=False)
     assert stored.config.exact is False

@@ -1,4 +1,4 @@
-"""A memory budget: the settings that keep a run within it, what they should take, and what the run took."""
+"""The settings of a run by memory: the fastest within a budget or what is free, what they take, what the run took."""
 
 import contextlib
 import dataclasses
@@ -9,6 +9,7 @@ import torch
 from ..common.sizes import available_memory, format_size, parse_size
 from ..models.config import SETTINGS
 from ..planner import Option, Plan, plan
+from ..planner.candidates import candidates
 from .config import TrainConfig
 from .model import build_model, model_keywords
 from .plot import drawn
@@ -20,6 +21,8 @@ _BESIDE = 16 * _MIB
 """What a run holds in RAM beside its steps: batches, records, pictures, checkpoints, what accelerate keeps."""
 _NOISE = 8 * _MIB
 """By how much the memory of a process differs from one start to the next."""
+_KEPT_FREE = 8
+"""Without a budget one part in so many of what is free stays so, for what others begin and what the allocator holds."""
 _HELD_BYTES = 64 << 10
 """Blocks smaller than this may be held when they are freed: few, so that what is live is what the process has."""
 
@@ -99,8 +102,44 @@ def within_budget(
     return chosen, Memory(_kind(device), budget, before, predicted, _choice(chosen, made.options, standing))
 
 
-def _planned(keywords: dict[str, Any], config: TrainConfig, device: torch.device, room: int) -> Plan:
-    """The run's own step, the settings that its model's keywords leave open chosen for `room` bytes."""
+def fastest_that_fits(
+    config: TrainConfig, device: torch.device, num_tokens: int, *, processes: int = 1
+) -> tuple[TrainConfig, str]:
+    """The configuration with the fastest settings that fit in what is free; in words, what they and the leanest take.
+
+    For a run without a budget. Settings that it has stay as they are. What does not fit is not refused, since nobody
+    set a limit: the leanest settings are taken. Where a device does not tell what is free, those of `resolve`.
+    """
+    resolved = resolve(config, device)
+    keywords = model_keywords(resolved, num_tokens)
+    given = {name: value for name, value in keywords.items() if name not in _open(config)}
+    if given == keywords:
+        return resolved, ""
+    try:
+        free = available_memory(device)
+    except NotImplementedError:
+        return resolved, f"how much is free on {device} is not known, so reversal and small pieces"
+    # Processes on a CPU share what is free.
+    free //= processes if device.type == "cpu" else 1
+    buckets = _parameter_bytes(resolved, num_tokens) if processes > 1 else 0
+    mixed_precision = resolved.precision != "fp32"
+    leanest: dict[str, Any] = {}
+    for candidate in candidates(given, config.batch_size, config.seq_len, mixed_precision, device.type == "cuda"):
+        leanest |= candidate.changes
+    least = _planned(given | leanest, resolved, device).peak_bytes
+    room = free - free // _KEPT_FREE - buckets
+    if least > room:
+        words = f"the leanest settings take {format_size(least)} where {format_size(free)} is free: it may run out"
+        return resolved.updated(leanest), words
+    made = _planned(given, resolved, device, room)
+    words = f"{format_size(made.peak_bytes)} for a step, the fastest settings that fit in the {format_size(free)} free"
+    if made.peak_bytes > least:
+        words += f" ({made.options[-1].name}; the leanest would take {format_size(least)}: see --memory-budget)"
+    return resolved.updated(made.settings), words
+
+
+def _planned(keywords: dict[str, Any], config: TrainConfig, device: torch.device, room: int | None = None) -> Plan:
+    """The run's own step, the settings that its model's keywords leave open chosen for `room` bytes, if given."""
     return plan(
         keywords,
         batch_size=config.batch_size,
@@ -109,7 +148,7 @@ def _planned(keywords: dict[str, Any], config: TrainConfig, device: torch.device
         device=device,
         optimizer=lambda parameters: adamw(parameters, config),
         keep_gradients=config.accumulation > 1,
-        budget=max(1, room),
+        budget=None if room is None else max(1, room),
     )
 
 

@@ -12,7 +12,7 @@ import torch
 
 from ..attention.functional import select_backend
 from ..common.errors import brought_by
-from .budget import Memory, prepare, within_budget
+from .budget import Memory, fastest_that_fits, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
@@ -67,11 +67,10 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
     if config.tokenizer is not None:
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
     config = config.updated(text)
-    num_tokens = _num_tokens(config) if config.memory_budget else 0
-    config, memory = _settle(accelerator, config, num_tokens)
+    config, memory, fit = _settle(accelerator, config, _num_tokens(config))
     path = Path(out) if out is not None else _on_main(accelerator, _next_number)
     run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
-    return _train(accelerator, run, config, memory, make_display, refused=lambda: run.unmake(made))
+    return _train(accelerator, run, config, memory, make_display, fit=fit, refused=lambda: run.unmake(made))
 
 
 def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Callable[[bool], Callback]) -> Outcome:
@@ -92,7 +91,7 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
             )
     accelerator = _make_accelerator(config)
     num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
-    config, memory = _settle(accelerator, config, num_tokens, settled=True)
+    config, memory, _ = _settle(accelerator, config, num_tokens, settled=True)
     return _train(accelerator, run, config, memory, make_display, before=before)
 
 
@@ -107,18 +106,23 @@ def _as_before(before: TrainConfig, now: TrainConfig, key: str) -> bool:
 
 def _settle(
     accelerator: "Accelerator", config: TrainConfig, num_tokens: int, *, settled: bool = False
-) -> tuple[TrainConfig, Memory | None]:
-    """Every choice that was left open made: for the memory budget, if there is one, and for the machine."""
+) -> tuple[TrainConfig, Memory | None, str]:
+    """Every choice that was left open made, for the memory budget or what is free; what is to be said of the latter.
+
+    A run that goes on is settled: whatever is free now, it computes as it began.
+    """
+    device, processes = accelerator.device, accelerator.num_processes
     if config.memory_budget is None:
         return_freed_blocks()
-        return resolve(config, accelerator.device), None
-    prepare(accelerator.device)
-    return _on_main(
+        if settled:
+            return resolve(config, device), None, ""
+        config, fit = _on_main(accelerator, lambda: fastest_that_fits(config, device, num_tokens, processes=processes))
+        return config, None, fit
+    prepare(device)
+    return *_on_main(
         accelerator,
-        lambda: within_budget(
-            config, accelerator.device, num_tokens, processes=accelerator.num_processes, settled=settled
-        ),
-    )
+        lambda: within_budget(config, device, num_tokens, processes=processes, settled=settled),
+    ), ""
 
 
 def _num_tokens(config: TrainConfig) -> int:
@@ -144,9 +148,12 @@ def _train(
     make_display: Callable[[bool], Callback],
     *,
     before: TrainConfig | None = None,
+    fit: str = "",
     refused: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """before: the configuration of a run that goes on. refused: called where it turns out that it cannot be trained."""
+    """before: the configuration of a run that goes on. fit: what is said of the memory that its settings take. refused:
+    called where it turns out that it cannot be trained.
+    """
     main = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         stack.callback(accelerator.end_training)
@@ -173,7 +180,7 @@ def _train(
             with run.clear_about_writing():
                 write_atomically(run.config, dump_config(config))
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        plan = describe(config, accelerator, corpus, parameters)
+        plan = describe(config, accelerator, corpus, parameters, fit)
         if memory is not None:
             plan += f"\n{memory.announcement()}"
         display.started(plan, run.path, trainer.state.step, config.steps)
@@ -229,7 +236,7 @@ def _files(run: RunDirectory, config: TrainConfig, *, first_step: int) -> list[C
     return files
 
 
-def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, parameters: int) -> str:
+def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, parameters: int, fit: str = "") -> str:
     """What the run uses and why, in one line."""
     device = accelerator.device
     threads = torch.get_num_threads()
@@ -257,6 +264,7 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
         f"{parameters:,} parameters; {where}; {config.precision}; "
         f"attention: {choice.name} ({choice.reason}){kept}; reversal: {reversal}; "
         f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} ({pieces}); "
+        f"{'memory: ' + fit + '; ' if fit else ''}"
         f"text: {corpus.info.train_tokens:,} tokens to train on, {corpus.info.validation_tokens:,} to validate on "
         f"({corpus.info.split})"
     )
