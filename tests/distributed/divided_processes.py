@@ -13,7 +13,7 @@ import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from memory_efficient_attention_pytorch import Transformer, dot_product_attention
+from memory_efficient_attention_pytorch import AutoregressiveWrapper, KVCache, Transformer, dot_product_attention
 from memory_efficient_attention_pytorch.attention.mask_function import MaskFunction
 from memory_efficient_attention_pytorch.distributed import ContextParallel
 from memory_efficient_attention_pytorch.layers.positions import RelativePositionBias
@@ -40,6 +40,17 @@ def near_or_even(batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Ten
     return ((query - key).abs() < 5 + head) | (key % 3 == 0)
 
 
+class Score(nn.Module):
+    """A function of the score that knows its places and has a parameter."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.linspace(-1, 1, TOKENS, dtype=torch.float64))
+
+    def forward(self, score: Tensor, batch: Tensor, head: Tensor, query: Tensor, key: Tensor) -> Tensor:
+        return torch.tanh(score) + self.weight[query] * self.weight[key] * head
+
+
 torch.manual_seed(0)  # the bias module is the same everywhere
 # What may be seen or added, of which padding and documents are sharded with the tokens.
 SEEN: dict[str, dict[str, Any]] = {
@@ -53,12 +64,15 @@ SEEN: dict[str, dict[str, Any]] = {
     "whole mask": {"mask": numbers(1, HEADS, TOKENS, TOKENS, seed=5) > 0},
     "bias": {"causal": True, "attn_bias": numbers(HEADS, TOKENS, TOKENS, seed=6)},
     "bias module": {"attn_bias": RelativePositionBias(HEADS, 8, 20).double()},
+    "score function": {"causal": True, "attn_bias": Score()},
+    "large": {"causal": True},
     "dropout": {"causal": True, "dropout": 0.4},
     "dropout window": {"window": (11, 3), "dropout": 0.4},
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "learned": {"positions": "learned"},
     "rotary exact": {"positions": "rotary", "exact": True},
+    "rotary exact stored": {"positions": "rotary", "exact": True, "reversible": False},
     "alibi pieces": {"positions": "alibi", "head_chunks": 2, "ff_chunks": 3},
     "kept stored": {"keep_attention": True, "kv_heads": 2},
     "stored dropout": {"reversible": False, "dropout": 0.2},
@@ -71,6 +85,9 @@ def attended(seen: str, method: str, context: ContextParallel | None, dtype: tor
     given = dict(SEEN[seen])
     kv = 2 if method.endswith("gqa") else HEADS
     leaves = [numbers(BATCH, h, TOKENS, 8, seed=i, dtype=dtype) for i, h in enumerate((HEADS, kv, kv))]
+    if seen == "large":
+        # Only products of one process's query with keys of another are so large that fp32 rounds their log-sum-exp.
+        leaves[0][:, :, -1], leaves[1][:, :, 20:22] = 2000.0, 100.0
     cotangent = numbers(BATCH, HEADS, TOKENS, 8, seed=9, dtype=dtype)
     bias = given.get("attn_bias")
     if isinstance(bias, Tensor):
@@ -86,7 +103,7 @@ def attended(seen: str, method: str, context: ContextParallel | None, dtype: tor
     else:
         whole = [x.transpose(1, 2) for x in (*leaves, cotangent)]
         extra = [given.get(name) for name in ("mask", "document_ids")]
-        sharded = [x if isinstance(x, Tensor) and x.shape == (BATCH, TOKENS) else None for x in extra]
+        sharded = [None if isinstance(x, Tensor) and x.shape != (BATCH, TOKENS) else x for x in extra]
         *own, of_mask, of_documents = context.shard(whole[0], None, *whole[1:], *sharded)
         q, k, v, cotangent = (x.transpose(1, 2) for x in own if x is not None)
         q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
@@ -133,11 +150,12 @@ def trained(name: str, context: ContextParallel | None, dtype: torch.dtype) -> d
 
 def cases(world: int) -> list[tuple[str, str, str, torch.dtype]]:
     """Kind, name, method and dtype of what is computed."""
-    core = {"causal", "causal window", "dropout", "bias", "rotary exact"}
+    core = {"causal", "causal window", "dropout", "bias", "rotary exact", "rotary exact stored", "large"}
     methods = ("ring", "all_to_all", "ring gqa", "all_to_all gqa")
     found = [("attention", seen, method, torch.float64) for seen in SEEN for method in methods]
     found += [("network", name, method, torch.float64) for name in NETWORKS for method in methods[:2]]
     found += [("network", "alibi pieces", "auto", torch.float32), ("attention", "causal", "ring", torch.float32)]
+    found += [("attention", "large", method, torch.float32) for method in methods[:2]]
     return [case for case in found if world == 2 or case[1] in core]
 
 
@@ -145,6 +163,28 @@ def compute(
     kind: str, name: str, context: ContextParallel | None, method: str, dtype: torch.dtype
 ) -> dict[str, Tensor]:
     return attended(name, method, context, dtype) if kind == "attention" else trained(name, context, dtype)
+
+
+def refusals(context: ContextParallel) -> list[str]:
+    """What those are told who ask for what would mean something else on one device."""
+    tokens = context.shard(torch.zeros(1, TOKENS, dtype=torch.long))
+    models = [network(name, torch.float64) for name in ("learned", "alibi pieces")]
+    q = numbers(1, HEADS, tokens.shape[1], 8)
+    asked = [
+        *(lambda model=model: model(tokens, cache=KVCache()) for model in models),
+        lambda: AutoregressiveWrapper(models[0])(tokens),
+        lambda: dot_product_attention(q, q[:, :, :3], q[:, :, :3]),
+        lambda: dot_product_attention(q, q, q, backend="naive"),
+    ]
+    told = []
+    for ask in asked:
+        try:
+            with context, torch.no_grad():
+                ask()
+            told.append("nothing")
+        except (NotImplementedError, ValueError) as error:
+            told.append(str(error))
+    return told
 
 
 def main() -> None:
@@ -158,6 +198,7 @@ def main() -> None:
         for key, value in compute(kind, name, context, method, dtype).items():
             found[f"{kind}/{name}/{method}/{dtype}/{key}"] = value
     save_file(found, directory / f"{world}-{rank}.safetensors")
+    (directory / f"refusals-{world}-{rank}.txt").write_text("\n".join(refusals(ContextParallel(dist.group.WORLD))))
     dist.barrier()
     dist.destroy_process_group()
 

@@ -52,6 +52,34 @@ def test_processes_that_share_a_sequence_are_one(found):
     assert not wrong
 
 
+def test_divided_streams_are_rebuilt_bit_for_bit(found):
+    """What reversal rebuilds, by rings and exchanges repeated, gives the gradients of storing everything."""
+    world, directory = found
+    compared = 0
+    for rank in range(world):
+        ours = load_file(directory / f"{world}-{rank}.safetensors")
+        for name, value in ours.items():
+            if name.startswith("network/rotary exact/"):
+                assert torch.equal(value, ours[name.replace("exact/", "exact stored/")])
+                compared += 1
+    assert compared > 20
+
+
+def test_what_would_mean_something_else_is_refused(found):
+    world, directory = found
+    parts = [
+        "cache: expected none where",
+        "cache: expected none where",
+        "x: expected",
+        "k: expected",
+        "backend: 'naive'",
+    ]
+    for rank in range(world):
+        told = (directory / f"refusals-{world}-{rank}.txt").read_text().splitlines()
+        assert len(told) == len(parts)
+        assert all(line.startswith(part) for part, line in zip(parts, told, strict=True)), told
+
+
 @pytest.mark.parametrize("tokens", [1, 7, 64])
 @pytest.mark.parametrize("size", [1, 2, 5])
 def test_every_token_has_one_place(tokens, size):

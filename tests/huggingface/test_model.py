@@ -10,6 +10,7 @@ pytest.importorskip("transformers")
 from transformers import AutoModelForCausalLM, DynamicCache
 
 from memory_efficient_attention_pytorch import AutoregressiveWrapper
+from memory_efficient_attention_pytorch.common.divided import within
 from memory_efficient_attention_pytorch.huggingface import (
     MemoryEfficientConfig,
     MemoryEfficientForCausalLM,
@@ -89,6 +90,12 @@ def test_the_loss_is_that_of_shifted_labels():
     count = (labels[:, 1:] != -100).sum()
     halved = model(ids, attention_mask=mask, labels=labels, num_items_in_batch=2 * count).loss
     torch.testing.assert_close(halved, expected / 2)
+
+
+def test_divided_tokens_are_refused():
+    ids, _ = prompts()
+    with within(object()), pytest.raises(NotImplementedError, match="tokens divided over processes"):
+        model_of("learned")(ids, labels=ids)
 
 
 def test_positions_of_packed_sequences_are_refused():

@@ -61,3 +61,10 @@ def within(divided: Divided | None) -> Iterator[None]:
         yield
     finally:
         _active.reset(token)
+
+
+def refuse_divided(who: str) -> None:
+    """Raise where tokens are divided and ``who`` would take those of this process for all."""
+    if active() is not None:
+        reason = "its positions, labels and masks would be of this process's tokens alone"
+        raise NotImplementedError(f"{who}: tokens divided over processes are not supported, {reason}")

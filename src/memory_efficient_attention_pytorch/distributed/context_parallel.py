@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from ..attention.request import AttentionRequest
 from ..attention.tiles import Tiled
+from ..attention.visibility import Mask
 from ..attention.way import Way
 from ..common.autograd import once_differentiable
 from ..common.divided import within
@@ -97,18 +98,20 @@ class ContextParallel:
         """Tokens of each process, with up to ``2p − 1`` in all that fill the last chunks up."""
         return self.layout.local
 
-    def shard(self, x: Tensor, labels: Tensor | None = None, *others: Tensor | None, ignore_index: int = -100) -> Any:
+    def shard(self, x: Tensor, labels: Tensor | None = None, *others: Mask | None, ignore_index: int = -100) -> Any:
         """This process's tokens of ``x (b, n, …)``, of labels ``(b, n)``, shifted already, and of others alike.
 
         Where ``2p`` does not divide n, the last chunks are filled up: by 0 or False, labels by ``ignore_index``. Nobody
-        sees these tokens. Returns as many as were given, a single one by itself.
+        sees these tokens. Returns as many as were given, a single one by itself; a mask that is a function of indices,
+        those of the whole sequence, as it is.
         """
         given = (x, labels, *others)
         self._layout = Layout(x.shape[1], self.size)
         for number, tensor in enumerate(given):
-            fits = tensor is None or tensor.shape[:2] == x.shape[:2]
-            require(fits, f"tensor {number}", f"shape {tuple(x.shape[:2])} + (…)", tensor is not None and tensor.shape)
-        found = [None if t is None else self._own(t, ignore_index if i == 1 else 0) for i, t in enumerate(given)]
+            fits = not isinstance(tensor, Tensor) or tensor.shape[:2] == x.shape[:2]
+            require(fits, f"tensor {number}", f"shape {tuple(x.shape[:2])} + (…)", getattr(tensor, "shape", None))
+        fills = [ignore_index if number == 1 else 0 for number in range(len(given))]
+        found = [self._own(t, fill) if isinstance(t, Tensor) else t for t, fill in zip(given, fills, strict=True)]
         return found[0] if labels is None and not others else tuple(found)
 
     def _own(self, x: Tensor, fill: int) -> Tensor:

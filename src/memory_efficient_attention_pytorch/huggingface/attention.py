@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..attention.functional import dot_product_attention
+from ..common.divided import refuse_divided
 from .visibility import Visible, memory_efficient_mask
 
 NAME = "memory_efficient"
@@ -36,8 +37,10 @@ def memory_efficient_attention(
     in the softmax and has no value (gpt-oss): with log-sum-exp L the output is multiplied by ``sigmoid(L − s_aux)``.
 
     Raises:
-        NotImplementedError: attention weights are asked for, a paged cache, or a mask that cannot be told.
+        NotImplementedError: attention weights are asked for, a paged cache, a mask that cannot be told, or tokens that
+            are divided over processes.
     """
+    refuse_divided(type(module).__name__)
     if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         raise _refusal(module, "output_attentions: attention weights never exist as a whole")
     if cache is not None:

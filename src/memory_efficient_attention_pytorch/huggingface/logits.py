@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
+from ..common.divided import refuse_divided
 from ..loss.linear_cross_entropy import linear_cross_entropy
 
 _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", default=None)
@@ -148,6 +149,7 @@ def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        refuse_divided(type(self).__name__)
         labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
         if labels is None or torch.compiler.is_compiling():  # whose graphs have logits, as before
             return own(self, *args, **kwargs)

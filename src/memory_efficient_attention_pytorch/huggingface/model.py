@@ -10,6 +10,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixi
 from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils.generic import can_return_tuple
 
+from ..common.divided import refuse_divided
 from ..common.errors import require
 from ..layers.cache import KVCache
 from ..models.config import KNOBS
@@ -126,7 +127,9 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         Raises:
             ValueError: other positions, labels with a cache, or what it does not give: attention weights, hidden
                 states, and embeddings in the place of tokens.
+            NotImplementedError: tokens that are divided over processes, which ``net`` takes.
         """
+        refuse_divided("MemoryEfficientForCausalLM (not its net)")
         for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
             asked = kwargs.get(name) is not None and kwargs[name] is not False
             require(not asked, name, "none: tokens come in, and logits or a loss go out", "one")

@@ -13,6 +13,7 @@ from ..attention.decision import BACKENDS, Decision, decide
 from ..attention.functional import dot_product_attention
 from ..attention.mask_function import mask_function
 from ..attention.visibility import Mask, window_sides
+from ..common.divided import active
 from ..common.errors import require, require_positive_int, require_probability
 from ..recompute.by_hand import reason_against
 from ..recompute.kept import KeptResults
@@ -219,6 +220,8 @@ class Attention(nn.Module):
         if context is not None:
             require(len(context) == len(x), "context", f"batch {len(x)}, that of x", len(context))
             require(rotary is None and cache is None, "context", "none beside rotary or cache", "both")
+        whole = cache is None or active() is None
+        require(whole, "cache", "none where tokens are divided over processes", "one")
         # Indices are counted from 0, and a cache drops keys.
         of_indices = callable(mask), is_score_function(attn_bias)
         for name, refused in zip(("mask", "attn_bias"), of_indices, strict=True):

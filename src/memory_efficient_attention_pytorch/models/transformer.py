@@ -172,6 +172,8 @@ class Transformer(nn.Module):
 
     def _of_divided(self, divided: Divided, x: Tensor, mask: Mask | None) -> Tensor:
         """:meth:`_positions` of this process's tokens among all."""
+        expected = f"{divided.local_tokens} tokens, as many as each process has of the sequence"
+        require(x.shape[1] == divided.local_tokens, "x", expected, x.shape[1])
         total, positions = divided.num_tokens, divided.positions(x.device)
         fits = self.pos_emb is None or total <= self.max_seq_len
         require(fits, "x", f"at most max_seq_len = {self.max_seq_len} tokens for learned positions", total)
