@@ -113,10 +113,16 @@ def _settle(
     """
     device, processes = accelerator.device, accelerator.num_processes
     if config.memory_budget is None:
-        return_freed_blocks()
+        fit = ""
         if settled:
-            return resolve(config, device), None, ""
-        config, fit = _on_main(accelerator, lambda: fastest_that_fits(config, device, num_tokens, processes=processes))
+            config = resolve(config, device)
+        else:
+            config, fit = _on_main(
+                accelerator, lambda: fastest_that_fits(config, device, num_tokens, processes=processes)
+            )
+        if config.reversible:
+            # Where all is stored there is room, and to clear the same pages in every step would take a tenth of it.
+            return_freed_blocks()
         return config, None, fit
     prepare(device)
     return *_on_main(
