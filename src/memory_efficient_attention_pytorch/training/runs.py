@@ -121,7 +121,7 @@ def _settle(
                 accelerator, lambda: fastest_that_fits(config, device, num_tokens, processes=processes)
             )
         if config.reversible:
-            # Where all is stored there is room, and to clear the same pages in every step would take a tenth of it.
+            # Where all is stored there is room, and clearing the same pages in every step costs 4 to 10 %.
             return_freed_blocks()
         return config, None, fit
     prepare(device)
