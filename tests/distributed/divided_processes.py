@@ -1,10 +1,11 @@
-"""One of several processes that share each sequence over gloo: `python divided_processes.py RANK WORLD DIRECTORY`.
+"""One of several processes that share each sequence over gloo.
+
+Run as `python -m tests.distributed.divided_processes RANK WORLD DIRECTORY`.
 
 Every case's loss and summed gradients go to DIRECTORY/WORLD-RANK.safetensors; the test computes them in one process.
 """
 
 import sys
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from memory_efficient_attention_pytorch import AutoregressiveWrapper, KVCache, T
 from memory_efficient_attention_pytorch.attention.mask_function import MaskFunction
 from memory_efficient_attention_pytorch.distributed import ContextParallel
 from memory_efficient_attention_pytorch.layers.positions import RelativePositionBias
+from tests.processes import join, leave
 
 BATCH, TOKENS, HEADS = 2, 61, 4
 SIDES: dict[str, Any] = {"q_bucket_size": 8, "k_bucket_size": 8}
@@ -189,9 +191,7 @@ def refusals(context: ContextParallel) -> list[str]:
 
 def main() -> None:
     rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
-    torch.set_num_threads(1)
-    store = dist.FileStore(str(directory / f"store-{world}"), world)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    join(rank, world, directory)
     found = {}
     for kind, name, method, dtype in cases(world):
         context = ContextParallel(dist.group.WORLD, method=method.split()[0])
@@ -199,8 +199,7 @@ def main() -> None:
             found[f"{kind}/{name}/{method}/{dtype}/{key}"] = value
     save_file(found, directory / f"{world}-{rank}.safetensors")
     (directory / f"refusals-{world}-{rank}.txt").write_text("\n".join(refusals(ContextParallel(dist.group.WORLD))))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

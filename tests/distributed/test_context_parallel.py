@@ -1,7 +1,5 @@
 """Tokens divided over two and four processes: output, loss and all gradients are those of one."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -12,26 +10,14 @@ from memory_efficient_attention_pytorch.distributed.exchange import Layout
 from tests.agreement import difference
 from tests.distributed import divided_processes
 from tests.distributed.divided_processes import cases, compute
+from tests.processes import run_processes
 
 
 @pytest.fixture(scope="module", params=(2, 4))
 def found(request, tmp_path_factory) -> tuple[int, Path]:
     """All cases run once, in so many processes; the folder of what they found."""
     world, directory = request.param, tmp_path_factory.mktemp("divided")
-    running = [
-        subprocess.Popen(
-            [sys.executable, "-W", "error", divided_processes.__file__, str(rank), str(world), str(directory)],
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for rank in range(world)
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert all(process.returncode == 0 for process in running), "\n".join(errors)
+    run_processes(divided_processes, world, world, directory)
     return world, directory
 
 

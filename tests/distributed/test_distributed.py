@@ -1,7 +1,5 @@
 """Two processes over gloo compute the gradients that one process averages by hand, with DDP and with FSDP2."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,23 +9,14 @@ from safetensors.torch import load_file
 from tests.agreement import difference
 from tests.distributed import two_processes
 from tests.distributed.two_processes import CASES, RATE, STEPS, WORLD, build, loss_of
+from tests.processes import run_processes
 
 
 @pytest.fixture(scope="module")
 def found(tmp_path_factory) -> Path:
     """All cases run once, in two processes; the folder of what they found."""
     directory = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, "-W", "error", two_processes.__file__]
-    running = [
-        subprocess.Popen([*command, str(rank), str(directory)], stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert all(process.returncode == 0 for process in running), "\n".join(errors)
+    run_processes(two_processes, WORLD, directory)
     return directory
 
 

@@ -1,4 +1,4 @@
-"""One of two processes that train together over gloo: `python two_processes.py RANK DIRECTORY`.
+"""One of two processes that train together over gloo: `python -m tests.distributed.two_processes RANK DIRECTORY`.
 
 Every case of CASES takes two steps of SGD, each rank with a batch of its own; the gradients and the loss of each step
 go to DIRECTORY/CASE-RANK.safetensors. The cases' networks and batches are built here for the test too.
@@ -16,6 +16,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 from memory_efficient_attention_pytorch import Attention, Chunked, FeedForward, Transformer
+from tests.processes import join, leave
 
 WORLD, STEPS, RATE = 2, 2, 0.1
 
@@ -123,13 +124,11 @@ def refusal(rank: int) -> str:
 
 def main() -> None:
     rank, directory = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), WORLD), rank=rank, world_size=WORLD)
+    join(rank, WORLD, directory)
     for case in CASES:
         train(case, rank, directory)
     (directory / f"refusal-{rank}.txt").write_text(refusal(rank))
-    dist.barrier()
-    dist.destroy_process_group()
+    leave()
 
 
 if __name__ == "__main__":

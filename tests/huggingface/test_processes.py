@@ -1,7 +1,5 @@
 """On two processes a model made long has the gradients that it had on one: DDP, FSDP2, accelerate, Trainer."""
 
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,6 +11,7 @@ pytest.importorskip("transformers")
 from tests.huggingface import two_processes
 from tests.huggingface.models import tokens
 from tests.huggingface.two_processes import CASES, WORLD, build, trained
+from tests.processes import run_processes
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 
@@ -21,17 +20,7 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 def found(tmp_path_factory) -> Path:
     """All cases run once, in two processes; the folder of what they found."""
     directory = tmp_path_factory.mktemp("two_processes")
-    command = [sys.executable, two_processes.__file__]
-    running = [
-        subprocess.Popen([*command, str(rank), str(directory)], stderr=subprocess.PIPE, text=True)
-        for rank in range(WORLD)
-    ]
-    try:
-        errors = [process.communicate(timeout=200)[1] for process in running]
-    finally:
-        for process in running:
-            process.kill()
-    assert all(process.returncode == 0 for process in running), "\n".join(errors)
+    run_processes(two_processes, WORLD, directory, strict=False)
     return directory
 
 

@@ -1,4 +1,6 @@
-"""One of two processes that train a model made long over gloo: `python two_processes.py RANK DIRECTORY`.
+"""One of two processes that train a model made long over gloo.
+
+Run as `python -m tests.huggingface.two_processes RANK DIRECTORY`.
 
 Each case of CASES takes one backward pass, each rank with a sequence of its own; the gradients, averaged over both, go
 to DIRECTORY/CASE-RANK.safetensors; of a Trainer, the weights after two steps of SGD.
@@ -8,10 +10,7 @@ import os
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-
 import torch
-import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.distributed.device_mesh import init_device_mesh
@@ -20,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from memory_efficient_attention_pytorch.huggingface import feed_forward, make_memory_efficient
 from tests.huggingface.models import small_model, tokens
+from tests.processes import join, leave
 
 WORLD = 2
 CASES = ("ddp", "ddp adapters", "fsdp2", "accelerate", "trainer")
@@ -79,18 +79,14 @@ def found(case: str, rank: int, directory: Path) -> dict[str, Tensor]:
 
 def main() -> None:
     rank, directory = int(sys.argv[1]), Path(sys.argv[2])
-    torch.set_num_threads(1)
     # accelerate asks for these, and takes the group that is there: nobody listens at the address.
     os.environ |= {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(WORLD), "ACCELERATE_USE_CPU": "true"}
     os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "0"}
     feed_forward.feed_forward_chunks = lambda batch, length, *rest: min(3, length)
-    dist.init_process_group("gloo", store=dist.FileStore(str(directory / "store"), WORLD), rank=rank, world_size=WORLD)
+    join(rank, WORLD, directory)
     for case in CASES:
         save_file(found(case, rank, directory), directory / f"{case}-{rank}.safetensors")
-    dist.barrier()
-    # Everything is written. Threads of gloo's groups, those made beside it among them, may outlive the interpreter's
-    # objects, and C++ then ends the process with SIGABRT: it ends before that.
-    os._exit(0)
+    leave()
 
 
 if __name__ == "__main__":
