@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -33,6 +34,8 @@ LOG2_E = math.log2(math.e)
 # A row keeps its top while a tile's weights relative to it sum to at most this.
 MOST_MASS = 2.0**16
 MOST_MASKS = 4  # kept at once
+# Backward holds two tiles for each thread: of half as many keys they take as long, and a megabyte each.
+MOST_KEYS_IN_BACKWARD = 512
 
 
 class OneDnn(Way):
@@ -85,6 +88,8 @@ class OneDnn(Way):
         return out, *log_sum_exp
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        if not request.dropout and request.visibility.function is None:  # what is drawn and evaluated for whole tiles
+            request = replace(request, k_bucket_size=min(request.k_bucket_size, MOST_KEYS_IN_BACKWARD))
         # oneDNN adds to what has no gaps: each head's gradient in one piece, not each token's.
         gradients = torch.zeros_like(given.q), fresh_total(given.k), fresh_total(given.v)
         kept: dict[tuple[int, ...], Tensor] = {}
