@@ -37,10 +37,9 @@ class AllToAll(Way):
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         own = self._of_heads(request)
-        found = self.within.forward(own, *(self._to_heads(x, request) for x in (q, k, v)))
+        found = self.within.forward(own, *(self._to_heads(x) for x in (q, k, v)))
         out, *others = (
-            self._to_tokens(x, request, x.new_zeros((*x.shape[:1], request.h, *q.shape[2:3], *x.shape[3:])))
-            for x in found
+            self._to_tokens(x, x.new_zeros((*x.shape[:1], request.h, *q.shape[2:3], *x.shape[3:]))) for x in found
         )
         lse, *rest = others
         for number, chunk in enumerate(self.layout.chunks(self.rank)):
@@ -52,16 +51,16 @@ class AllToAll(Way):
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         own = self._of_heads(request)
         tensors = (given.q, given.k, given.v, given.out, given.lse)
-        q, k, v, out, lse = (self._to_heads(x, request) for x in tensors)
-        state = [self._to_heads(x, request) for x in given.state]
-        grad_out = self._to_heads(given.grad_out, request)
-        grad_lse = None if given.grad_lse is None else self._to_heads(given.grad_lse, request)
+        q, k, v, out, lse = (self._to_heads(x) for x in tensors)
+        state = [self._to_heads(x) for x in given.state]
+        grad_out = self._to_heads(given.grad_out)
+        grad_lse = None if given.grad_lse is None else self._to_heads(given.grad_lse)
         found = self.within.backward(
             own, BackwardInputs(q, k, v, out, lse, state, grad_out, grad_lse, given.bias_gradient)
         )
         pairs = zip(found, (given.q, given.k, given.v), strict=True)
         dtype = request.compute_dtype
-        return tuple(self._to_tokens(x.to(dtype), request, torch.zeros_like(like, dtype=dtype)) for x, like in pairs)
+        return tuple(self._to_tokens(x.to(dtype), torch.zeros_like(like, dtype=dtype)) for x, like in pairs)
 
     def _of_heads(self, request: AttentionRequest) -> AttentionRequest:
         everything = slice(0, request.n)
@@ -72,12 +71,12 @@ class AllToAll(Way):
         first = rank * heads // self.layout.size
         return slice(first, first + max(1, heads // self.layout.size))
 
-    def _to_heads(self, x: Tensor, request: AttentionRequest) -> Tensor:
+    def _to_heads(self, x: Tensor) -> Tensor:
         """``(b, h, local, …)`` of this process's tokens → ``(b, heads, n, …)`` of its heads."""
         parts = [x[:, self._heads(x.shape[1], rank)] for rank in range(self.layout.size)]
         return torch.cat(all_to_all(self.group, parts), dim=2)[:, :, self.layout.places(x.device)]
 
-    def _to_tokens(self, x: Tensor, request: AttentionRequest, total: Tensor) -> Tensor:
+    def _to_tokens(self, x: Tensor, total: Tensor) -> Tensor:
         """The inverse, added to ``total (b, h, local, …)``: of a head that several processes had, all parts."""
         everywhere = x.new_zeros((*x.shape[:2], self.layout.size * self.layout.local, *x.shape[3:]))
         everywhere[:, :, self.layout.places(x.device)] = x

@@ -49,13 +49,20 @@ class Layout(NamedTuple):
 
 
 class Transfer:
-    """Tensors on their way: sent to one process while others come from another."""
+    """Tensors on their way: sent to one process while others come from another, of like's dtype and device all."""
 
     def __init__(
-        self, group: dist.ProcessGroup, to: int, sent: Sequence[Tensor], source: int, shapes: Sequence[torch.Size]
+        self,
+        group: dist.ProcessGroup,
+        to: int,
+        sent: Sequence[Tensor],
+        source: int,
+        shapes: Sequence[torch.Size],
+        *,
+        like: Tensor,
     ) -> None:
-        self.shapes, like = shapes, sent[0]
-        self._sent = torch.cat([t.reshape(-1) for t in sent])
+        self.shapes = shapes
+        self._sent = torch.cat([like.new_empty(0), *(t.reshape(-1) for t in sent)])
         self._found = like.new_empty(sum(shape.numel() for shape in shapes))
         peers = [dist.get_global_rank(group, rank) for rank in (to, source)]
         steps: list[tuple[Callable[..., object], Tensor, int]] = [

@@ -92,7 +92,7 @@ class Ring(Way):
             source, to = (self.rank - step) % self.layout.size, (self.rank + step) % self.layout.size
             places = self._needed(request, to, self.rank)
             shapes = self._shapes(places, grad_k, grad_v)
-            returning = Transfer(self.group, source, [*found, grad_k.new_empty(0)], to, shapes), places
+            returning = Transfer(self.group, source, found, to, shapes, like=grad_k), places
         if returning is not None:
             add(returning[1], returning[0].wait())
         return grad_q, grad_k, grad_v
@@ -107,7 +107,7 @@ class Ring(Way):
                 to, source = (self.rank + step + 1) % size, (self.rank - step - 1) % size
                 sent = self._taken(self._needed(request, to, self.rank), k, v)
                 shapes = self._shapes(self._needed(request, self.rank, source), k, v)
-                coming = Transfer(self.group, to, [*sent, k.new_empty(0)], source, shapes)
+                coming = Transfer(self.group, to, sent, source, shapes, like=k)
             pairs = zip(places, tensors[::2], tensors[1::2], strict=True)
             yield step, [Part(*pair) for pair in pairs]
 
