@@ -345,7 +345,8 @@ def test_a_dry_run_counts_what_each_thread_holds():
     one, two, four = (peak(threads, 4) for threads in (1, 2, 4))
     # In backward two tiles of scores of 1 MiB, masks of half that, and what is packed.
     assert 2.5 * MIB <= two - one <= 5 * MIB
-    assert four - two == 2 * (two - one)
+    # Each thread as much; with more of them another operation may have the peak.
+    assert 2 * (two - one) <= four - two <= 2.05 * (two - one)
     assert peak(2, 1) == peak(1, 1), "one head, which the threads share"
 
 
