@@ -128,6 +128,8 @@ def test_not_where_each_head_would_find_anew_what_one_pass_finds_for_all(monkeyp
         assert select_backend(q, k, v, **kwargs).way == "cpu_kernel"
     for kwargs in ({"mask": documents > 0}, {"attn_bias": AlibiBias(2)}, {"attn_bias": torch.randn(1, 1, 1, 2048)}):
         assert select_backend(q, k, v, **kwargs).way == "onednn"
+    wide = [torch.zeros(1, 2, 2048, way.WIDE) for _ in range(3)]
+    assert select_backend(*wide, document_ids=documents).way == "onednn"
 
 
 def test_backward_goes_the_way_of_forward_whatever_changed_between(monkeypatch):

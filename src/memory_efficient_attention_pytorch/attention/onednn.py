@@ -34,6 +34,8 @@ LOG2_E = math.log2(math.e)
 # A row keeps its top while a tile's weights relative to it sum to at most this.
 MOST_MASS = 2.0**16
 MOST_MASKS = 4  # kept at once
+# From this width on products gain more than it costs to find for each head what documents hide.
+WIDE = 128
 # Backward holds two tiles for each thread: of half as many keys they take as long, and a megabyte each.
 MOST_KEYS_IN_BACKWARD = 512
 
@@ -66,8 +68,8 @@ class OneDnn(Way):
             return f"a tile is too little work for more than {MOST_THREADS} threads"
         if not _calls_nobody(request):
             return "a function of the caller's would be called for each head, and by one thread"
-        if request.visibility.document_ids is not None:
-            return "what documents hide would be found for each head"
+        if request.visibility.document_ids is not None and min(request.d, request.e) < WIDE:
+            return "what documents hide would be found for each head, which products as narrow do not pay for"
         return None if products.onednn_is_faster() else "MKL is as fast on this CPU"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
