@@ -63,7 +63,8 @@ def check_contents(sdist: Path, wheel: Path) -> None:
         for path in (ROOT / folder).rglob("*")
         if path.suffix in (".py", ".md") and ROOT / "benchmarks" / "packages" not in path.parents
     }
-    missing = kept | {"pyproject.toml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt"}
+    beside = {"pyproject.toml", "mkdocs.yml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt"}
+    missing = kept | beside
     require(not missing - inside, sdist, missing - inside)
 
 
