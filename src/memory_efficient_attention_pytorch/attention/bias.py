@@ -1,4 +1,6 @@
-"""What changes scores: a tensor or a module that is added, or a function of the score; by tiles, and the gradient."""
+"""Biases: what changes the scores, evaluated per tile, and its gradient.
+
+A tensor or a module is added to the scores; a function of the score replaces them."""
 
 from __future__ import annotations
 
@@ -28,8 +30,9 @@ a score and four indices, as ``ScoreMod``."""
 
 @dataclass(frozen=True)
 class Bias:
-    """A checked bias of scores ``shape = (b, h, n, m)``; ``values`` is a tensor of four dimensions, or a module; None
-    while the tensor is kept elsewhere.
+    """A validated bias for scores of ``shape = (b, h, n, m)``.
+
+    values: a tensor of four dimensions or a module; None while the tensor is kept elsewhere.
 
     wants_gradient: of a tensor, whatever the grad mode, since a forward pass without gradients and its repetition with
     them are to do the same; of a module, where gradients are on. of_score: values is a function of the score, of which
@@ -44,7 +47,7 @@ class Bias:
 
     @staticmethod
     def of(values: Tensor | BiasModule, shape: tuple[int, int, int, int], q: Tensor) -> Bias:
-        """Check ``attn_bias``; the device is that of q."""
+        """Validate ``attn_bias``; ``device`` is that of q."""
         if isinstance(values, Tensor):
             expected = "a floating-point dtype (a bool mask goes to mask)"
             require(values.is_floating_point(), "attn_bias", expected, values.dtype)
@@ -69,23 +72,23 @@ class Bias:
 
     @property
     def tensor(self) -> Tensor | None:
-        """The tensor that it is, if it is one."""
+        """The bias tensor, or None if the bias is a module or a function."""
         return self.values if isinstance(self.values, Tensor) else None
 
     @property
     def several_threads(self) -> bool:
-        """Several threads may ask for tiles at once."""
+        """True if several threads may evaluate tiles at once."""
         return isinstance(self.values, Tensor) or serves_several_threads(self.values)
 
     @property
     def leaves(self) -> tuple[Tensor, ...]:
-        """What gradients reach: the tensor, or a module's parameters and what a function of the score captures."""
+        """The tensors that receive gradients: the bias tensor, a module's parameters, or what a function captures."""
         if isinstance(self.values, nn.Module):
             return *self.values.parameters(), *self.captured
         return self.captured if self.tensor is None else (self.tensor,)
 
     def with_tensor(self, tensor: Tensor | None) -> Bias:
-        """The same bias by another tensor; a module stays what it is."""
+        """The same bias with another tensor in place of its own; a module stays as it is."""
         return replace(self, values=tensor) if self.values is None or self.tensor is not None else self
 
     def tile(self, tile: Tile, batch: slice, heads: slice, device: torch.device) -> Tensor:
@@ -104,7 +107,7 @@ class Bias:
         return narrow_broadcast(values, batch, heads)
 
     def modified(self, tile: Tile, batch: slice, heads: slice, scores: Tensor) -> Tensor:
-        """What a function of the score makes of one tile's ``scores (b, h, i, j)``."""
+        """Apply the function of the score to one tile's ``scores (b, h, i, j)``."""
         assert callable(self.values)
         b, h = self.shape[:2]
         place = Place(slice(*batch.indices(b)[:2]), slice(*heads.indices(h)[:2]), tile.queries, tile.keys)
@@ -131,7 +134,7 @@ class BiasGradient:
         self.wanted = bool(self._sums.wanted)
 
     def add(self, tile: Tile, batch: slice, heads: slice, grad_scores: Tensor) -> None:
-        """Add what the gradient of one tile's scores ``(b, h, i, j)`` contributes."""
+        """Accumulate the contribution of one tile, given the gradient of its scores ``(b, h, i, j)``."""
         assert self.bias is not None
         if self.bias.tensor is not None:
             total = self._sums.total(self.bias.tensor)
@@ -144,39 +147,39 @@ class BiasGradient:
         self._sums.backward(values, grad_scores.sum_to_size(values.shape).to(values.dtype))
 
     def modified(self, tile: Tile, batch: slice, heads: slice, scores: Tensor) -> Tensor:
-        """:meth:`Bias.modified` with a graph, for :meth:`through`."""
+        """:meth:`Bias.modified`, recording a graph for :meth:`through`."""
         assert self.bias is not None
         known = {*self._leaves, *self._stand_ins.values(), scores.requires_grad_()}
         with self._seen.held(self._leaves), exchanged(self._stand_ins, known), torch.enable_grad():
             return self.bias.modified(tile, batch, heads, scores)
 
     def through(self, value: Tensor, scores: Tensor, gradient: Tensor) -> Tensor:
-        """From the gradient of :meth:`modified` to that of the scores; captured tensors and parameters get theirs."""
+        """Backpropagate through :meth:`modified`: return the scores' gradient and accumulate those of the leaves."""
         (found,) = self._sums.backward(value, gradient, [scores])
         return torch.zeros_like(gradient) if found is None else found
 
     @property
     def results(self) -> list[Tensor | None]:
-        """What is left to add for each leaf, in its dtype; zeros where no tile had anything to add."""
+        """The gradient still to be added to each leaf, in its dtype; zeros where no tile contributed."""
         for leaf in self._sums.wanted:
             self._sums.total(leaf)
         return self._sums.results
 
 
 def is_score_function(bias: Tensor | BiasModule | None) -> TypeGuard[BiasModule]:
-    """A function of the score, not what is added to it."""
+    """True for a function of the score; False for what is added to it."""
     return callable(bias) and not isinstance(bias, Tensor) and is_score_mod(bias)
 
 
 def refuse_captured(bias: Tensor | BiasModule | None, device: torch.device) -> None:
-    """Raise where a function of the score captures what a branch that is computed again would not know of."""
+    """Raise if a function of the score captures tensors that recomputation in backward would not know about."""
     if is_score_function(bias) and torch.is_grad_enabled():
         expected = "a module that holds what needs a gradient as parameters, in head groups and reversible blocks"
         require(not captured_by(bias, device, torch.float32), "attn_bias", expected, "a captured tensor")
 
 
 def bias_of_heads(bias: BiasModule, heads: slice) -> nn.Module:
-    """A bias module or a function of the score, restricted to some of its heads."""
+    """Restrict a bias module or a function of the score to some of its heads."""
     return _ScoreOfHeads(bias, heads.start) if is_score_mod(bias) else BiasOfHeads(bias, heads)
 
 
@@ -206,7 +209,7 @@ class BiasOfHeads(nn.Module):
 
 
 def serves_several_threads(bias: object) -> bool:
-    """A module whose class says so of itself, and that nobody has hooked; of others it is not known."""
+    """True if the module's class declares itself safe to call from several threads and the module has no hooks."""
     if not isinstance(bias, nn.Module) or module_is_watched(bias) or all_modules_are_watched():
         return False
     of_heads = isinstance(bias, BiasOfHeads)
@@ -214,6 +217,6 @@ def serves_several_threads(bias: object) -> bool:
 
 
 def accepts_heads(bias: BiasModule) -> bool:
-    """Can the module evaluate some of the heads alone (a ``heads`` keyword taking a slice)?"""
+    """True if the module can evaluate some heads only: its ``forward`` takes a slice as ``heads``."""
     call = getattr(bias, "forward", bias)
     return "heads" in inspect.signature(call).parameters

@@ -1,4 +1,4 @@
-"""Tiles by PyTorch's fused CPU kernel: as fast as it is, for masks and windows that it does not take as a whole."""
+"""PyTorch's fused CPU kernel applied per tile, for masks and windows that it does not support as a whole."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .way import OF_SCORE, BackwardInputs
 
 
 class CpuKernel(Tiled):
-    """The kernel adds a tile's mask and bias to scores that it never holds, so a part is the whole batch."""
+    """Tiles by the fused CPU kernel. It never holds the scores, so one part covers the whole batch."""
 
     name = "cpu_kernel"
     merit = "PyTorch's fused kernel computes each tile, in linear memory"

@@ -1,4 +1,4 @@
-"""Tiles by CUDA's memory-efficient kernel, for masks, windows, documents and biases that no kernel takes as a whole."""
+"""CUDA's memory-efficient kernel per tile, for masks, windows, documents and biases no kernel supports as a whole."""
 
 from __future__ import annotations
 
@@ -24,8 +24,10 @@ LSE_MULTIPLE = 32  # to which the kernel pads the log-sum-exp of a row of querie
 
 
 class CudaKernel(Tiled):
-    """The kernel adds a tile's mask and bias to scores that it never holds. It has no grouped queries: of a tile its
-    keys and values are repeated. It drops by random numbers of its own, so that dropout is for plain products."""
+    """Tiles by CUDA's memory-efficient kernel.
+
+    It never holds the scores. It does not support grouped queries, so a tile's keys and values are repeated. Its
+    dropout draws its own random numbers, so dropout is left to plain products."""
 
     name = "cuda_kernel"
     merit = "PyTorch's memory-efficient kernel computes each tile, in linear memory"
@@ -60,7 +62,7 @@ class CudaKernel(Tiled):
         out, lse, *_ = _kernel().forward(*heads, bias, True, 0.0, False, scale=scores.request.scale)
         out, lse = out.to(torch.float32), lse[:, :, : q.shape[2]]
         if added is not None:
-            # Of a row that sees nothing here the kernel makes what it likes.
+            # For a row that sees nothing here the kernel's results are undefined.
             nothing = (added == float("-inf")).all(dim=-1)
             out = out.masked_fill(nothing.unsqueeze(-1), 0.0)
             lse = lse.masked_fill(nothing, float("-inf"))
@@ -75,7 +77,7 @@ class CudaKernel(Tiled):
         lse = F.pad(lse, (0, -i % LSE_MULTIPLE), value=float("inf"))
         heads = unit_stride(bucket.grad_out.to(q.dtype), q, *_for_each_query_head(q, k, v))
         bias = _laid_out(added, heads[1], heads[2])
-        # Random state, of which nothing is used without dropout.
+        # Random state, unused without dropout.
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
         wanted = scores.request.bias is not None and bucket.bias_gradient.wanted
         options = (0.0, [True, True, True, wanted], False)
@@ -104,7 +106,7 @@ def _for_each_query_head(q: Tensor, *of_keys: Tensor) -> tuple[Tensor, ...]:
 
 
 def _laid_out(added: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """What is added to the scores as the kernel wants it: of q's dtype, whole, its rows aligned."""
+    """The additive mask in the layout that the kernel requires: q's dtype, not broadcast, rows aligned."""
     if added is None:
         return None
     (b, h, i, _), j = q.shape, k.shape[2]

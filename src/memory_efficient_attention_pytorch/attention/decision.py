@@ -1,4 +1,4 @@
-"""What is done about a request: decided once, and the same in forward, its repetition and backward."""
+"""The choice of how a request is computed: made once, and used in forward, recomputation and backward."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ BACKENDS = ("naive", "tiled", "fused", "auto")
 
 @dataclass(frozen=True)
 class Decision:
-    """What was asked, and the way it is computed."""
+    """A request and the way it is computed."""
 
     request: AttentionRequest
     way: Way
@@ -51,13 +51,13 @@ class Decision:
         if results is None and self.way.by_autograd:
             out, *lse = self.way.forward(self.request, q, k, v)
             return out, lse[0] if lse else None
-        # Autograd keeps the tensors, and nobody else.
+        # Only autograd holds the tensors.
         without_tensors = replace(self, request=self.request.with_tensors())
         out, lse = _Attention.apply(without_tensors, results, q, k, v, *self.request.tensors)
         return out, lse
 
     def compute(self, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """The results without gradients, to be kept; the output comes first."""
+        """Compute the results without gradients, to be kept; the output comes first."""
         with torch.no_grad(), full_precision(q.device):
             return self.way.forward(self.request, q, k, v)
 
@@ -113,7 +113,7 @@ def _named(backend: str) -> Sequence[Way]:
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Cast as autocast casts the arguments of PyTorch's attention: fp32 to its dtype, fp64 left alone."""
+    """Cast as autocast casts the arguments of PyTorch's attention: fp32 to its dtype; fp64 stays."""
     device = tensors[0].device.type if all(isinstance(t, Tensor) for t in tensors) else "meta"
     if device == "meta" or not torch.is_autocast_enabled(device):
         return tensors

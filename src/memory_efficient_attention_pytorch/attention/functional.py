@@ -1,4 +1,4 @@
-"""The functional entry: one question, several ways to the same answer, and why one of them was chosen."""
+"""The functional interface: exact attention, and which way of computing it is chosen and why."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .visibility import Mask, Window
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """Which backend runs and why, which way of computing that is, and what was ruled out for which reason."""
+    """Which backend and way of computing run, why, and what was ruled out for which reason."""
 
     name: str
     reason: str
@@ -26,7 +26,7 @@ class BackendChoice:
 
 
 class Options(TypedDict, total=False):
-    """The keyword arguments of :func:`dot_product_attention`, save that on which its result's type depends."""
+    """Keyword arguments of :func:`dot_product_attention` except ``return_lse``, which changes the result type."""
 
     mask: Mask | None
     attn_bias: Tensor | BiasModule | None
@@ -86,11 +86,11 @@ def dot_product_attention(
         document_ids: integers ``(b, m)``; a token sees its own document only. The queries are the last n.
         dropout: probability in [0, 1) of dropping a normalised weight; survivors are scaled by 1/(1 − dropout).
             Applied whenever it is above 0. The seed comes from PyTorch's default CPU generator.
-        scale: defaults to ``d ** -0.5``. A tensor that broadcasts to ``(b, h, n, 1)``, which may want a gradient,
-            multiplies q in q's dtype.
+        scale: defaults to ``d ** -0.5``. A tensor that broadcasts to ``(b, h, n, 1)`` multiplies q in
+            q's dtype, and may require a gradient.
         backend: ``"auto"`` picks; ``"naive"`` (O(n·m) memory, the reference), ``"tiled"`` and ``"fused"``, and the name
             of any single way (``select_backend(...).way``), are honoured or refused.
-        q_bucket_size, k_bucket_size: the tiles' sides. They move time and memory, not the result (except which
+        q_bucket_size, k_bucket_size: the tiles' sides. They change time and memory, not the result (except which
             weights dropout drops).
         return_lse: also return the log-sum-exp of each row.
 
@@ -103,12 +103,12 @@ def dot_product_attention(
         NotImplementedError: the backend asked for cannot serve the request.
 
     Scores, softmax and accumulators are fp32, or fp64 for fp64. A bias over a whole row may be of any finite size: the
-    largest that a row sees is taken out first, where fp64 would not round the scores away beside it (2**56 and above,
-    as finfo.min: there they count as equal). Finite values that are hidden reach neither output nor gradients; where
-    scores of them may exceed 2**16 the way of computing is another, though, which rounds differently. On a CPU
-    q, k and v are looked at first; where they are on another device, both end at what PyTorch's kernels do: they lose
-    scores above 2**16 in the log-sum-exp, and give NaN for hidden products beyond fp32. ``backend="products"`` does not
-    there. Asked for by name, oneDNN's tiles have the same limits.
+    largest value that a row sees is subtracted first, unless even fp64 would round the scores away beside it (2**56
+    and above, such as finfo.min: the scores then count as equal). Hidden keys and values, if finite, affect neither
+    output nor gradients. On a CPU the magnitudes of q, k and v are checked first, and where scores may exceed 2**16
+    another way of computing is chosen, which rounds differently. Other devices skip the check, and PyTorch's kernels
+    there lose scores above 2**16 in the log-sum-exp and return NaN for hidden products beyond fp32;
+    ``backend="products"`` does not. oneDNN's tiles, chosen by name, have the same limits.
 
     Under autocast q, k and v are cast as for PyTorch's own attention. Differentiable once (the tiled backend raises on
     a second derivative). Sources: Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
@@ -135,7 +135,7 @@ def dot_product_attention(
 
 
 def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **arguments: Any) -> BackendChoice:
-    """Say which backend :func:`dot_product_attention` runs for these arguments (its own), with the reasons.
+    """Return which backend :func:`dot_product_attention` runs for these arguments, with the reasons.
 
     Raises what :func:`dot_product_attention` would raise.
     """

@@ -1,4 +1,4 @@
-"""PyTorch's fused kernels by their own operators, which give the log-sum-exp: kept, it saves a second forward.
+"""PyTorch's fused kernels through operators that return the log-sum-exp; keeping it saves a second forward.
 
 ``scaled_dot_product_attention`` runs the same operators.
 """
@@ -24,7 +24,7 @@ ALIGNMENT = 8  # what the CUDA kernels ask of a width, in elements
 
 
 class WholeKernel(Fused):
-    """A kernel by its own operators; ``find`` gives them, or None where this PyTorch has others or none."""
+    """A kernel through its own operators; ``find`` returns them, or None if this PyTorch lacks them."""
 
     find: Callable[[], Kernel | None]
 
@@ -99,7 +99,7 @@ class Efficient(WholeKernel):
 
 
 def _added(request: AttentionRequest) -> Tensor | None:
-    """Mask and bias as a tensor added to the scores, laid out as the kernels want it."""
+    """Mask and bias as one additive tensor in the layout that the kernels require."""
     added = whole_mask(request)
     if added is not None and added.dtype == torch.bool:
         added = additive(added, None, request.dtype)

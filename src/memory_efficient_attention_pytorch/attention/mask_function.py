@@ -17,7 +17,7 @@ MaskMod = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 class Place(NamedTuple):
-    """A block of scores: which sequences, query heads, queries and keys, by their numbers."""
+    """A block of scores, by the indices of its sequences, query heads, queries and keys."""
 
     batch: slice
     heads: slice
@@ -25,18 +25,17 @@ class Place(NamedTuple):
     keys: slice
 
     def indices(self, device: torch.device) -> list[Tensor]:
-        """The numbers, int64, as ``(b, 1, 1, 1)``, ``(1, h, 1, 1)``, ``(1, 1, i, 1)`` and ``(1, 1, 1, j)``."""
+        """The indices, int64, as ``(b, 1, 1, 1)``, ``(1, h, 1, 1)``, ``(1, 1, i, 1)`` and ``(1, 1, 1, j)``."""
         ranges = (torch.arange(place.start, place.stop, device=device) for place in self)
         return [r.view([-1 if axis == own else 1 for axis in range(4)]) for own, r in enumerate(ranges)]
 
 
 @dataclass(frozen=True)
 class MaskFunction:
-    """A ``mask_mod``, and what is found out about its tiles, for the calls and layers that share it.
+    """A ``mask_mod`` with its classification of tiles, shared by calls and layers.
 
-    Given as ``mask``, it has each tile evaluated once to tell the empty and the full ones from the others, and keeps
-    the answer, a byte a tile, for later calls with the same sizes. What is kept goes with the object. A plain function
-    is classified in every call.
+    Each tile is evaluated once and classified as empty, full or partial; the answer, one byte a tile, is kept with
+    this object for later calls of the same sizes. A plain function passed as ``mask`` is classified in every call.
 
     Args:
         function: ``(batch, head, query, key) → bool``, element by element. Indices are int64 tensors that broadcast
@@ -53,11 +52,11 @@ class MaskFunction:
         return self.function(batch, head + self.first_head if self.first_head else head, query, key)
 
     def of_heads(self, heads: slice) -> MaskFunction:
-        """The same for a call that has these heads only; what is found out is shared."""
+        """The same function for a call that has these heads only; the classification is shared."""
         return replace(self, first_head=self.first_head + heads.start)
 
     def at(self, indices: Sequence[Tensor]) -> Tensor:
-        """Bool, of four dimensions, broadcastable to what the indices broadcast to."""
+        """The mask at a place: bool, four dimensions, broadcastable with the indices."""
         visible = self(*indices)
         came = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
         require(came == torch.bool, "mask function's output", "a tensor of dtype torch.bool (True = may attend)", came)
@@ -65,12 +64,12 @@ class MaskFunction:
         return canonical_broadcast(visible, (b, h, n, m), "mask function's output")
 
     def looks_at(self, device: torch.device) -> tuple[bool, bool]:
-        """Whether it looks at which sequence, and at which head: asked about one place twice, it gives two answers."""
+        """Whether the mask depends on the sequence, and whether it depends on the head."""
         zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
         b, h, _, _ = self.at((zero.expand(2, 1, 1, 1), zero.expand(1, 2, 1, 1), zero, zero)).shape
         return b > 1, h > 1
 
 
 def mask_function(mask: MaskMod) -> MaskFunction:
-    """The mask itself, where it is one already, so that what it keeps is shared."""
+    """Wrap a function; a :class:`MaskFunction` is returned as it is, so that what it keeps is shared."""
     return mask if isinstance(mask, MaskFunction) else MaskFunction(mask)

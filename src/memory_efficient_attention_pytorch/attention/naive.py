@@ -1,4 +1,4 @@
-"""The executable definition: the whole score matrix, no tiles. Every other way is held to this one."""
+"""The executable definition: the whole score matrix, no tiles. Every other way is tested against this one."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ class Naive(Way):
             scores = scores.masked_fill(~seen, 0.0)
             probabilities = scores.softmax(dim=-1).masked_fill(~seen, 0.0)
             if visible is not None:
-                # The gradient of a hidden one may be infinite.
+                # The gradient of a hidden score may be infinite.
                 probabilities = probabilities.masked_fill(~visible, 0.0)
             if request.dropout:
                 probabilities = probabilities * _survivors(request) / (1 - request.dropout)
@@ -58,7 +58,7 @@ class Naive(Way):
 
 
 def _survivors(request: AttentionRequest) -> Tensor:
-    """Every tile's dropout mask, side by side: bool ``(b, h, n, m)``."""
+    """The dropout masks of all tiles side by side: bool ``(b, h, n, m)``."""
     keep = torch.ones(request.score_shape, dtype=torch.bool, device=request.device)
     for part in parts(request):
         for row in part.rows(request):

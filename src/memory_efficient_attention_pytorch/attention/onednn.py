@@ -34,7 +34,7 @@ LOG2_E = math.log2(math.e)
 # A row keeps its top while a tile's weights relative to it sum to at most this.
 MOST_MASS = 2.0**16
 MOST_MASKS = 4  # kept at once
-# From this width on products gain more than it costs to find for each head what documents hide.
+# From this width on the products save more than evaluating the documents for each head costs.
 WIDE = 128
 # Backward holds two tiles for each thread: of half as many keys they take as long, and a megabyte each.
 MOST_KEYS_IN_BACKWARD = 512
@@ -92,7 +92,7 @@ class OneDnn(Way):
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         if not request.dropout and request.visibility.function is None:  # what is drawn and evaluated for whole tiles
             request = replace(request, k_bucket_size=min(request.k_bucket_size, MOST_KEYS_IN_BACKWARD))
-        # oneDNN adds to what has no gaps: each head's gradient in one piece, not each token's.
+        # oneDNN adds only to contiguous memory: each head's gradient in one piece, not each token's.
         gradients = torch.zeros_like(given.q), fresh_total(given.k), fresh_total(given.v)
         kept: dict[tuple[int, ...], Tensor] = {}
 
@@ -116,12 +116,12 @@ class OneDnn(Way):
 
 
 def _calls_nobody(request: AttentionRequest) -> bool:
-    """No function of the caller's is called for a tile, which may not be fit for several threads."""
+    """True if no function of the caller's runs per tile: it might not be thread-safe."""
     return request.visibility.function is None and (request.bias is None or request.bias.several_threads)
 
 
 class _Shared:
-    """What the heads of one pass have in common: buffers, and what tiles must not see.
+    """State shared by the heads of one pass: buffers and masks of hidden scores.
 
     Window and causality hide the same in many tiles: it is kept for a few, in ``kept``, which all threads of a pass
     share. transposed: tiles are ``(j, i)``.
@@ -166,14 +166,13 @@ class _Shared:
         hidden = (visible.t().contiguous() if self.transposed else visible).to(torch.bfloat16).log_()
         if repeated:
             if len(self.kept) >= MOST_MASKS:
-                self.kept.pop(next(iter(list(self.kept))), None)  # of a copy, since other threads add to it
+                self.kept.pop(next(iter(list(self.kept))), None)  # on a copy, since other threads add to the original
             self.kept[place] = hidden
         return hidden
 
 
 def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: Tensor, *log_sum_exp: Tensor) -> None:
-    """Write ``out (n, e)`` and the log-sum-exp ``(n,)`` of rows that see anything, for a part that is one head of one
-    sequence.
+    """Compute one head of one sequence: write ``out (n, e)`` and the log-sum-exp ``(n,)`` of rows that see anything.
 
     q: ``(n, d)``. k: ``(m, d)``. v: ``(m, e)``.
     """
@@ -261,7 +260,7 @@ class _Softmax:
 
 
 def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradients: Tensor) -> None:
-    """Write the gradient of q and add to those of k and v, for a part that is one head of one sequence."""
+    """Differentiate one head of one sequence: write the gradient of q and add to those of k and v."""
     request, scratch = shared.request, shared.scratch
     grad_q = part.of_query(gradients[0])[0, 0]
     k, v, grad_k, grad_v = (part.of_key(x)[0, 0] for x in (given.k, given.v, *gradients[1:]))
@@ -305,7 +304,7 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
 
 
 class _Packed:
-    """Buckets of keys, or of values transposed, ready to be multiplied by, while rows to come may see them."""
+    """Buckets of keys, or of transposed values, packed for oneDNN and kept while later rows may see them."""
 
     def __init__(self, tensor: Tensor, transposed: bool) -> None:
         self.tensor, self.transposed = tensor, transposed
@@ -324,5 +323,5 @@ class _Packed:
 
 
 def _scaled(rows: Tensor, factor: float) -> Tensor:
-    """fp32, contiguous."""
+    """``x`` scaled, in fp32, contiguous."""
     return rows.float().mul(factor).contiguous()

@@ -1,4 +1,4 @@
-"""Tiles by matrix products: whatever is asked, on any device."""
+"""Tiles by plain matrix products: every request, on any device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite
 
 
 class Products(Tiled):
-    """PyTorch's own operators on a tile of as many heads as stay in the device's cache."""
+    """Tiles by PyTorch's operators, of as many heads at once as fit in the device's cache."""
 
     name = "products"
     merit = "serves every request in linear memory"
@@ -54,7 +54,7 @@ class Products(Tiled):
         if scores.is_modified:
             grad_scores = bucket.bias_gradient.through(modified, raw, grad_scores)
         if visible is not None and (scores.is_modified or not request.moderate):
-            # What nobody sees counts for nothing, even where the function has no finite slope or a product no end.
+            # Hidden scores contribute nothing, even where the function's slope or a product is not finite.
             grad_scores.masked_fill_(~visible, 0.0)
         grad_v = _fold(weights, values).mT @ _fold(grad_out, values)
         folded = _fold(grad_scores, keys)
@@ -69,7 +69,7 @@ def _products(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
 
 
 def _add_and_hide(scores: Scores, values: Tensor, visible: Tensor | None) -> Tensor | None:
-    """Add biases to the scores less each row's level, and hide; the level, if there are biases."""
+    """Add biases less each row's level to the scores and hide what is masked; return the level, None without biases."""
     added, level = scores.relative(values.dtype, visible)
     if added is not None and level is not None:
         if not scores.request.moderate:

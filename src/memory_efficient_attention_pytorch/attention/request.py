@@ -1,4 +1,4 @@
-"""What is asked of attention: every argument checked once."""
+"""One call's arguments, validated once."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ class AttentionRequest:
 
     @property
     def keeps_rest(self) -> bool:
-        """Tiles keep for backward what fp32 rounds from a log-sum-exp."""
+        """True if tiles keep for backward the part of the log-sum-exp that fp32 rounds away."""
         return self.bias is not None or not self.moderate
 
     @property
@@ -86,7 +86,7 @@ class AttentionRequest:
         return self.visibility.mask, self.visibility.document_ids, *leaves
 
     def with_tensors(self, *tensors: Tensor | None) -> AttentionRequest:
-        """The same with these, in the order of :attr:`tensors`, or with none; parameters stay with their module."""
+        """The same request with these tensors, in the order of :attr:`tensors`, or with none."""
         mask, document_ids, of_bias, *_ = *tensors, None, None, None
         visibility = replace(self.visibility, mask=mask, document_ids=document_ids)
         return replace(self, visibility=visibility, bias=None if self.bias is None else self.bias.with_tensor(of_bias))
@@ -158,7 +158,7 @@ def _dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
 
 
 def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | None, divided: Divided | None) -> bool:
-    """Looked at on a CPU, at less than a hundredth of attention's time; elsewhere it would be waited for."""
+    """True if q, k and v are known to be small; checked on CPUs only, for elsewhere the host would have to wait."""
     if device_type(q.device) != "cpu":
         return False
     if torch.compiler.is_compiling() or not are_plain(q, k, v) or is_fake(q) or 0 in (*q.shape, *k.shape, *v.shape):

@@ -1,7 +1,7 @@
 """Scores changed by a function of the score and its indices: FlexAttention's ``score_mod``.
 
-A function says nowhere which tensors it captures. The operations that it makes of them do: evaluated at one place
-without gradients, whatever asks for one was there before. In backward leaves stand in for these.
+A function does not declare which tensors it captures, but its operations reveal them: evaluated once without
+gradients, any operand that requires one was captured. In backward, leaves stand in for these.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
 def is_score_mod(function: Callable[..., Any]) -> bool:
-    """Does it take a score and four indices, and not two positions alone?"""
+    """True if the callable takes a score and four indices rather than two positions."""
     signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
 
     def takes(count: int) -> bool:
@@ -38,7 +38,7 @@ def is_score_mod(function: Callable[..., Any]) -> bool:
 
 
 def modified(function: ScoreMod, scores: Tensor, indices: Iterable[Tensor]) -> Tensor:
-    """``scores (b, h, i, j)`` as the function leaves them, in their shape and dtype."""
+    """Apply the function to ``scores (b, h, i, j)``; shape and dtype stay."""
     found = function(scores, *indices)
     came = found.dtype if isinstance(found, Tensor) else type(found).__name__
     floating = isinstance(found, Tensor) and found.is_floating_point()
@@ -48,7 +48,7 @@ def modified(function: ScoreMod, scores: Tensor, indices: Iterable[Tensor]) -> T
 
 
 def captured_by(function: ScoreMod, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The tensors with gradients that the function uses, save the parameters of the module that it is.
+    """The captured tensors that require gradients, other than parameters if the function is a module.
 
     Raises ValueError where its output depends on one in a way that no other tensor can stand in for.
     """
@@ -77,7 +77,7 @@ def captured_by(function: ScoreMod, device: torch.device, dtype: torch.dtype) ->
 
 
 def stand_ins(captured: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Leaves in the captured tensors' place, so that what watches those sees no part of a gradient."""
+    """Leaves to stand in for captured tensors, so that hooks on those never see a partial gradient."""
     return {tensor: tensor.detach().requires_grad_() for tensor in captured}
 
 

@@ -1,4 +1,4 @@
-"""PyTorch's ``scaled_dot_product_attention``, where it computes exactly what is asked without n × m of its own."""
+"""PyTorch's ``scaled_dot_product_attention``, where it serves a request exactly and without n × m memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .way import OF_SCORE, Way
 
 
 class Fused(Way):
-    """One of PyTorch's kernels for the request as a whole."""
+    """One of PyTorch's fused kernels, applied to the whole request."""
 
     backend = "fused"
     merit = "PyTorch's fused kernel computes exactly this"
@@ -25,7 +25,7 @@ class Fused(Way):
 
 
 class Sdpa(Fused):
-    """The public function; it keeps the log-sum-exp to itself."""
+    """The public function; it does not return the log-sum-exp."""
 
     name = "sdpa"
     by_autograd = True
@@ -79,7 +79,7 @@ def not_whole(request: AttentionRequest) -> str | None:
 
 
 def whole_mask(request: AttentionRequest) -> Tensor | None:
-    """What the public function is given as ``attn_mask``: a bool mask, or the bias, which of a single query is a row.
+    """The ``attn_mask`` for the public function: a bool mask or, for a single query, the bias as one row.
 
     A row may come from a module, and meet a mask.
     """

@@ -4,8 +4,8 @@ The online softmax of Milakov & Gimelshein (2018), the order of Rabe & Staats, "
 memory" (2021), and the backward pass of Dao et al., "FlashAttention" (2022): what is kept for backward is the output
 and each row's log-sum-exp, and every tile is computed again from q and k.
 
-Here is what the ways of computing a tile have in common: how batch and heads are cut into parts, what is added to the
-scores of a tile and hidden among them, and the loops.
+This module holds what all ways of computing a tile share: the cut of batch and heads into parts, masking and biases
+of a tile, and the loops.
 """
 
 from __future__ import annotations
@@ -60,7 +60,7 @@ class Part(NamedTuple):
 
 
 def shifted(part: slice, first: int) -> slice:
-    """Numbers of the whole as those of what is at hand, which begins with ``first``."""
+    """Shift indices of the whole to those of the tensors at hand, which begin with ``first``."""
     return slice(part.start - first, part.stop - first)
 
 
@@ -79,7 +79,7 @@ def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alik
 
 
 def alike_to(request: AttentionRequest, alike: Alike) -> Alike:
-    """What another loop over the parts of a request must share to take the same memory; None where none may."""
+    """A key that loops over a request's parts share if they take the same memory; None if no two do."""
     plain = request.visibility.structural and request.bias is None
     return (*alike, request) if alike and plain else None
 
@@ -135,11 +135,11 @@ class Scores(NamedTuple):
 
     @property
     def is_modified(self) -> bool:
-        """A function of the score makes others of them."""
+        """True if a function replaces the scores."""
         return self.request.bias is not None and self.request.bias.of_score
 
     def modified(self, values: Tensor, gradient: BiasGradient | None = None) -> Tensor:
-        """What the function makes of ``values (b, h, i, j)``; with ``gradient`` as the start of its graph."""
+        """Apply the function to ``values (b, h, i, j)``; with ``gradient`` record a graph."""
         by = self.request.bias if gradient is None else gradient
         assert by is not None
         return by.modified(self.tile, self.part.batch, self.part.heads, values)
@@ -191,13 +191,13 @@ def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) ->
 
 
 def less_level(added: Tensor) -> tuple[Tensor, Tensor]:
-    """What is added to scores less its largest value in each row, and that value, −∞ where there is no other."""
+    """An additive mask less its largest value in each row, and that value (−∞ if the row has no other)."""
     level = added.amax(dim=-1, keepdim=True)
     return added - finite(level), level
 
 
 def finite(level: Tensor) -> Tensor:
-    """0 in the place of −∞."""
+    """Replace −∞ by 0."""
     return level.masked_fill(level == float("-inf"), 0.0)
 
 
@@ -247,8 +247,10 @@ class QueryBucket(NamedTuple):
 
 
 class LogSumExp(NamedTuple):
-    """Of each row ``(b, h, i)``, as the sum of two: the level of its scores, −∞ where it sees nothing, and what their
-    sum adds to it, which beside a level of millions fp32 would round away."""
+    """Each row's log-sum-exp ``(b, h, i)`` as a sum of two parts.
+
+    The first is the level of the row's scores, −∞ if it sees nothing; the second is what their sum adds to it, which
+    fp32 would round away beside a level of millions."""
 
     high: Tensor
     low: Tensor
@@ -266,7 +268,7 @@ class LogSumExp(NamedTuple):
         return LogSumExp(high.masked_fill(low == float("-inf"), float("-inf")), low)
 
     def rounded(self) -> tuple[Tensor, Tensor]:
-        """The sum, and what rounding left of it."""
+        """The sum in one number, and its rounding error."""
         high = finite(self.high)
         total = high + self.low
         return total, ((high - total) + self.low).masked_fill(total == float("-inf"), 0.0)
@@ -294,7 +296,7 @@ class Tiled(Way):
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         first_query, first_key = request.held.queries.start, request.held.keys.start
-        # Of a block, the output is to be merged with others.
+        # The output of a block is merged with others later.
         out, *log_sum_exp = empty_results(request, v, None if request.block is None else request.compute_dtype)
         for part in parts(request, self.elements, alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
@@ -338,7 +340,7 @@ class Tiled(Way):
 
 
 def empty_results(request: AttentionRequest, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """The output and the log-sum-exp of rows that see nothing, for all rows; and its rest, where that is kept."""
+    """Initial results, those of rows that see nothing: output, log-sum-exp and, where kept, its rounding error."""
     # Token-major in memory, so that merging the heads afterwards is a view.
     h, n = (part.stop - part.start for part in request.held[:2])
     out = v.new_zeros(request.b, n, h, request.e, dtype=dtype).transpose(1, 2)
@@ -347,7 +349,7 @@ def empty_results(request: AttentionRequest, v: Tensor, dtype: torch.dtype | Non
 
 
 def merge(out: Tensor, lse: LogSumExp, other: Tensor, other_lse: LogSumExp) -> tuple[Tensor, LogSumExp]:
-    """The attention over two disjoint sets of keys from the attention over each."""
+    """Merge the attention over two disjoint sets of keys."""
     high = torch.maximum(lse.high, other_lse.high)
     mine, others = (part.low + (part.high - finite(high)) for part in (lse, other_lse))
     low = torch.logaddexp(mine, others)

@@ -27,7 +27,7 @@ EMPTY, PARTIAL, FULL = range(3)
 
 
 class Tile(NamedTuple):
-    """A rectangle of scores, queries ``i0:i1`` by keys ``j0:j1``. full: each query may see each key."""
+    """A rectangle of scores, queries ``i0:i1`` by keys ``j0:j1``. full: every query may see every key."""
 
     i0: int
     i1: int
@@ -49,7 +49,7 @@ class Tile(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The heads, queries and keys of the whole that tensors hold, where they do not hold all of them."""
+    """The heads, queries and keys that the tensors at hand hold, if they are a part of a whole."""
 
     heads: slice
     queries: slice
@@ -65,7 +65,7 @@ class Row(NamedTuple):
 
 
 class _Tiles(Sequence[Tile]):
-    """A row's tiles by their places alone, made as they are asked for: there may be millions."""
+    """A row's tiles, generated on demand, since there may be millions."""
 
     def __init__(self, visibility: Visibility, i0: int, i1: int, keys: range, first: int) -> None:
         self.visibility, self.i0, self.i1, self.keys, self.first = visibility, i0, i1, keys, first
@@ -82,7 +82,7 @@ class _Tiles(Sequence[Tile]):
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which of m keys each of n queries may attend to: the conjunction of all that is given.
+    """Which of m keys each of n queries may attend to: all given conditions combined by "and".
 
     mask: bool ``(b|1, h|1, n|1, m|1)``, True = may attend. document_ids: integers ``(b, m)``, queries are the last n.
     left, right: how many keys before and after its own position a query may see (None: all of them).
@@ -146,50 +146,50 @@ class Visibility:
 
     @property
     def trivial(self) -> bool:
-        """Every query sees every key, known without looking at a tensor."""
+        """True if every query sees every key, as far as is known without reading tensors."""
         return self.structural and self.structurally_trivial
 
     @property
     def structural(self) -> bool:
-        """Window and causality are all there is."""
+        """True if only window and causality restrict visibility."""
         return self.mask is None and self.document_ids is None and self.function is None
 
     @property
     def alike_in_heads(self) -> bool:
-        """All heads see the same."""
+        """True if all heads see the same keys."""
         return (self.mask is None or self.mask.shape[1] == 1) and self.heads is None
 
     @property
     def structurally_trivial(self) -> bool:
-        """Window and causality hide nothing."""
+        """True if window and causality hide nothing."""
         return self.structurally_full(0, self.n, 0, self.m)
 
     @property
     def plain_causal(self) -> bool:
-        """Square and causal, and nothing besides: what PyTorch's kernels call causal."""
+        """True for square and causal without further conditions: what PyTorch's kernels call causal."""
         unrestricted_left = self.left is None or self.left >= self.m - 1
         return self.right == 0 and unrestricted_left and 1 < self.n == self.m and self.structural
 
     @property
     def tensors(self) -> tuple[Tensor, ...]:
-        """Mask and document numbers, as far as there are any."""
+        """The mask and the document numbers, if given."""
         return tuple(t for t in (self.mask, self.document_ids) if t is not None)
 
     def narrow(self, batch: slice, heads: slice) -> Visibility:
-        """The same question for a part of the batch and of the heads."""
+        """Visibility restricted to a part of the batch and of the heads."""
         mask = None if self.mask is None else narrow_broadcast(self.mask, batch, heads)
         ids = None if self.document_ids is None else self.document_ids[batch]
         batch_asked, heads_asked = None if self.batch is None else batch, None if self.heads is None else heads
         return replace(self, mask=mask, document_ids=ids, batch=batch_asked, heads=heads_asked)
 
     def keys_of(self, i0: int, i1: int) -> tuple[int, int]:
-        """From where to where the keys stand that window and causality leave to these queries."""
+        """The range of keys that window and causality leave visible to these queries."""
         low = 0 if self.left is None else max(0, i0 + self.offset - self.left)
         high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
         return low, high
 
     def whole_tile(self, tile: Tile, q_bucket_size: int, k_bucket_size: int) -> Tile:
-        """That of which ``tile`` is what a block leaves; itself, where there is no block."""
+        """The whole tile of which ``tile`` is the part within a block; ``tile`` itself without a block."""
         i0 = tile.i0 - tile.i0 % q_bucket_size
         i1 = min(i0 + q_bucket_size, self.n)
         low, high = self.keys_of(i0, i1)
@@ -235,7 +235,7 @@ class Visibility:
         return reduce(operator.and_, parts)
 
     def structurally_full(self, i0: int, i1: int, j0: int, j1: int) -> bool:
-        """May each of these queries see each of these keys, as far as their places say?"""
+        """True if window and causality let each of these queries see each of these keys."""
         reaches_left = self.left is None or j0 >= i1 - 1 + self.offset - self.left
         reaches_right = self.right is None or j1 - 1 <= i0 + self.offset + self.right
         return reaches_left and reaches_right
@@ -267,7 +267,7 @@ class Visibility:
         return refined
 
     def _by_tensors(self, rows: list[Row]) -> Sequence[int] | None:
-        """What mask and documents leave of each tile; None where nobody can tell."""
+        """What mask and documents leave of each tile; None in a dry run, which has no contents."""
         if not self.tensors or not all(map(_has_contents, self.tensors)):
             return None
         depends_on_queries = self.document_ids is not None or (self.mask is not None and self.mask.shape[2] > 1)
@@ -279,7 +279,7 @@ class Visibility:
     def _by_function(
         self, rows: list[Row], buckets: tuple[int, int, str], device: torch.device
     ) -> Sequence[int] | None:
-        """The same of the mask function, which keeps it."""
+        """The same for the mask function, which caches it."""
         if self.function is None:
             return None
         first = self.function.first_head
@@ -305,7 +305,7 @@ class Visibility:
         return ids[:, tile.i0 + self.offset : tile.i1 + self.offset], ids[:, tile.keys]
 
     def _content(self, tile: Tile) -> Tensor:
-        """What the tile is as far as the tensors say, or PARTIAL, as a number on their device."""
+        """The kind of the tile by its tensors, or PARTIAL, as a number on their device."""
         some = every = torch.ones((), dtype=torch.bool, device=self.tensors[0].device)
         if self.mask is not None:
             part = narrow_broadcast(self.mask, EVERYTHING, EVERYTHING, tile.queries, tile.keys)
@@ -328,7 +328,7 @@ def _on_host(numbers: list[Tensor]) -> list[int]:
 
 
 def window_sides(window: Window | None) -> tuple[int | None, int | None]:
-    """The checked argument as a pair: how many keys before and after its own a query sees, None for all of them."""
+    """Validate ``window``; return how many keys before and after its own a query sees, None for all of them."""
     if window is None:
         return None, None
     sides = (window, window) if isinstance(window, int) else window

@@ -1,4 +1,4 @@
-"""What every way of computing attention offers. Each is one module; ``decision`` has the list and chooses."""
+"""The interface of a way of computing attention. Each way is one module; ``decision`` lists them and chooses."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ OF_SCORE = "a function of the score needs the scores themselves, which it keeps 
 
 
 class BackwardInputs(NamedTuple):
-    """What backward is given: the arguments of forward, its results, their gradients, and where the bias's is summed.
+    """The inputs of backward: the arguments and results of forward, their gradients, and the sum for the bias's.
 
     out, grad_out: ``(b, h, n, e)``. lse, grad_lse: ``(b, h, n)``. state: what forward returned besides out and lse.
     """
@@ -48,17 +48,17 @@ class Way(ABC):
     by_autograd = False
 
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Why it cannot compute this; None when it can."""
+        """Why this way cannot serve the request; None if it can."""
         return None
 
     def drawback(self, request: AttentionRequest) -> str | None:
-        """Why, unless this way is asked for by name, another that can is preferred; None where none is."""
+        """Why another way is preferred unless this one is asked for by name; None if none is."""
         return None
 
     @abstractmethod
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        """Output ``(b, h, n, e)`` in v's dtype, log-sum-exp ``(b, h, n)``, and what else backward asks for."""
+        """Compute the output ``(b, h, n, e)`` in v's dtype, the log-sum-exp ``(b, h, n)`` and state for backward."""
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
-        """Gradients of q, k and v, in their dtypes or wider; that of the bias is added to ``given.bias_gradient``."""
+        """Compute the gradients of q, k and v, in their dtypes or wider; add the bias's to ``given.bias_gradient``."""
         raise NotImplementedError(f"{self.name} is differentiated by autograd")
