@@ -30,7 +30,7 @@ def hooks():
         (".html", '<link rel="preconnect" href="//fonts.org">', ["//fonts.org"]),
         (".html", '<pre class="mermaid">', ["the script for mermaid"]),
         (".html", '<a href="https://arxiv.org/abs/1">paper</a><img src="../a.svg"><script src="a.js"></script>', []),
-        (".css", "@import 'https://a.org/b'; x { background: url(//c.org/d.png) }", ["https://a.org/b", "//c.org/d.png"]),
+        (".css", "@import 'https://a.org'; x { background: url(//c.org/d.png) }", ["https://a.org", "//c.org/d.png"]),
         (".css", "x { background: url(data:image/svg+xml;charset=utf-8,a) url('b.png') }", []),
     ],
 )  # fmt: skip
