@@ -323,5 +323,5 @@ class _Packed:
 
 
 def _scaled(rows: Tensor, factor: float) -> Tensor:
-    """``x`` scaled, in fp32, contiguous."""
+    """``rows · factor``, in fp32, contiguous."""
     return rows.float().mul(factor).contiguous()

@@ -22,7 +22,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     """One option per field of TrainConfig, and those that say where a run is."""
     parser.usage = "mea train [options]"
     run = parser.add_argument_group("run")
-    run.add_argument("--config", metavar="FILE", help="a TOML file of the options below; the command line goes first")
+    run.add_argument("--config", metavar="FILE", help="a TOML file of the options below, which override it")
     run.add_argument("--out", metavar="DIR", help="the run's directory, new or empty (default: the next under runs/)")
     run.add_argument(
         "--resume",

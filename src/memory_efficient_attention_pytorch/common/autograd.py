@@ -1,4 +1,4 @@
-"""What backward passes written by hand share: they are differentiated once, and differentiate pieces themselves."""
+"""Helpers of hand-written backward passes: refusal of second derivatives, and gradients of single pieces."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ _creates_graph: ContextVar[bool] = ContextVar("creates_graph", default=False)
 
 
 def creates_graph() -> bool:
-    """True inside a pass with ``create_graph=True``; gradients are off inside a backward of ours in any case."""
+    """True inside a backward pass with ``create_graph=True``."""
     return _creates_graph.get()
 
 
 def once_differentiable(backward: Callable[..., Any]) -> Callable[..., Any]:
     """Make the second derivative of an autograd Function an error.
 
-    PyTorch's decorator of this name returns gradients without a graph if the incoming ones have none, so that a penalty
-    on the gradient would count for nothing and nobody would know.
+    PyTorch's decorator of this name returns gradients without a graph if the incoming ones have none, so a penalty on
+    the gradient would silently have no effect.
     """
 
     @wraps(backward)
@@ -57,7 +57,7 @@ class _Refusal(torch.autograd.Function):
 
 
 def vector_jacobian_product(value: Tensor, wanted: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
-    """Gradients of ``wanted``, as an ordinary backward would find them; None for those that take no part.
+    """Gradients of ``wanted`` as an ordinary backward would compute them; None for tensors that take no part.
 
     An ordinary backward runs outside of autocast, so that what the forward kept in fp32 is differentiated in fp32.
     """

@@ -1,4 +1,4 @@
-"""Tokens divided over processes: what a layer asks of whoever divided them, without knowing who that is."""
+"""The interface between layers and whatever divides tokens over processes."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import Tensor
 
 
 class Divided(Protocol):
-    """A sequence of which this process holds some tokens. All processes ask the same in the same order."""
+    """A sequence of which this process holds some tokens. All processes must make the same calls in the same order."""
 
     @property
     def num_tokens(self) -> int:
@@ -35,7 +35,7 @@ class Divided(Protocol):
         """The elementwise maximum over all processes."""
 
     def same(self, number: int) -> int:
-        """The first process's number."""
+        """Broadcast the first process's number."""
 
     def loss(self, part: Tensor) -> Tensor:
         """The sum of each process's part of a loss, of which each differentiates its own."""
@@ -48,14 +48,14 @@ _active: ContextVar[Divided | None] = ContextVar("divided", default=None)
 
 
 def active() -> Divided | None:
-    """Whoever divided the tokens of the code that runs; None where all of them are here."""
+    """The active division of tokens; None where this process holds all of them."""
     # What is compiled runs eagerly where tokens are divided, so a compiler never asks in vain.
     return None if torch.compiler.is_compiling() else _active.get()
 
 
 @contextmanager
 def within(divided: Divided | None) -> Iterator[None]:
-    """Inside, tokens are divided by this one."""
+    """Activate a division of tokens inside the context."""
     token = _active.set(divided)
     try:
         yield
@@ -64,7 +64,7 @@ def within(divided: Divided | None) -> Iterator[None]:
 
 
 def refuse_divided(who: str) -> None:
-    """Raise where tokens are divided and ``who`` would take those of this process for all."""
+    """Raise if tokens are divided and ``who`` would mistake this process's tokens for all of them."""
     if active() is not None:
         reason = "its positions, labels and masks would be of this process's tokens alone"
         raise NotImplementedError(f"{who}: tokens divided over processes are not supported, {reason}")

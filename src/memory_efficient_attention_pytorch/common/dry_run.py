@@ -1,8 +1,8 @@
-"""What the engine asks of a dry run, where one is at work around it (``planner``).
+"""The interface between the engine and a dry run of it (``planner``).
 
-A dry run sends fake tensors through the real code: nothing is computed, every allocation is seen. It need not go
-through every part of a loop whose parts are alike, it wants to know whose work is at hand, and it decides as another
-device would. Outside of a dry run all of this is what it seems: the whole loop, no note taken, the device itself.
+A dry run sends fake tensors through the real code: nothing is computed, every allocation is seen. It runs only a few
+iterations of a loop whose iterations are alike, records which module is at work, and makes the choices of the device
+that is planned for. Outside of a dry run these functions do nothing: whole loops, no record, the device itself.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ STAND_IN = torch.device("cpu", 0)
 
 
 class DryRun(Protocol):
-    """Who watches a dry run. ``device_type`` and ``threads``: of the device that is planned for."""
+    """The observer of a dry run. ``device_type`` and ``threads`` are those of the device planned for."""
 
     device_type: str
     threads: int
@@ -31,29 +31,29 @@ class DryRun(Protocol):
     def few_of(
         self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int, alike: Alike
     ) -> Iterable[T]:
-        """A few of the parts, each standing for some more; none where another loop has done the same."""
+        """A few of the parts, each standing for several; none if an equal loop has run already."""
 
     def working_on(self, owner: object) -> AbstractContextManager[None]:
-        """Inside, the work is ``owner``'s: a parameter of the module that does it, or ``"loss"``."""
+        """Attribute the work inside to ``owner``: a parameter of the module that does it, or ``"loss"``."""
 
     def at_once(self, times: int) -> AbstractContextManager[None]:
-        """Inside, what is made is made by as many threads, each for itself."""
+        """Count what is allocated inside once for each of this many threads."""
 
     def keeps(self, tensor: Tensor) -> None:
-        """The loop at work keeps this tensor, as it does one like it for every part that was left out."""
+        """Note that the running loop keeps this tensor, and one like it for every part that was skipped."""
 
 
 _current: ContextVar[DryRun | None] = ContextVar("dry_run", default=None)
 
 
 def current() -> DryRun | None:
-    """The dry run at work, if there is one."""
+    """The active dry run, or None."""
     return None if torch.compiler.is_compiling() else _current.get()
 
 
 @contextmanager
 def watched_by(dry_run: DryRun) -> Iterator[None]:
-    """Inside, and in the backward passes run there, this is the dry run at work."""
+    """Activate a dry run inside the context and in backward passes run there."""
     token = _current.set(dry_run)
     try:
         yield
@@ -69,9 +69,9 @@ def each(
     last: int = 1,
     alike: Alike = None,
 ) -> Iterable[T]:
-    """The parts of a loop that takes the same memory in every iteration.
+    """Iterate over the parts of a loop that takes the same memory in every iteration.
 
-    A dry run goes through the ``first`` few (accumulators come into being in one and may widen in the next) and the
+    A dry run goes through the ``first`` few (accumulators are created in one and may widen in the next) and the
     ``last`` (which may be ragged). size: the work of a part, where they differ. alike: the name of the loop and all
     that its memory depends on, of tensors their layouts; it leaves none behind that it took. Then a dry run goes
     through one such loop for all. None: no other is alike.
@@ -87,7 +87,7 @@ def working_on(owner: object) -> AbstractContextManager[None]:
 
 
 def at_once(times: int) -> AbstractContextManager[None]:
-    """Tell a dry run that as many threads do what is done inside."""
+    """Tell a dry run that this many threads do the work inside."""
     dry_run = current()
     return nullcontext() if dry_run is None else dry_run.at_once(times)
 

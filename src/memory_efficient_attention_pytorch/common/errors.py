@@ -1,4 +1,4 @@
-"""Checks shared by every floor: one sentence that names the argument, what was expected and what came."""
+"""Argument checks shared by every room: one sentence that names the argument, what was expected and what came."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 
 
 class MissingExtraError(ModuleNotFoundError, ValueError):
-    """What was asked needs a package that an optional dependency brings, and the package is not installed."""
+    """A feature needs a package of an optional dependency that is not installed."""
 
 
 def require(condition: bool, argument: str, expected: str, got: Any) -> None:
@@ -30,7 +30,7 @@ def require_probability(argument: str, value: Any) -> None:
 
 @contextmanager
 def brought_by(extra: str) -> Iterator[None]:
-    """Inside, a package that is missing raises :class:`MissingExtraError`, which names ``extra``, that brings it."""
+    """Turn a missing package into :class:`MissingExtraError`, which names the ``extra`` that installs it."""
     try:
         yield
     except ModuleNotFoundError as error:
@@ -40,7 +40,7 @@ def brought_by(extra: str) -> Iterator[None]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """What to append to an error: `` (did you mean X?)``, or nothing where no known name resembles ``name``."""
+    """A suggestion to append to an error, `` (did you mean X?)``, or nothing if no known name resembles ``name``."""
     import difflib
 
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

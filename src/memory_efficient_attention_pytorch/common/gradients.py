@@ -1,4 +1,4 @@
-"""Gradients of leaves, summed over the parts of a backward pass; in ``.grad`` itself where nobody could tell."""
+"""Gradients of leaves, summed over the parts of a backward pass, in ``.grad`` itself where that cannot be observed."""
 
 from __future__ import annotations
 
@@ -19,20 +19,20 @@ from .products import add_product
 
 
 def accumulator(leaf: Tensor) -> Tensor:
-    """Where a backward pass gathers the gradient of ``leaf``: its ``.grad`` if that can be added to, else zeros.
+    """The tensor in which a backward pass sums the gradient of ``leaf``: its ``.grad`` where possible, else zeros.
 
     For the backward of an autograd Function that has ``leaf`` among its inputs and returns :func:`left_to_add` for it.
     A gradient made apart would exist beside that of earlier batches until autograd adds the two. Megatron-LM calls this
     gradient accumulation fusion.
 
-    ``.grad`` is added to where autograd is about to do so anyhow, and nobody would see the difference: in a
-    ``.backward()`` that reaches the leaf and makes no graph, without hooks on the leaf or on the node that accumulates,
-    which are to see this pass's gradient alone (post-accumulate hooks see the sum, as always). It stays the same
-    tensor. A pass that fails midway leaves a part of its gradient there.
+    ``.grad`` is added to where autograd would do so itself and the difference cannot be observed: in a ``.backward()``
+    that reaches the leaf and creates no graph, without hooks on the leaf or on its accumulation node, which must see
+    this pass's gradient alone (post-accumulate hooks see the sum, as always). It stays the same tensor. A pass that
+    fails midway leaves a part of its gradient there.
 
-    Limits: passes that run at the same time and share a leaf race, as they do by PyTorch's own account. Hooks on the
-    Function's own node see what is left to add. A loss that is computed from ``.grad`` itself finds it changed early.
-    On a GPU a leaf that several Functions share gets zeros of its size once, which autograd makes of their sum.
+    Limits: concurrent passes that share a leaf race, as PyTorch documents for its own. Hooks on the Function's node see
+    only what is left to add. A loss computed from ``.grad`` itself finds it changed early. On a GPU, a leaf that
+    several Functions share costs zeros of its size once, which autograd allocates for their sum.
     """
     if may_add_in_place(leaf) and not torch.is_grad_enabled() and not creates_graph() and _will_accumulate(leaf):
         assert leaf.grad is not None
@@ -58,7 +58,7 @@ def fresh_total(leaf: Tensor) -> Tensor:
 
 
 def may_add_in_place(leaf: Tensor) -> bool:
-    """True where ``leaf`` has a gradient that :func:`accumulator` could give, as far as is known before backward."""
+    """True if :func:`accumulator` could return the gradient of ``leaf``, as far as is known before backward."""
     if torch.compiler.is_compiling():
         return False
     grad = leaf.grad if leaf.is_leaf and leaf.requires_grad else None
@@ -71,7 +71,7 @@ def may_add_in_place(leaf: Tensor) -> bool:
 
 
 def _will_accumulate(leaf: Tensor) -> bool:
-    """True inside a ``.backward()`` that will add to ``leaf.grad``, with nobody watching."""
+    """True inside a ``.backward()`` that will add to ``leaf.grad`` without hooks."""
     node = get_gradient_edge(leaf).node
     return accumulates(node) and not node_is_watched(node) and _on_default_stream(leaf.device)
 
@@ -86,8 +86,8 @@ def _on_default_stream(device: torch.device) -> bool:
 class GradientSums:
     """The gradients of some leaves, each summed over the parts of one backward pass, in fp32 at least.
 
-    A gradient that comes whole and alone is kept as it is; a second one, a part of one or a product is added to what
-    ``total`` makes.
+    A single complete gradient is kept as it is; a second one, a partial one or a product is added to what ``total``
+    returns.
 
     Args:
         leaves: all different, those for which an autograd Function returns :attr:`results`.
@@ -140,7 +140,7 @@ class GradientSums:
 
     @property
     def results(self) -> list[Tensor | None]:
-        """What backward returns for each leaf once all is added: what its ``.grad`` has not yet, in its dtype."""
+        """What backward returns for each leaf once all is added: what its ``.grad`` lacks, in its dtype."""
         single = {leaf: gradient.to(leaf.dtype) for leaf, gradient in self._first.items()}
         summed = {leaf: left_to_add(leaf, total) for leaf, total in self._totals.items()}
         return [summed.get(leaf, single.get(leaf)) for leaf in self._leaves]

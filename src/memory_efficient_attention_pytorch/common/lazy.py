@@ -1,4 +1,4 @@
-"""Names of a module that are looked up where they are defined when they are first used."""
+"""Lazy module attributes, imported from where they are defined on first use."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ PACKAGE = __name__.partition(".")[0]
 def names_from(module: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
     """``__getattr__`` and ``__dir__`` of ``module`` (PEP 562) for names that live elsewhere in this package.
 
-    A package's own modules are found too.
+    Submodules of the package are found too.
 
     homes: each name and the module that defines it, relative to the package.
     """

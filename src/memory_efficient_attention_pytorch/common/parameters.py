@@ -1,4 +1,4 @@
-"""The parameters and buffers that a forward pass saw, for its repetition."""
+"""The parameters and buffers that a forward pass saw, for its recomputation."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..torch_internals.hooks import get_buffer, put_buffer, put_parameter, tenso
 
 
 class SeenParameters:
-    """The places of some modules' parameters at the time of a forward pass, each parameter once.
+    """Where some modules' parameters were during a forward pass, each parameter once.
 
-    Backward differentiates what forward saw, although the modules may hold others by then
-    (``torch.func.functional_call``). The tensors themselves are the caller's to keep: see :meth:`take`.
+    Backward differentiates what forward saw, even if the modules hold other parameters by then
+    (``torch.func.functional_call``). The caller keeps the tensors themselves: see :meth:`take`.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -28,7 +28,7 @@ class SeenParameters:
         self._tensors = tuple(found)
 
     def take(self) -> tuple[Tensor, ...]:
-        """The parameters, of which this object then lets go."""
+        """Return the parameters and release them."""
         tensors, self._tensors = self._tensors, ()
         return tensors
 
@@ -47,7 +47,7 @@ class SeenParameters:
 
     @contextmanager
     def held(self, leaves: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, the modules have these leaves for their parameters."""
+        """Put these leaves in place of the modules' parameters inside the context."""
         with ExitStack() as stack:
             for places, leaf in zip(self._places, leaves, strict=True):
                 for module, name in places:
@@ -62,10 +62,10 @@ _SMALL = 2**16
 
 
 class SeenBuffers:
-    """The buffers of some modules as a forward pass found them, which may change them as it goes.
+    """The buffers of some modules as they were before a forward pass that may change them.
 
-    Batch norms count what they see and spectral norms go on with their power iteration, once in forward: the repetition
-    starts from what forward started from, and what it changes is forgotten. Of state elsewhere nothing is known.
+    Batch norms update running statistics and spectral norms iterate, once, in forward: recomputation starts from the
+    values that forward started from, and its changes are discarded. State kept elsewhere is not covered.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -77,9 +77,9 @@ class SeenBuffers:
 
     @contextmanager
     def watched(self) -> Iterator[None]:
-        """Inside is the forward pass. Of each buffer that it changes in place the value before is kept.
+        """Run the forward pass inside; the previous value of each buffer that it changes in place is kept.
 
-        Of a small one in any case: what PyTorch's kernel for batch norms changes it does not count as changed.
+        Small buffers are always copied: PyTorch's batch norm kernel does not count its in-place changes.
         """
         before = [(buffer, version(buffer), buffer.clone()) for buffer in self._places]
         yield
@@ -88,7 +88,7 @@ class SeenBuffers:
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Inside is the repetition, for which the modules have buffers of the values before."""
+        """Run the recomputation inside, with the buffers as they were before forward."""
         with ExitStack() as stack:
             for buffer, places in self._places.items():
                 value = self._before[buffer].clone() if buffer in self._before else buffer

@@ -1,7 +1,7 @@
-"""Matrix products into memory that is there already, by the faster of PyTorch's two CPU libraries.
+"""Matrix products into existing memory, by the faster of PyTorch's two CPU libraries.
 
-PyTorch multiplies fp32 matrices with MKL, which uses AVX-512 on Intel's processors only. oneDNN, which PyTorch brings
-along for its other products, uses it on any. Which of the two is faster here is measured.
+PyTorch multiplies fp32 matrices with MKL, which uses AVX-512 on Intel's processors only. oneDNN, which PyTorch includes
+for other products, uses it on any. Which one is faster on this machine is measured.
 """
 
 from __future__ import annotations
@@ -73,8 +73,8 @@ def product(values: Tensor, weight: Tensor) -> Tensor:
 class PackedWeight:
     """One matrix of many products, in the order in which oneDNN multiplies by it fastest.
 
-    weight: ``(j, k)`` of any strides and floating-point dtype. length: the one of j and k that varies, of which oneDNN
-    is to see multiples of 64 only. rows: how many the other matrices have, most of them.
+    weight: ``(j, k)`` of any strides and floating-point dtype. length: whichever of j and k varies; oneDNN
+    is used for multiples of 64 only. rows: the number that most of the other matrices have.
     """
 
     def __init__(self, weight: Tensor, *, length: int, rows: int) -> None:
@@ -92,7 +92,7 @@ class PackedWeight:
 
 
 class Scratch:
-    """Buffers by name, made once and used again by every piece of a pass.
+    """Named buffers, allocated once and reused by every piece of a pass.
 
     A fresh buffer for each product costs more than a tenth of the product where the allocator gives memory back to the
     system, since every page of it is mapped and cleared anew.
@@ -103,7 +103,7 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor, in the memory of the last one of this name."""
+        """An uninitialised tensor that reuses the memory of the last one of this name."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
@@ -119,7 +119,7 @@ class Scratch:
 def _parts(length: int, width: int, size: int = PART, alike: Alike = None) -> Iterable[slice]:
     """Slices of ``length`` rows of ``width``, of ``size`` elements at most but ``MULTIPLE`` rows at least."""
     step = max(MULTIPLE, size // max(width, 1) // MULTIPLE * MULTIPLE)
-    # Nothing comes into being in a product's first part that would be there in the others.
+    # A product's first part allocates nothing that the others would reuse.
     return each([slice(start, min(start + step, length)) for start in range(0, length, step)], first=1, alike=alike)
 
 
@@ -136,7 +136,7 @@ def _onednn(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _dense(weight: Tensor) -> Tensor:
-    """oneDNN has a fast kernel only for a weight without gaps, in either order."""
+    """Make a weight dense, in either order: only for those oneDNN has a fast kernel."""
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
@@ -145,13 +145,13 @@ def _worthwhile(terms: int, columns: int) -> bool:
 
 
 def has_onednn(*tensors: Tensor) -> bool:
-    """True where oneDNN is there for products of these, and the faster library."""
+    """True if oneDNN can multiply these tensors and is the faster library."""
     usable = all(t.dtype == torch.float32 and onednn_is_usable(t.device) for t in tensors)
     return usable and onednn_is_faster() and onednn.linear() is not None
 
 
 def onednn_is_usable(device: torch.device) -> bool:
-    """True where oneDNN multiplies fp32 matrices: on the CPU, outside of a compiler, which chooses its own products."""
+    """True if oneDNN can multiply fp32 matrices here: on a CPU, outside of a compiler, which has its own products."""
     if torch.compiler.is_compiling() or device_type(device) != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     enabled = onednn.is_enabled()
@@ -160,7 +160,7 @@ def onednn_is_usable(device: torch.device) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """True where oneDNN multiplies fp32 so much faster than PyTorch's usual library that it is worth its detours.
+    """True if oneDNN multiplies fp32 faster than PyTorch's usual library by enough to make up for its overhead.
 
     Measured once in a process, in some 20 ms, on one core: the best of several products by each, in turn. On an AMD
     EPYC of family 25, whose AVX-512 comes in halves, the rates differ by 1.17, on one of family 26 by 2.2.

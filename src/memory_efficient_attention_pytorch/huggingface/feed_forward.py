@@ -99,7 +99,7 @@ def _looks_like_mlp(module: nn.Module) -> bool:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """Is it one linear layer with its adapter?"""
+    """True if the module is one linear layer with its adapter."""
     return hasattr(module, "base_layer")
 
 

@@ -99,7 +99,7 @@ def _padding(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | 
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    """Is each of its rows one value? Not known of tensors without contents."""
+    """True if each row holds a single value; False for tensors without contents."""
     known = type(tensor) is Tensor and tensor.device.type != "meta"
     return known and bool((tensor == tensor[:, :1]).all())
 

@@ -132,7 +132,7 @@ class Attention(nn.Module):
         return merged
 
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
-        """Pieces over groups of heads, or all of it at once where the projections have to run by themselves."""
+        """Pieces over groups of heads, or a single piece if the projections must run their own ``forward``."""
         kwargs = _shared_by_groups({k: v for k, v in kwargs.items() if k != "memory_efficient"})
         refuse_captured(kwargs.get("attn_bias"), x.device)
         if "cache" not in kwargs:
@@ -200,7 +200,7 @@ class Attention(nn.Module):
         return Decision(decision.request, way).attend(q, k, v, results)[0]
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
-        """What is done to projected queries and keys before they meet, and the scale of their products."""
+        """Transform projected queries and keys before their product; return them with the scale."""
         return q, k, None
 
     def check(
@@ -229,7 +229,7 @@ class Attention(nn.Module):
 
 
 def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
-    """The keywords that were given, a mask function in the form in which groups of heads share what they find out."""
+    """Drop keywords that are None and wrap a mask function so that groups of heads share its classification."""
     given = {name: value for name, value in given.items() if value is not None}
     if callable(given.get("mask")):
         given["mask"] = mask_function(given["mask"])
@@ -241,7 +241,7 @@ def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:
 
 
 def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
-    """The part for some heads of a mask or a bias, be it a tensor or a function."""
+    """Restrict a mask or a bias, a tensor or a function, to some heads."""
     if isinstance(tensor, Tensor):
         per_head = tensor.dim() >= 3 and tensor.shape[-3] > 1
         return tensor[..., heads, :, :] if per_head else tensor

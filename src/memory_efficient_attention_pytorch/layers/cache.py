@@ -12,7 +12,7 @@ from ..common.errors import require, require_positive_int
 
 
 class KVCache:
-    """What every attention layer keeps of the tokens seen so far; hand the same object to each forward call.
+    """Keys and values of the tokens seen so far, for every attention layer; pass the same object to each forward call.
 
     ``length``: tokens seen. A layer with a window keeps only the keys that a later query can see. Buffers grow in
     doublings, so a layer holds at most ``2 · 2 · b · kv · d · min(length, window + n)`` elements, n being the tokens of
@@ -22,11 +22,11 @@ class KVCache:
     layer. Meant for a first call of at most ``limit`` tokens and then one token a call: the layers themselves know
     nothing of the limit, so among the tokens of one call a query sees all before its own.
 
-    A copy (``copy.deepcopy``) or a pickle holds keys and values alone and knows no layer: the first forward pass that
-    it is handed to takes them over in the order of its layers, of the same model or of another with the same weights.
+    A copy (``copy.deepcopy``) or a pickle holds keys and values only, without their layers: the first forward pass that
+    receives it assigns them in the order of its layers, in the same model or another with the same weights.
 
-    Every layer extends once in a forward pass, which then advances. A pass that an exception cut short leaves layers
-    that have seen unequal numbers of tokens; this is noticed, and such a cache is of no more use.
+    Every layer extends once in a forward pass, which then advances. A pass cut short by an exception leaves layers that
+    have seen unequal numbers of tokens; this raises at the next call, and the cache can no longer be used.
     """
 
     def __init__(self, limit: int | None = None) -> None:
@@ -83,7 +83,7 @@ class _LayerCache:
     seen: int = 0
 
     def extend(self, k: Tensor, v: Tensor, left: int | None) -> tuple[Tensor, Tensor]:
-        # A batch of 1 would otherwise be broadcast into the buffers without a word.
+        # A batch of 1 would otherwise be broadcast into the buffers silently.
         known, kind = (_kind(*pair) for pair in ((self.keys, self.values), (k, v)))
         require(kind == known, "cache", f"batch, heads, widths, dtypes and device as before, {known}", kind)
         n = k.shape[2]
@@ -102,7 +102,7 @@ class _LayerCache:
         return self.keys[:, :, end - kept - n : end], self.values[:, :, end - kept - n : end]
 
     def _replace(self, k: Tensor, v: Tensor, kept: int, left: int) -> tuple[Tensor, Tensor]:
-        """New tokens that fill the window by themselves: of these alone the last ``left`` are stored."""
+        """Store the last ``left`` of new tokens that fill the window by themselves."""
         old = slice(self.stored - kept, self.stored)
         pairs = ((self.keys, k), (self.values, v))
         keys, values = (torch.cat((buffer[:, :, old], new), dim=2) if kept else new for buffer, new in pairs)
@@ -112,7 +112,7 @@ class _LayerCache:
 
 
 def _kind(k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """What may not change from call to call."""
+    """The properties that may not change from call to call."""
     return *k.shape[:2], k.shape[3], v.shape[3], k.dtype, v.dtype, k.device
 
 

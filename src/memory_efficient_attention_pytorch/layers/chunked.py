@@ -1,4 +1,4 @@
-"""Any token-wise module in chunks of tokens, in forward and in backward."""
+"""Chunked execution of any token-wise module, in forward and in backward."""
 
 from __future__ import annotations
 

@@ -21,9 +21,9 @@ from .working_set import chunks_for
 class FeedForward(nn.Module):
     """``Linear(dim, mult·dim) → GELU → Linear(mult·dim, dim)``, in ``chunks`` chunks of tokens.
 
-    x ``(b, n, dim)`` → ``(b, n, dim)``. With more than one chunk the hidden values ``(b, n, mult·dim)`` never exist as
-    a whole, in backward neither: x alone is kept and each chunk is computed once more there. None: as many as keep a
-    chunk's working set small (see :mod:`.working_set`).
+    x ``(b, n, dim)`` → ``(b, n, dim)``. With more than one chunk the hidden values ``(b, n, mult·dim)`` never exist
+    as a whole: only x is kept, and backward recomputes one chunk at a time. None: as many chunks as keep a chunk's
+    working set small (see :mod:`.working_set`).
     """
 
     def __init__(self, dim: int, mult: int = 4, chunks: int | None = None) -> None:
@@ -42,7 +42,7 @@ class FeedForward(nn.Module):
 
     @property
     def _plain(self) -> bool:
-        """True where everything is as it was built and no layer has hooks."""
+        """True if the layers are as built and have no hooks."""
         parts, kinds = (self.net, *self.net), (nn.Sequential, nn.Linear, nn.GELU, nn.Linear)
         known = len(parts) == len(kinds) and not any(map(reason_against, parts, kinds))
         return known and self.net[0].bias is not None and self.net[2].bias is not None
@@ -80,7 +80,7 @@ class FeedForwardBranch(ChunkBranch):
 
 
 class _Cast:
-    """The network's weights in the dtype that it computes in, and buffers for one chunk."""
+    """The network's weights in its compute dtype, and buffers for one chunk."""
 
     def __init__(self, net: Any, x: Tensor) -> None:
         inner, self.activation, outer = net
@@ -114,7 +114,7 @@ def _over_tokens(upstream: Tensor) -> Tensor:
 
 
 class PreNorm(nn.Module):
-    """``fn(LayerNorm(x))``; the norm belongs to fn's pieces where fn comes in pieces."""
+    """``fn(LayerNorm(x))``; where fn is computed in pieces, each piece includes its norm."""
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()

@@ -1,7 +1,7 @@
 """Attention as a sum of pieces: one group of heads after another, projections included.
 
-A group's queries, keys, values, output and their cotangents are all that exists of it at a time. The norm before the
-projections is applied to a slab of tokens where it is needed, forward and backward, and never held as a whole.
+Queries, keys, values, output and their cotangents exist for one group at a time. The norm before the projections is
+applied to one slab of tokens at a time, in forward and backward, and its output never exists as a whole.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class HeadGroup(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Tokens that are projected: x after its norm, or a context; with the rows of the weights that project them."""
+    """Tokens to be projected, x after its norm or a context, with the rows of the weights that project them."""
 
     tokens: Normed
     rows: tuple[tuple[Tensor, slice], ...]
@@ -104,7 +104,7 @@ class HeadGroupBranch(Branch):
 
 
 class _Projections:
-    """A group's part of the projections, from tokens to heads and back; in buffers that all groups share."""
+    """One group's part of the projections, from tokens to heads and back, in buffers shared by all groups."""
 
     def __init__(self, module: Any, group: HeadGroup, x: Normed, context: Normed | None, scratch: Scratch) -> None:
         self.group, self.scratch, self.width, self.output = group, scratch, module.dim_head, module.to_out.weight

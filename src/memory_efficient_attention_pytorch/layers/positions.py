@@ -1,4 +1,4 @@
-"""Where a token stands: rotary embeddings and biases that depend on the distance between query and key."""
+"""Positions: rotary embeddings, and biases that depend on the distance between query and key."""
 
 from __future__ import annotations
 
@@ -64,7 +64,7 @@ class AlibiBias(nn.Module):
         return -self.slopes(query_positions.device)[heads, None, None] * distance
 
     def slopes(self, device: torch.device | None = None) -> Tensor:
-        """``(h,)`` in fp32; made where they are used, as the frequencies of :class:`RotaryEmbedding`."""
+        """Slopes ``(h,)`` in fp32, computed where they are used, as the frequencies of :class:`RotaryEmbedding` are."""
         lower = 2 ** math.floor(math.log2(self.heads))
         number = torch.arange(self.heads, dtype=torch.float32, device=device)
         return 2.0 ** torch.where(number < lower, -8 * (number + 1), -4 * (2 * (number - lower) + 1)).div(lower)
@@ -90,7 +90,7 @@ class RelativePositionBias(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_buckets, heads) * heads**-0.5)
 
     def bucket(self, relative: Tensor) -> Tensor:
-        """Bucket of each key position minus query position."""
+        """The bucket of each distance, key position minus query position."""
         count = self.num_buckets
         start = torch.zeros_like(relative)
         if self.bidirectional:

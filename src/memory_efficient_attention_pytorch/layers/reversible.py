@@ -30,7 +30,7 @@ class ReversibleBlock(nn.Sequential):
     def forward(  # type: ignore[override]
         self, x1: Tensor, x2: Tensor, chain: Chain, *kwargs_of_each: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
-        """Two streams in and out; the keywords of f and those of g."""
+        """Map two streams to two streams, given the keywords of f and those of g."""
         streams = (x1, x2)
         chain.enter(*streams)
         chain.watched |= reason_against(self) is not None
@@ -101,11 +101,11 @@ class ReversibleSequence(nn.Sequential):
 
     @property
     def reverses(self) -> bool:
-        """True where backward will rebuild activations: there will be one, and nobody asked to store them."""
+        """True if backward will rebuild activations: gradients are on and ``reversible`` is not False."""
         return self.reversible and torch.is_grad_enabled()
 
     def streams(self, x: Tensor, **kwargs: Any) -> tuple[Chain, Tensor, Tensor]:
-        """Both streams after the last block, and what their consumer's backward must :meth:`Chain.begin`."""
+        """Both streams after the last block, and their chain; its consumer's backward must call :meth:`Chain.begin`."""
         for keyword in kwargs:
             expected = f"a keyword of args_route ({', '.join(self.args_route)})"
             require(keyword in self.args_route, keyword, expected, "no route")
@@ -127,7 +127,7 @@ def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix:
 
 
 def take_over_keys(sequence: nn.Module, state_dict: dict[str, Any], source: str, prefix: str) -> None:
-    """Rename what is a tensor of the sequence by version 0.1's name, or by its own, under ``source``; drop doubles.
+    """Rename keys under ``source`` that name the sequence's tensors by version 0.1's names or its own; drop doubles.
 
     prefix: the sequence's own. Keys that name none of its tensors stay, and are reported as any others.
     """

@@ -1,7 +1,7 @@
-"""In how many pieces a branch is computed where nobody says: so many that what one piece works with stays small.
+"""The default number of pieces of a branch: enough to keep the working set of one piece small.
 
-The numbers follow from shapes, the kind of device and the CPU's threads, and not from what is free: the same run is cut
-the same way again. Decided once for a call, in its forward pass.
+The numbers follow from shapes, the kind of device and the CPU's threads, not from free memory, so that a run is cut the
+same way when it is repeated. They are chosen once per call, in its forward pass.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ LEAST_TOKENS_ELSEWHERE = 1024
 
 
 def feed_forward_chunks(batch: int, tokens: int, hidden: int, itemsize: int, device_type: str = "cpu") -> int:
-    """Chunks of tokens. A chunk works with its hidden values, ``hidden`` for each token, twice."""
+    """Number of chunks of tokens. The working set of a chunk is its hidden values, ``hidden`` per token, twice."""
     per_token = 2 * hidden * itemsize
     all_tokens = batch * tokens
     if all_tokens * per_token <= WHOLE:
@@ -44,7 +44,7 @@ def head_chunks(
     device_type: str = "cpu",
     threads: int = 1,
 ) -> int:
-    """Groups of heads. A group works with its queries, keys, values and output, and as much for their cotangents.
+    """Number of head groups. The working set of a group is its queries, keys, values, output and their cotangents.
 
     tokens: queries and keys. heads: of queries, and of keys and values. On a CPU a group holds at least as many heads ×
     batch as there are threads, which are busy with one each.
@@ -62,7 +62,7 @@ def head_chunks(
 
 
 def splits(heads: int, kv_heads: int) -> list[int]:
-    """Into how many equal groups heads may be split: of whole sets that share a key/value head, or of parts of one."""
+    """The possible numbers of equal head groups: whole sets that share a key/value head, or parts of one."""
     share = heads // kv_heads
     sizes = {n: heads // n for n in range(1, heads + 1) if heads % n == 0}
     return [n for n, size in sizes.items() if size % share == 0 or share % size == 0]
@@ -85,7 +85,7 @@ def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], d
 
 
 def _may_be_cut(*inputs: Tensor) -> bool:
-    """False for a compiler, which plans memory itself and may not know the shape, and in a transform of torch.func."""
+    """False under a compiler, which plans memory itself and may not know the shape, and under torch.func transforms."""
     return not torch.compiler.is_compiling() and are_plain(*inputs) and all(x.dim() > 2 for x in inputs)
 
 

@@ -17,7 +17,7 @@ from ..common.products import add_product, linear_into
 
 
 class Settings(NamedTuple):
-    """The options of a loss, checked. ``gradients_wait``: for backward; otherwise forward makes them. ``divided``: by
+    """The validated options of a loss. ``gradients_wait``: for backward; otherwise forward makes them. ``divided``: by
     whom the tokens are, over processes.
 
     ``product_dtype``: of the matrix products; everything else is in fp32, for fp64 in fp64. ``softcap``: 0 for none.
@@ -42,7 +42,7 @@ class ChunkLoss:
 
     Args:
         weight, bias: ``(V, d)``, and ``(V,)`` or None.
-        of_head: what the gradients of weight and bias are added to, None where nobody asks for one.
+        of_head: what the gradients of weight and bias are added to, None where one is not needed.
         rows: the most tokens a call may bring.
         class_weights: ``(V,)`` or None.
         z_loss: what multiplies the square of a row's log-sum-exp: a number, or a tensor that holds one; None for 0.
@@ -127,7 +127,7 @@ class ChunkLoss:
         return products @ self.weight if of_hidden else None
 
     def _softmax(self, logits: Tensor, largest: Tensor) -> Tensor:
-        """The logarithm of each row's largest probability ``(c,)``; the logits become probabilities.
+        """Turn logits into probabilities in place; return the logarithm of each row's largest ``(c,)``.
 
         Not those that are capped: the slope of the cap is known from them alone, so they stay till gradients are made.
         """
@@ -138,7 +138,7 @@ class ChunkLoss:
         return torch.cat([(rows - top[:, None]).exp_().sum(1).log_().neg_() for rows, top in blocks])
 
     def _to_gradient(self, logits: Tensor, labels: Tensor) -> None:
-        """Make of what :meth:`_softmax` left ``(c, V)`` the gradient of the losses."""
+        """Turn the probabilities ``(c, V)`` of :meth:`_softmax` into the gradient of the losses, in place."""
         softcap = self.settings.softcap
         if not softcap:
             self._subtract_target(logits, labels, slice(None))

@@ -1,8 +1,8 @@
-"""The loss as one autograd Function over chunks of rows, whoever asks for it.
+"""The loss as one autograd Function over chunks of rows.
 
 Gradients made in forward take three products there and none in backward, which scales what was kept of them, in place
 or, where the graph is kept, into copies. Gradients that wait for backward keep the inputs alone and have the logits
-computed again, four products in all. One that nobody asks for costs neither its product nor its memory.
+computed again, four products in all. A gradient that is not needed costs neither its product nor its memory.
 """
 
 from __future__ import annotations
@@ -136,7 +136,7 @@ def over_chunks(
 
 
 def even_chunks(tokens: int, chunk_size: int) -> list[slice]:
-    """As few chunks as that size allows, as equal as can be, so that no small one is left over."""
+    """As few chunks as the size allows, of equal length, so that no short one is left over."""
     count = max(1, -(-tokens // chunk_size))
     size = max(1, -(-tokens // count))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
@@ -156,7 +156,7 @@ def gradients_wait(product_dtype: torch.dtype, shape: Sequence[int], weight: Ten
 def share_of_each(
     settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """What multiplies the sum of losses (one over the weights of the labels that count, or one), and its two factors.
+    """The factor of the sum of losses (one over the weight of the valid labels, or one), and its two parts.
 
     Gradients take the first, in [1/2, 1], when they are made and the second, a power of two, in backward. So they are
     rounded once, and one kept in fp16 has not lost its small values before a loss scaler's factor comes to save them.
@@ -172,7 +172,7 @@ def share_of_each(
 def z_loss_of_each(
     settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype
 ) -> Tensor | float | None:
-    """What multiplies each squared log-sum-exp, so that in a weighted mean all of them count alike."""
+    """The factor of each squared log-sum-exp that gives all of them equal weight in a weighted mean."""
     if not settings.z_loss:
         return None
     if class_weights is None or settings.reduction != "mean":
@@ -182,7 +182,7 @@ def z_loss_of_each(
 
 
 def _total_weight(settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """Of the labels that count; their number without class weights; 1 where it would be 0."""
+    """The total weight of the valid labels, without class weights their number; 1 if it would be 0."""
     counted = labels != settings.ignore_index
     of_all = (lambda x: x) if settings.divided is None else settings.divided.sum
     if class_weights is None:

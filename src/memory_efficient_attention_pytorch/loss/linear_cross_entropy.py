@@ -1,4 +1,4 @@
-"""Cross-entropy of a linear layer's output, the logits existing one chunk of tokens at a time."""
+"""Cross-entropy of a linear layer's output, with logits for one chunk of tokens at a time."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def linear_cross_entropy(
     ``"mean"`` and ``"sum"`` compute the gradients in the forward pass, while the logits are there: backward receives
     one number, which can only scale them. ``"none"`` computes the logits a second time in backward and so takes four
     matrix products instead of three. The other two do the same where a weight with ``V > N`` has a ``.grad`` from
-    earlier batches, to which backward can add in place. A gradient that nobody asks for is not computed; under
+    earlier batches, to which backward can add in place. A gradient that is not needed is not computed; under
     ``no_grad`` there is only the loss.
 
     Memory beyond the inputs: ``c V`` for the logits, ``N d`` and ``V d`` for the gradients of hidden and weight. The
@@ -106,7 +106,7 @@ def linear_cross_entropy(
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """How many tokens' logits exist at once unless the caller says: 128, or as many as 2**18 logits if that is more.
+    """Tokens per chunk by default: 128, or as many as make 2**18 logits if that is more.
 
     On a CPU fewer rows make the matrix products repack the weight too often and more gain little. Accelerators get 1024
     instead of 128, so that reading and writing the ``(V, d)`` tensors once a chunk does not outweigh the products.
@@ -115,7 +115,7 @@ def default_chunk_size(vocabulary: int, device: torch.device) -> int:
 
 
 def _check_tensors(hidden: RowSource, weight: Tensor, labels: Tensor, bias: Tensor | None) -> torch.dtype:
-    """Validate the tensors of :func:`linear_cross_entropy`; the dtype of their matrix products."""
+    """Validate the tensors of :func:`linear_cross_entropy`; return the dtype of their matrix products."""
     require(len(hidden.shape) >= 1, "hidden", "shape (..., width)", tuple(hidden.shape))
     require(hidden.dtype.is_floating_point, "hidden", "a floating-point dtype", hidden.dtype)
     width = hidden.shape[-1]

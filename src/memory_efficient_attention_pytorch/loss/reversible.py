@@ -1,7 +1,7 @@
 """The rows of a reversible language model's loss: its two streams summed and normed, a chunk of tokens at a time.
 
 Neither the sum of the streams nor its norm exists as a whole. What is kept for backward besides the two streams, which
-reversal needs anyhow, is the gradient of their sum; nothing where gradients wait for backward.
+reversal needs anyway, is the gradient of their sum; nothing where gradients wait for backward.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def normed_sum(norm: nn.Module, chain: Chain, y1: Tensor, y2: Tensor) -> RowSour
 
 
 class _NormedSum:
-    """Rows ``norm(y1 + y2)``; their gradient goes back through norm to the sum, for which y1 stands."""
+    """Rows ``norm(y1 + y2)``; their gradient passes through the norm to the sum, represented by y1."""
 
     def __init__(
         self, norm: nn.Module, seen: SeenParameters, dtype: torch.dtype, needed: Sequence[bool], *tensors: Tensor

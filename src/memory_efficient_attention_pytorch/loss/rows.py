@@ -1,4 +1,4 @@
-"""Where the hidden vectors of a loss come from, chunk by chunk, and where their gradients go."""
+"""Sources of a loss's hidden vectors, chunk by chunk, and receivers of their gradients."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from torch import Tensor
 
 
 class Rows(Protocol):
-    """The hidden vectors ``(N, d)`` in one pass over the chunks: forward, then backward if any gradient is wanted."""
+    """The hidden vectors ``(N, d)`` in one pass over the chunks: forward, then backward if a gradient is needed."""
 
     def forward(self, chunk: slice) -> Tensor:
         """The chunk's hidden vectors ``(c, d)``."""
 
     def backward(self, chunk: slice, cotangent: Tensor) -> None:
-        """Take their gradient ``(c, d)``, in any dtype, on to the tensors that they are made of."""
+        """Backpropagate the chunk's gradient ``(c, d)``, in any dtype, to the source tensors."""
 
     def gradients(self) -> list[Tensor | None]:
-        """The gradients of these tensors, when all chunks are done; None where not needed."""
+        """The gradients of the source tensors once all chunks are done; None where not needed."""
 
 
 class RowSource(NamedTuple):
-    """Hidden vectors ``(…, d)`` as what they are made of.
+    """Hidden vectors ``(…, d)``, given by the tensors that they are computed from.
 
     ``make(needed, *tensors)`` gives the rows of one pass, ``needed`` saying whose gradients are wanted. The tensors
     become inputs of the autograd Function, and ``make`` holds none that is to be differentiated. ``random``: making the
@@ -42,7 +42,7 @@ class RowSource(NamedTuple):
 
 
 class WholeRows:
-    """Rows that lie in memory as one tensor ``(…, d)``."""
+    """Rows stored as one tensor ``(…, d)``."""
 
     def __init__(self, needed: Sequence[bool], hidden: Tensor) -> None:
         self.hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -21,7 +21,7 @@ M = TypeVar("M")
 
 
 def knob(help: str, *, low: float | None = None, choices: tuple[str, ...] = (), unset: str = "") -> dict[str, Any]:
-    """Metadata of a field: its help, the least value, the values there are, and what None stands for."""
+    """Metadata of a field: its help, least value, choices, and the meaning of None."""
     return {"help": help, "low": low, "choices": choices, "unset": unset}
 
 
@@ -30,7 +30,7 @@ _BY_SHAPE = "by shapes and threads; 1 if not reversible"
 
 @dataclass(frozen=True, kw_only=True)
 class TransformerConfig:
-    """What a :class:`Transformer` is built from.
+    """The arguments of a :class:`Transformer`.
 
     Raises ValueError for a count below 1 and an unknown kind of positions; the layers check what concerns them alone.
     """
@@ -120,7 +120,7 @@ def value_type(config: type, name: str) -> type:
 
 
 def built_from(config: Callable[P, C]) -> Callable[[Callable[[M, C], None]], Callable[Concatenate[M, P], None]]:
-    """Make an ``__init__`` that takes a configuration take the configuration's fields as keywords instead."""
+    """Turn an ``__init__`` that takes a configuration into one that takes its fields as keywords."""
 
     def decorate(init: Callable[[M, C], None]) -> Callable[Concatenate[M, P], None]:
         def from_keywords(self: M, /, *args: P.args, **keywords: P.kwargs) -> None:

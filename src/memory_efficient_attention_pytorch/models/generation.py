@@ -1,4 +1,4 @@
-"""Generation: a network that predicts the next token, made to go on writing."""
+"""Generation with a network that predicts the next token."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class AutoregressiveWrapper(nn.Module):
 
     @property
     def beyond_max_seq_len(self) -> str:
-        """How generation goes on when prompt and new tokens are more than ``max_seq_len``; of a longer prompt the same.
+        """How generation goes on once prompt and new tokens exceed ``max_seq_len``.
 
         ``"window"``: every layer has a window and positions are relative (rotary, ALiBi, none): as before.
         ``"slide"``: positions are relative: a token sees the last ``max_seq_len`` tokens, the others leave the cache.
@@ -99,7 +99,7 @@ class AutoregressiveWrapper(nn.Module):
         use_cache: bool = True,
         **kwargs: Any,
     ) -> Iterator[Tensor]:
-        """Tokens as they are made: one int64 tensor ``(b,)`` a step, until ``seq_len`` or the end of every row.
+        """Yield generated tokens: one int64 tensor ``(b,)`` a step, up to ``seq_len`` or the end of every row.
 
         Args:
             start_tokens: prompts, integers ``(b, n)`` with n of at least 1.
@@ -157,7 +157,7 @@ def pad_left(prompts: Sequence[Sequence[int]], pad_value: int = 0) -> tuple[Tens
 
 
 class _Reader:
-    """Shows a growing sequence to a network and returns what it expects next."""
+    """Feeds a growing sequence to a network and returns its next-token logits."""
 
     def __init__(
         self,
@@ -200,7 +200,7 @@ class _Reader:
 
 @dataclass
 class _Sampler:
-    """How the next token is drawn from logits."""
+    """Samples the next token from logits."""
 
     temperature: float
     filter_thres: float
@@ -259,7 +259,7 @@ class _Sampler:
 
 @contextmanager
 def _evaluating(net: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
-    """Every one of the net's modules in eval mode, and afterwards each in the mode it had."""
+    """Put every module of the net in eval mode inside the context, and restore each one's mode afterwards."""
     modes = [module.training for module in modules]
     if not any(modes):
         yield
@@ -274,7 +274,7 @@ def _evaluating(net: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
 
 
 def _check_prompts(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Prompts as int64, and the mask, or None where it hides nothing."""
+    """Validate prompts; return them as int64 with the mask, None if it hides nothing."""
     integers = not tokens.is_floating_point() and tokens.dtype != torch.bool
     fits = tokens.dim() == 2 and tokens.shape[1] > 0 and integers
     expected = "integers of shape (batch, tokens) with at least one token"

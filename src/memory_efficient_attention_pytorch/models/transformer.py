@@ -57,7 +57,7 @@ class Transformer(nn.Module):
         self.rotary = RotaryEmbedding(config.dim_head) if config.positions == "rotary" else None
         self.alibi = AlibiBias(config.heads) if config.positions == "alibi" else None
         attention = FlashAttention if config.use_flash_attn else Attention
-        # Where activations are stored, pieces would be computed once more, for nothing if nobody asked.
+        # Where activations are stored, pieces would only cost a recomputation, so they are used on request alone.
         unset = None if config.reversible else 1
         chosen = {name: getattr(config, name) for name in _OF_ATTENTION}
         chosen["head_chunks"] = config.head_chunks or unset
@@ -121,13 +121,13 @@ class Transformer(nn.Module):
 
     @property
     def _plain_head(self) -> bool:
-        """True where the last layer is as it was built and has no hooks: its weights say all that it computes."""
+        """True if the last layer is as built, without hooks, so that its weights determine what it computes."""
         _, *head = self.to_logits
         known = ((self.to_logits, nn.Sequential), *((layer, nn.Linear) for layer in head))
         return all(reason_against(module, kind) is None for module, kind in known)
 
     def _rows(self, tokens: Tensor, given: dict[str, Any]) -> Tensor | RowSource:
-        """The last layer's input: made chunk by chunk where the blocks and the norm are as built and nobody watches."""
+        """The last layer's input, computed chunk by chunk if the blocks and the norm are as built and have no hooks."""
         norm = self.to_logits[0]
         if not is_norm_of_tokens(norm) or reason_against(self.layers) is not None:
             hidden: Tensor = norm(self._through(self.layers, tokens, given))
@@ -141,7 +141,7 @@ class Transformer(nn.Module):
         return out
 
     def _embed(self, x: Tensor, mask: Mask | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
-        """What enters the first block ``(b, n, dim)``, and the blocks' keywords."""
+        """The input of the first block ``(b, n, dim)``, and the blocks' keywords."""
         try:
             tokens = self.token_emb(x)
         except IndexError:
@@ -171,7 +171,7 @@ class Transformer(nn.Module):
         return (positions - padding).clamp(min=0)[:, before:]
 
     def _of_divided(self, divided: Divided, x: Tensor, mask: Mask | None) -> Tensor:
-        """:meth:`_positions` of this process's tokens among all."""
+        """:meth:`_positions` of this process's tokens within the whole sequence."""
         expected = f"{divided.local_tokens} tokens, as many as each process has of the sequence"
         require(x.shape[1] == divided.local_tokens, "x", expected, x.shape[1])
         total, positions = divided.num_tokens, divided.positions(x.device)
@@ -203,7 +203,7 @@ class Transformer(nn.Module):
 def pieces_chosen(
     config: Mapping[str, Any], batch: int, tokens: int, itemsize: int, device_type: str, threads: int
 ) -> dict[str, int]:
-    """``head_chunks`` and ``ff_chunks`` of a Transformer of these keywords that leave them None, for such an input."""
+    """The ``head_chunks`` and ``ff_chunks`` that a Transformer with these keywords chooses for such an input."""
     of: Any = SimpleNamespace(**{name: config.get(name, getattr(TransformerConfig, name, None)) for name in KNOBS})
     if not of.reversible:
         return {"head_chunks": 1, "ff_chunks": 1}
@@ -225,7 +225,7 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Te
 
 
 def _drop_upstream_duplicates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """A Transformer that keeps its layers in a list and hands them to a ReversibleSequence ``net`` has them twice.
+    """Drop the second copy of the layers that upstream's Transformer saves under ``net.*`` besides ``layers.*``.
 
     So has that of memory_efficient_attention_pytorch 0.1.
     """

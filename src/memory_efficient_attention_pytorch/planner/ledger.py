@@ -100,7 +100,7 @@ class Ledger(TorchDispatchMode):
             self._charge(tensor, category)
 
     def belongs(self, category: str, tensor: Tensor) -> None:
-        """From now on the tensor's storage is of this category, whose work it was made by notwithstanding."""
+        """Assign the tensor's storage to this category from now on, whichever module allocated it."""
         self._change(tensor, category=category)
 
     def few_of(

@@ -112,7 +112,7 @@ class Plan:
         }
 
     def fits(self, budget: int | float | str | None = None) -> bool:
-        """Is the peak within the budget (by default the one planned for)?"""
+        """Whether the peak is within the budget (by default the one planned for)."""
         limit = self.budget if budget is None else parse_size(budget)
         require(limit is not None, "budget", "a size such as 8GiB, since the plan was made without one", None)
         assert limit is not None

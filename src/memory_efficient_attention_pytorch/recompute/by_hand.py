@@ -1,4 +1,4 @@
-"""When arithmetic written by hand may stand for a module: one rule, for every layer that is computed by hand."""
+"""The rule by which hand-written arithmetic may replace a module's ``forward``, one for every such layer."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..torch_internals.tensors import are_plain
 
 
 def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
-    """Why the module's own ``forward`` has to run, in words, or None: what its class says is all that it computes.
+    """Why the module's own ``forward`` has to run, in words; None if its class alone determines what it computes.
 
-    known: the classes whose arithmetic the caller has written out, none of their subclasses. Without any the class is
-    not asked about, only whether somebody has come between the class and this module.
+    known: the classes whose arithmetic the caller has written out, subclasses excluded. Without any, the class is not
+    checked, only whether this module was changed (hooks, a replaced ``forward``).
     """
     if known and type(module) not in known:
         return f"it is a {type(module).__name__}, no {' or '.join(kind.__name__ for kind in known)}"
-    # Hooks that were taken away again leave the class's own behind (accelerate).
+    # Hooks that were removed leave the class's own ``forward`` behind as an attribute (accelerate).
     own = module.forward
     if getattr(own, "__func__", None) is not type(module).forward or getattr(own, "__self__", None) is not module:
         return "its forward has been replaced"

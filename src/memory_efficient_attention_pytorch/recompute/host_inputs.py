@@ -1,4 +1,4 @@
-"""Checkpoints whose inputs wait for the repetition in host memory, copied while the device computes."""
+"""Checkpoints whose inputs are kept in host memory, copied while the device computes."""
 
 from __future__ import annotations
 
@@ -25,11 +25,11 @@ class Lane:
 
     @staticmethod
     def serves(tensor: Tensor) -> bool:
-        """Does the tensor lie elsewhere than on the host?"""
+        """True if the tensor is not on the host."""
         return device_type(tensor.device) != "cpu"
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
-        """Copy after all that the device has been given so far, and return what is to be waited for."""
+        """Copy after all work queued on the device so far; return an event to wait for."""
         if self.stream is None:
             return target.copy_(source)
         self.stream.wait_stream(torch.accelerator.current_stream(self.device))
@@ -39,20 +39,20 @@ class Lane:
         return self.stream.record_event()
 
     def wait(self, copied: Any) -> None:
-        """Have all that the device is given from now on wait for a copy."""
+        """Make all work queued on the device from now on wait for a copy."""
         if self.stream is not None:
             torch.accelerator.current_stream(self.device).wait_event(copied)
 
 
 class InputsOnHost:
-    """A checkpoint function, to be called as ``torch.utils.checkpoint.checkpoint``, whose inputs wait in host memory.
+    """A checkpoint function, called as ``torch.utils.checkpoint.checkpoint``, that keeps inputs in host memory.
 
-    Each tensor among the positional arguments is copied to pinned memory while the device goes on. It leaves the device
-    when the next one comes. In backward the copy back for a call begins while the call after it is repeated: the device
-    holds two inputs at a time. What lies in host memory anyhow, or is no plain tensor, is not copied.
+    Each tensor among the positional arguments is copied to pinned memory while the device computes, and is released on
+    the device at the next call. In backward, a call's inputs are copied back while the following call is recomputed, so
+    the device holds two inputs at a time. Tensors in host memory and tensor subclasses are not copied.
 
     Raises:
-        RuntimeError: an input is changed in place while it is being copied, or before the next one comes.
+        RuntimeError: an input is changed in place while it is being copied, or before the next call.
     """
 
     def __init__(self, checkpoint: Callable[..., Any], lane: type[Lane] = Lane) -> None:
@@ -81,7 +81,7 @@ class InputsOnHost:
 
 
 class _Call:
-    """The inputs of one call, which the graph holds, and which call was before it."""
+    """The inputs of one call, held by the graph, and the call before it."""
 
     def __init__(self, owner: InputsOnHost) -> None:
         self.owner, self.before = owner, owner.last
@@ -121,7 +121,7 @@ class _Call:
 
 
 class _Input:
-    """A tensor on its way to the host, there, or on its way back."""
+    """A tensor in transit to the host, on the host, or in transit back."""
 
     def __init__(self, tensor: Tensor, lane: Lane) -> None:
         self.lane, self.version, self.device = lane, version(tensor), tensor.device
@@ -130,7 +130,7 @@ class _Input:
         self.copied = lane.copy(self.on_host, tensor)
 
     def arrive(self) -> Tensor:
-        """The tensor on the device, whose contents may be under way until :meth:`leave`."""
+        """The tensor on the device, whose contents may be in transit until :meth:`leave`."""
         if self.on_device is None:
             self.on_device = torch.empty_like(self.on_host, device=self.device)
             self.copied = self.lane.copy(self.on_device, self.on_host)
@@ -138,7 +138,7 @@ class _Input:
         return self.on_device
 
     def leave(self) -> None:
-        """Let go of the tensor on the device, when what is under way has come."""
+        """Release the tensor on the device once pending copies have finished."""
         if self.on_device is not None:
             self.lane.wait(self.copied)
             if version(self.on_device) != self.version:

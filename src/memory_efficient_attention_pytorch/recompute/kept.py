@@ -1,4 +1,4 @@
-"""What is kept of a forward pass on purpose, so that its repetition in backward need not compute it again."""
+"""Results of a forward pass kept on purpose, so that recomputation in backward can skip them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _active: ContextVar[KeptResults | None] = ContextVar("kept_results", default=Non
 
 
 class KeptResults:
-    """Results of some calls within one forward pass, in the order of the calls.
+    """Results of some calls within one forward pass, in call order.
 
-    Whoever repeats the pass runs it inside :meth:`keeping`, saves what :meth:`release` returns, and repeats it inside
-    :meth:`repeating`; whoever has a result to be kept asks for it by :meth:`fetch`. They nest: what an inner one has
-    not, it fetches from the outer one if that repeats. A copy in host memory is made and fetched without waiting: it is
-    for the device's stream alone to read.
+    The code that recomputes a pass runs it inside :meth:`keeping`, saves what :meth:`release` returns, and reruns it
+    inside :meth:`repeating`; the code that computes a result to be kept calls :meth:`fetch`. Objects nest: an inner one
+    fetches what it lacks from an outer one that is repeating. Copies to and from host memory are asynchronous, so only
+    the device's stream may read them.
     """
 
     def __init__(self) -> None:
@@ -33,12 +33,12 @@ class KeptResults:
 
     @staticmethod
     def active() -> KeptResults | None:
-        """The innermost one around the code that runs, if any."""
+        """The innermost active object, or None."""
         return _active.get()
 
     @contextmanager
     def keeping(self) -> Iterator[None]:
-        """Inside, keep every result that is fetched."""
+        """Keep every result fetched inside the context."""
         self._outer = _active.get()
         token = _active.set(self)
         try:
@@ -48,13 +48,13 @@ class KeptResults:
             self._outer = None
 
     def release(self) -> tuple[Tensor, ...]:
-        """The tensors kept, call after call, which are then the caller's alone."""
+        """Return the kept tensors, call after call, and release them."""
         tensors, self._tensors = tuple(self._tensors), []
         return tensors
 
     @contextmanager
     def repeating(self, tensors: Sequence[Tensor]) -> Iterator[None]:
-        """Inside, hand out these tensors, those of :meth:`release`, call by call."""
+        """Hand out these tensors, those of :meth:`release`, call by call, inside the context."""
         self._tensors, self._repeated = list(tensors), iter(self._calls)
         try:
             with self.keeping():
@@ -70,10 +70,10 @@ class KeptResults:
         offload: bool = False,
         option: str = "results",
     ) -> tuple[D, tuple[Tensor, ...]]:
-        """``compute()``, computed in the forward pass alone: a description, without tensors in it, and tensors.
+        """Return ``compute()``, run in the forward pass only: a description without tensors, and tensors.
 
-        owner: who asks, the same in both passes. offload: keep the tensors in host memory. option: by which the user
-        asked for it, named in errors.
+        owner: the caller, the same object in both passes. offload: keep the tensors in host memory. option: the user's
+        option, named in errors.
 
         Raises:
             ValueError: the repetition asks in another order than the forward pass did.
@@ -98,7 +98,7 @@ class KeptResults:
 
 
 class _Call(NamedTuple):
-    """A call of :meth:`KeptResults.fetch`: of its tensors the first one's number, and where they were made."""
+    """A call of :meth:`KeptResults.fetch`: the index of its first tensor, and the tensors' devices."""
 
     owner: object
     description: Any

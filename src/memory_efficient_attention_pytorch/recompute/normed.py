@@ -1,6 +1,6 @@
-"""What hand-written passes of branches share: slices of a tensor, normed where they are needed, never as a whole.
+"""Slices of a tensor, normalised on demand, never as a whole; shared by hand-written branches.
 
-Through autograd every piece would make its own gradient of every weight before it is added to the others'.
+Under autograd every piece would allocate its own gradient of every weight before it is added to the others'.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ class Normed:
         self.x, self.norm = x, norm
 
     def at(self, index: Index) -> Tensor:
-        """The slice ``index``, for a forward pass."""
+        """The normalised slice ``index``, for a forward pass."""
         return self.x[index] if self.norm is None else self.norm(self.x[index])
 
     def with_graph(self, index: Index) -> Tensor:
@@ -52,7 +52,7 @@ class Normed:
         return self._value.detach()
 
     def backward(self, index: Index, upstream: Tensor, again: Repetition) -> None:
-        """From the gradient of the slice to those of the norm's parameters and of x."""
+        """Backpropagate the slice's gradient to the norm's parameters and to x."""
         piece, value = self._piece, self._value
         del self._piece, self._value
         gradient: Tensor | None = upstream.to(value.dtype)
@@ -63,6 +63,6 @@ class Normed:
 
 
 def is_norm_of_tokens(norm: nn.Module) -> bool:
-    """True for nothing but a norm over the last dimension, which may be taken of some tokens at a time."""
+    """True for a plain norm over the last dimension, which can be computed for some tokens at a time."""
     known = reason_against(norm, nn.LayerNorm, nn.RMSNorm) is None
     return known and len(norm.normalized_shape) == 1  # type: ignore[arg-type]

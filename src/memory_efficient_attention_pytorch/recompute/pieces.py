@@ -1,8 +1,8 @@
 """A residual branch as a sum of pieces, each recomputed and differentiated on its own.
 
-A branch reads a slice of its input and adds to a slice of its output, piece by piece. So it can be added into a stream
-in place, subtracted from it in place, and, the cotangent being known, recomputed and differentiated in one pass: a
-piece's intermediate values live only while that piece is at work, and nothing is computed twice.
+Each piece reads a slice of the branch's input and adds to a slice of its output. So a branch can be added to a stream
+in place, subtracted from it in place, and, since the cotangent is known, recomputed and differentiated in one pass: a
+piece's intermediate values live only while that piece runs, and nothing is recomputed twice.
 """
 
 from __future__ import annotations
@@ -33,8 +33,8 @@ class Branch:
     """A module, after its norm if it has one, bound to its keyword arguments, as pieces over slices of its input.
 
     ``inputs`` are the tensors besides x that may be differentiated: those among the keyword arguments (nested ones
-    too), then the parameters. They are handed to an autograd Function, which keeps them; the branch itself keeps no
-    tensor but buffers, which its modules may change as they go. ``overlapping``: several pieces add to the same slice
+    too), then the parameters. They are handed to an autograd Function, which keeps them; the branch itself keeps
+    only buffers, which its modules may change in forward. ``overlapping``: several pieces add to the same slice
     of the output. ``single_piece``: all of it at once.
     """
 
@@ -62,7 +62,7 @@ class Branch:
         self._buffers = SeenBuffers(holders if torch.is_grad_enabled() else ())
 
     def bound(self) -> tuple[Tensor, ...]:
-        """``inputs``, of which the branch then lets go."""
+        """Return ``inputs`` and release them."""
         tensors, self._tensors = self._tensors, []
         return *tensors, *self._parameters.take()
 
@@ -78,11 +78,11 @@ class Branch:
         return [(...,)]
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
-        """An output, uninitialised, for pieces of which ``value`` is the first."""
+        """An uninitialised output for pieces, of which ``value`` is the first."""
         return torch.empty_like(value)
 
     def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
-        """Compute every piece once and hand it to ``add(index, value)``."""
+        """Compute every piece once and pass it to ``add(index, value)``."""
         with self._working(inputs), self._buffers.watched():
             self.compute(x, self.kwargs(inputs), add)
 
@@ -95,7 +95,7 @@ class Branch:
         add: Add | None,
         add_gradient: Add | None,
     ) -> list[Tensor | None]:
-        """Compute every piece once more, hand it to ``add``, and its gradient for x to ``add_gradient``.
+        """Recompute every piece, pass it to ``add``, and its gradient for x to ``add_gradient``.
 
         Returns the gradients of ``inputs``, None where ``needed`` is False.
         """
@@ -108,12 +108,12 @@ class Branch:
             return sums.results
 
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
-        """What :meth:`run` does, with the keyword arguments."""
+        """Implement :meth:`run`, given the keyword arguments."""
         for index in each(self.slices(x)):
             add(index, self._value(x[index], kwargs))
 
     def compute_again(self, x: Tensor, kwargs: dict[str, Any], again: Repetition) -> None:
-        """What :meth:`differentiate` does, with keyword arguments and parameters to be differentiated in place."""
+        """Implement :meth:`differentiate`, given leaves for keyword arguments and parameters."""
         for index in each(self.slices(x)):
             piece = x[index].detach().requires_grad_(again.add_gradient is not None)
             with torch.enable_grad():
@@ -132,12 +132,12 @@ class Branch:
         return value
 
     def _working(self, inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Tell a dry run whose work is done inside: a norm's parameters come first, those of the branch itself last."""
+        """Tell a dry run whose work is done inside: a norm's parameters come first, the branch's own last."""
         return working_on(inputs[-1] if len(inputs) > self._count else None)
 
 
 class Repetition(NamedTuple):
-    """What a branch that is computed again gets: the cotangent of its output, and where all it finds is to go.
+    """The arguments of a branch's recomputation: its output's cotangent and the receivers of its results.
 
     sums: gradients of keyword arguments and parameters. add: the value of each piece. add_gradient: its gradient for x.
     """
@@ -150,13 +150,13 @@ class Repetition(NamedTuple):
 
 @dataclass(frozen=True)
 class _Place:
-    """Stands for a tensor among keyword arguments."""
+    """A placeholder for a tensor among keyword arguments."""
 
     number: int
 
 
 def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """The same tuples, lists and dictionaries, with ``function`` of everything else within."""
+    """Apply ``function`` to every leaf of nested tuples, lists and dictionaries."""
     if isinstance(value, dict):
         mapped = copy.copy(value)
         mapped.update({key: _map_leaves(function, item) for key, item in value.items()})
@@ -169,9 +169,9 @@ def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """``module(x)`` of a stream x, which others go on with: a module that works in place gets a copy.
+    """``module(x)`` of a stream x that is still needed: a module that works in place gets a copy.
 
-    Raises ValueError for one that changes x without an attribute ``inplace`` to tell.
+    Raises ValueError for a module that changes x without having an attribute ``inplace``.
     """
     in_place = any(getattr(part, "inplace", False) for part in module.modules())
     before = version(x)
@@ -182,13 +182,13 @@ def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
 
 
 def branch_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:
-    """The module's own pieces of x where it offers any (``as_branch``), else all of it as a single piece."""
+    """The module's own pieces of x if it offers any (``as_branch``), else a single piece."""
     offer = pieces_of(module)
     return Branch(module, kwargs) if offer is None else offer(x, kwargs)
 
 
 def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:
-    """``module.as_branch``, where it says the same as ``module.forward``, which pieces do not call; else None."""
+    """``module.as_branch`` if it is equivalent to ``module.forward``, which pieces do not call; else None."""
     order = type(module).__mro__
     offers, computes = (
         next((place for place, kind in enumerate(order) if name in vars(kind)), len(order))
@@ -202,7 +202,7 @@ def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:
 
 
 def refuse_sharded(module: nn.Module) -> None:
-    """Raise where a part of ``module`` gathers its parameters by itself: the gradients would go past autograd."""
+    """Raise if a part of ``module`` is sharded by itself: its gradients would bypass the hooks that reduce them."""
     for name, part in module.named_modules():
         kinds = {kind.__name__ for kind in type(part).__mro__}
         whole = not kinds & {"FSDPModule", "FullyShardedDataParallel"}
@@ -211,7 +211,7 @@ def refuse_sharded(module: nn.Module) -> None:
 
 
 def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
-    """The branch's output for x, keeping x (and results that ask for it) for backward; differentiable once."""
+    """The branch's output for x; only x, and results kept on request, are stored for backward. Differentiable once."""
     out: Tensor = _Piecewise.apply(branch, Replay(x), x, *branch.bound())
     return out
 
@@ -254,7 +254,7 @@ class _Piecewise(torch.autograd.Function):
 
 
 class ChunkBranch(Branch):
-    """Pieces over equal slices of one dimension: so many, or of this size."""
+    """Pieces over equal slices of one dimension, by their number or their size."""
 
     def __init__(
         self,

@@ -1,4 +1,4 @@
-"""A forward pass repeated as the first was: random state, autocast, division of tokens, results kept."""
+"""Recomputation under the circumstances of the first pass: random state, autocast, division of tokens, kept results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .kept import KeptResults
 
 
 class Replay:
-    """The circumstances of a forward pass: to be made before it, with gradients on if there will be a backward."""
+    """The circumstances of a forward pass. Create it before the pass, with gradients on if there will be a backward."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.cpu_state = torch.get_rng_state()
@@ -29,7 +29,7 @@ class Replay:
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
-        """The recorded autocast settings, without its weight cache, and division of tokens.
+        """Restore the recorded autocast settings, without its weight cache, and the division of tokens.
 
         A weight cast under ``no_grad`` and then found in the cache by the repetition would get no gradient.
         """
@@ -41,17 +41,17 @@ class Replay:
 
     @contextmanager
     def first(self) -> Iterator[None]:
-        """The forward pass."""
+        """Run the forward pass inside the context."""
         with self._settings(), nullcontext() if self._kept is None else self._kept.keeping():
             yield
 
     def release(self) -> tuple[Tensor, ...]:
-        """The tensors that :meth:`again` asks for."""
+        """Return the tensors that :meth:`again` needs, and release them."""
         return () if self._kept is None else self._kept.release()
 
     @contextmanager
     def again(self, kept: Sequence[Tensor]) -> Iterator[None]:
-        """The pass repeated; the caller's random state is put back afterwards."""
+        """Run the recomputation inside the context; the caller's random state is restored afterwards."""
         kind = self.device_type if self.devices else "cuda"
         results = nullcontext() if self._kept is None else self._kept.repeating(kept)
         with torch.random.fork_rng(self.devices, device_type=kind), self._settings(), results:

@@ -41,7 +41,7 @@ class Grid:
         return torch.mul(wide, 1 / self.step).round_().mul_(self.step)
 
     def limit(self, dtype: torch.dtype) -> float:
-        """Below this magnitude every multiple of ``step`` is a number of ``dtype``."""
+        """The magnitude below which ``dtype`` represents every multiple of ``step``."""
         return self.step * 2 / torch.finfo(dtype).eps
 
 
@@ -62,7 +62,7 @@ class Chain:
     """What the steps of one forward call share: the rebuilt streams and the gradients that they may overwrite.
 
     dtype: of what enters and leaves the chain. rebuild: backward will rebuild the streams. in_pieces: branches may be
-    computed in pieces. watched: somebody may get hold of the streams between the steps, and so of their gradients.
+    computed in pieces. watched: hooks may get hold of the streams between the steps, and so of their gradients.
     """
 
     def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool, in_pieces: bool) -> None:
@@ -77,11 +77,11 @@ class Chain:
         return value if self.grid is None else self.grid.round(value)
 
     def leave(self, *streams: Tensor) -> None:
-        """Note the streams that a block returns."""
+        """Record the streams that a block returns."""
         self._left = [(weakref.ref(t.untyped_storage()), version(t)) for t in streams]
 
     def enter(self, *streams: Tensor) -> None:
-        """Raise where something between two blocks put other values in their place: they could not be rebuilt."""
+        """Raise if the streams were replaced or changed between two blocks, since they could not be rebuilt."""
         pairs = zip(self._left, streams, strict=False)
         untouched = all(left() is t.untyped_storage() and count == version(t) for (left, count), t in pairs)
         expected = "to reach the next block unchanged (reversible=False allows any)"
@@ -107,13 +107,13 @@ class Chain:
             )
 
     def begin(self, y1: Tensor, y2: Tensor, *gradients: Tensor) -> None:
-        """Start backward from the last block's output. ``gradients``: those that the steps may overwrite."""
-        # Tensors of the chain's own: others of the same memory are then somebody else's.
+        """Start backward from the last block's output; the steps may overwrite ``gradients``."""
+        # Tensors of the chain's own: any others that share their memory belong to someone else.
         self.streams = (y1.detach(), y2.detach())
         self.own(*gradients)
 
     def own(self, *gradients: Tensor) -> None:
-        """These gradients were made by the chain and by no other: the next step may overwrite them."""
+        """Mark gradients as made by the chain, so that the next step may overwrite them."""
         self._own = [weakref.ref(g.untyped_storage()) for g in gradients]
 
     def owns(self, gradient: Tensor) -> bool:
@@ -123,14 +123,14 @@ class Chain:
         return any(own() is storage for own in self._own)
 
     def overwritable(self, gradient: Tensor) -> Tensor:
-        """``gradient`` if it is the chain's own, else a copy."""
+        """Return ``gradient`` if it is the chain's own, else a copy."""
         if self.owns(gradient) and gradient.is_contiguous():
             return gradient
         return gradient.clone(memory_format=torch.contiguous_format)
 
 
 class _Step(torch.autograd.Function):
-    """``(a, b) → (b, a + branch(b))``, keeping neither; b, if the chain is not to rebuild; results, where asked."""
+    """``(a, b) → (b, a + branch(b))``. Stores neither stream if the chain rebuilds them, b otherwise."""
 
     @staticmethod
     def forward(
@@ -161,7 +161,7 @@ class _Step(torch.autograd.Function):
             b, c = chain.streams
             chain.streams = None
             if memory_is_shared(c):
-                # By a hook or a module that kept what it saw, or by a graph that is kept for another pass.
+                # A hook or a module kept what it saw, or a graph is retained for another pass.
                 c = c.clone()
         needs_streams = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
         total = chain.overwritable(grad_b) if needs_streams else None
@@ -191,9 +191,9 @@ class _Step(torch.autograd.Function):
 
 
 class ChainEnd(torch.autograd.Function):
-    """The first stream, whose gradient is that of the streams' sum and so of both: with it the chain's backward starts.
+    """The first stream. Its gradient is that of the streams' sum, so of both, and starts the chain's backward.
 
-    spare: nobody else has this gradient, so the steps may overwrite it.
+    spare: this gradient is not shared, so the steps may overwrite it.
     """
 
     @staticmethod
@@ -212,7 +212,7 @@ class ChainEnd(torch.autograd.Function):
 
 
 def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """``(a, b) → (b, a + module(b))``. The sum is the same bit for bit whether backward will rebuild it or not."""
+    """``(a, b) → (b, a + module(b))``. The sum is the same bit for bit whether or not backward will rebuild it."""
     branch = branch_of(module, b, kwargs) if chain.in_pieces else None
     if branch is not None and branch.single_piece:
         if not chain.rebuild:
