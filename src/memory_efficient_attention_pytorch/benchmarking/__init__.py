@@ -1,1 +1,1 @@
-"""Memory and time of a training step, ours beside what a user would pick instead."""
+"""Memory and time of a training step, ours beside common alternatives."""

@@ -1,4 +1,4 @@
-"""What a comparison found, with the machine, the versions and the date, as one JSON file."""
+"""The results of a comparison, with machine, versions and date, as one JSON file."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What runs in each fresh process: a system is built, then its training step is repeated under the clock."""
+"""The code of each fresh process: build a system, then time repeated training steps."""
 
 from __future__ import annotations
 

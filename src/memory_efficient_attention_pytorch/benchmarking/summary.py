@@ -1,4 +1,4 @@
-"""Medians, paired ratios and growth: what the runs of a comparison say."""
+"""Medians, paired ratios and growth over the runs of a comparison."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The systems compared: ours in its settings, and what a user would pick instead."""
+"""The systems compared: ours in several settings, and common alternatives."""
 
 from __future__ import annotations
 

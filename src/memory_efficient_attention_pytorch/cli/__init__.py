@@ -94,7 +94,7 @@ def _run(name: str, arguments: list[str], *, from_shell: bool) -> int:
 
 
 def _outside_reason(error: Exception) -> object:
-    """What to say of an error whose reason lies outside of this program; None for one within it."""
+    """The message for an error with a cause outside of this program; None for any other."""
     from ..training.files import RunError
 
     # PyTorch has a class of its own for accelerators' memory alone, and NumPy a subclass of Python's.
@@ -105,7 +105,7 @@ def _outside_reason(error: Exception) -> object:
 
 
 def _accept_any_output() -> None:
-    """A closed standard output swallows what is written to it; what its encoding lacks is replaced."""
+    """Discard output to a closed stdout; replace characters that its encoding lacks."""
     for name in ("stdout", "stderr"):
         if getattr(sys, name) is None:
             setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
@@ -114,7 +114,7 @@ def _accept_any_output() -> None:
 
 
 def _let_go_of_output() -> None:
-    """Where nothing can be written any more, keep the interpreter from trying it, and complaining, at its end."""
+    """Keep the interpreter from writing to an unusable stdout, and from complaining, at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             stream.flush()

@@ -1,8 +1,8 @@
-"""Say what this machine and its packages are, and how attention is computed on them: what a report of a fault needs.
+"""Print this machine, its packages and how attention is computed on it, for a bug report.
 
   mea env
 
-No names of users, hosts or folders are in it.
+It contains no names of users, hosts or folders.
 """
 
 import argparse
@@ -68,7 +68,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _attention(device: str, dtype: "torch.dtype") -> str:
-    """The way chosen for causal attention of 8 heads of 64 and 2048 tokens that is trained."""
+    """The way chosen to train causal attention with 8 heads of width 64 and 2048 tokens."""
     import torch
 
     from ..attention.functional import select_backend

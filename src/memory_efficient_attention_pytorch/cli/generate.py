@@ -1,10 +1,10 @@
-"""Write text with a model that `mea train` made: the prompt, and what the model adds to it as it comes.
+"""Write text with a model that `mea train` trained: the prompt, then the model's continuation as it is generated.
 
   mea generate runs/1 --prompt 'import '
   mea generate runs/1 --prompt 'def ' --prompt 'class '    both at once; each comes out as it would alone
   mea generate runs/1 < letter.txt                         the prompt from standard input, less a newline at its end
 
-The text goes to standard output and nothing else does.
+Only the text goes to standard output.
 """
 
 import argparse
@@ -88,7 +88,7 @@ def _load(args: argparse.Namespace) -> "LoadedRun":
 
 
 def _standard_input() -> str:
-    """All of it, less a newline at its end; bytes that are no UTF-8 as surrogates, as in arguments."""
+    """Read standard input, less a newline at its end; bytes that are not UTF-8 become surrogates, as in arguments."""
     if sys.stdin is None or sys.stdin.isatty():
         raise ValueError("no prompt: give --prompt TEXT, or pipe a text into mea generate")
     text = sys.stdin.buffer.read().decode("utf-8", errors="surrogateescape").removesuffix("\n").removesuffix("\r")
@@ -111,7 +111,7 @@ def _encode(text: str, tokenizer: "Tokenizer") -> list[int]:
 
 
 def _seeds(texts: Sequence[str], seed: int) -> list[int]:
-    """One per prompt, so that each draws what it would alone; a prompt given again draws with the next seed."""
+    """One seed per prompt, so that each draws what it would alone; a repeated prompt gets the next seed."""
     before: Counter[str] = Counter()
     seeds = []
     for text in texts:
@@ -123,7 +123,7 @@ def _seeds(texts: Sequence[str], seed: int) -> list[int]:
 def _generate(
     loaded: "LoadedRun", prompts: Sequence[Sequence[int]], seeds: Sequence[int], args: argparse.Namespace
 ) -> "Iterator[torch.Tensor]":
-    """The steps of all prompts together."""
+    """Generate for all prompts together, step by step."""
     import torch
 
     from ..models.generation import AutoregressiveWrapper, pad_left
@@ -147,7 +147,7 @@ def _generate(
 
 
 def _note_length(wrapper: "AutoregressiveWrapper", longest: int, tokens: int) -> None:
-    """Say what happens beyond the model's length, if it may come to that."""
+    """Say what happens beyond the model's length, if generation may reach it."""
     limit = wrapper.max_seq_len
     if longest + tokens <= limit:
         return
@@ -191,7 +191,7 @@ class _Printer:
         self.shown = _visible if out.isatty() else str
 
     def show(self) -> None:
-        """Print all that has come and may be printed by now."""
+        """Print everything that may be printed so far."""
         while self.current < len(self.texts):
             text = self.texts[self.current]
             if len(self.texts) > 1 and not self.begun:
@@ -206,7 +206,7 @@ class _Printer:
 
 
 class _Text:
-    """Tokens into text as they come: a character is there once all of its tokens are."""
+    """Decodes tokens to text as they come: a character appears once all of its tokens have."""
 
     def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int]):
         self.tokenizer, self.ended = tokenizer, False
@@ -214,13 +214,13 @@ class _Text:
         self.tokens, self.taken = list(prompt), 0
 
     def add(self, token: int) -> None:
-        """The next token; after the end of the text nothing counts."""
+        """Add the next token; after the end of the text it is ignored."""
         self.ended = self.ended or token == self.tokenizer.end_id
         if not self.ended:
             self.tokens.append(token)
 
     def take(self) -> str:
-        """The text since the last time. The beginning of a character (it decodes to U+FFFD) waits for its rest."""
+        """Return the text since the last call. An incomplete character (it decodes to U+FFFD) waits for its rest."""
         text = self.tokenizer.decode(self.tokens)
         stable = len(text) if self.ended or not text.endswith("\ufffd") else len(text) - 1
         new, self.taken = text[self.taken : stable], stable
@@ -231,5 +231,5 @@ class _Text:
 
 
 def _visible(text: str) -> str:
-    """Text that cannot disturb a terminal: control characters become a dot."""
+    """Make text safe for a terminal: control characters become dots."""
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)

@@ -11,7 +11,7 @@ from ..models.config import value_type
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes no abbreviations; a mistake raises ValueError instead of printing the usage and leaving."""
+    """A parser without abbreviations; a mistake raises ValueError instead of printing the usage and exiting."""
 
     def __init__(self, **options: Any):
         super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
@@ -51,7 +51,7 @@ class Switch(argparse.BooleanOptionalAction):
 def add_options(
     parser: argparse._ActionsContainer, config: type, names: Iterable[str], defaults: Mapping[str, Any] | None = None
 ) -> None:
-    """An option for each of those fields of a dataclass; one that is not given leaves no trace among the arguments.
+    """Add an option for each of these fields of a dataclass; options not given are absent from the arguments.
 
     defaults: what --help shows as such where it is not the field's own.
     """
@@ -77,5 +77,5 @@ def add_options(
 
 
 def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Those of the options `add_options` made that were given."""
+    """The options added by `add_options` that were given."""
     return {name: getattr(args, name) for name in names if hasattr(args, name)}

@@ -99,7 +99,7 @@ def _run(args: argparse.Namespace, step: dict[str, Any]) -> int:
 
 
 def _run_model(args: argparse.Namespace, step: dict[str, Any]) -> int:
-    """The same of a model of transformers, before and after make_memory_efficient."""
+    """Plan a transformers model, before and after make_memory_efficient."""
     import torch
 
     given = [*given_options(args, (*_MODEL, *_OWN, *SETTINGS)), *(name for name in _ALONE if getattr(args, name))]
@@ -141,7 +141,7 @@ def _budget(args: argparse.Namespace, device: Callable[[], Any]) -> Any:
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """What was given and else `mea train`'s default."""
+    """The given options, completed by `mea train`'s defaults."""
     return {name: getattr(TrainConfig, name) for name in names} | given_options(args, names)
 
 

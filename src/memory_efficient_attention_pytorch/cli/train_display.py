@@ -1,4 +1,4 @@
-"""What a person sees of a training run: a live bar on a terminal, plain lines elsewhere, little when quiet."""
+"""The display of a training run: a live bar on a terminal, plain lines elsewhere, little when quiet."""
 
 import sys
 import time
@@ -17,7 +17,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def make_display(*, quiet: bool) -> Callable[[bool], Callback]:
-    """A function that gives each process the display it needs: only the main one speaks."""
+    """Return a function that makes each process's display: only the main one prints."""
 
     def display(main: bool) -> Callback:
         if not main:
@@ -30,14 +30,14 @@ def make_display(*, quiet: bool) -> Callable[[bool], Callback]:
 
 
 class Quiet(Callback):
-    """Says only what the user must know."""
+    """Prints only what the user must know."""
 
     def notice(self, text: str) -> None:
         print(f"mea train: {text}", file=sys.stderr, flush=True)
 
 
 class Lines(Quiet):
-    """A line now and then, for a file or another program."""
+    """Prints a line at intervals, for a file or another program."""
 
     def __init__(self) -> None:
         self.next_line = time.monotonic() + _SECONDS_BETWEEN_LINES
@@ -142,13 +142,13 @@ def validation_line(validation: Validation) -> str:
 
 
 def indented(text: str, first: str = "    ") -> str:
-    """Text that cannot disturb a terminal: control characters shown as a dot, lines set off from the margin."""
+    """Make text safe for a terminal: control characters become dots, lines are indented."""
     shown = "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
     return first + shown.replace("\n", "\n    ")
 
 
 def summary(outcome: "Outcome") -> str:
-    """What a finished run came to, and what to do next."""
+    """Summarise a finished run, and say what to do next."""
     run, state = outcome.run, outcome.state
     records = read_metrics(run.metrics)
     bits = [(record["validation_bits_per_byte"], record["step"]) for record in records if "validation_loss" in record]

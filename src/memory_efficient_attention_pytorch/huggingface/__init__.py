@@ -1,5 +1,6 @@
-"""transformers' models made long, by one call that can be undone, and ours as one of them. Needs the extra
-``huggingface``. Imported, it makes the Auto classes know :class:`MemoryEfficientForCausalLM`."""
+"""Long sequences for transformers' models by one call that can be undone, and our Transformer as one of them.
+
+Needs the extra ``huggingface``. Importing it registers :class:`MemoryEfficientForCausalLM` with the Auto classes."""
 
 from ..common.errors import brought_by
 

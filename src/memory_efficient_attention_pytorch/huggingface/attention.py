@@ -95,6 +95,6 @@ def _refusal(module: nn.Module, why: str) -> NotImplementedError:
 
 
 def register() -> None:
-    """Make the name known to transformers. Other names stay what they are."""
+    """Register the name with transformers. Other names stay as they are."""
     AttentionInterface.register(NAME, memory_efficient_attention)
     AttentionMaskInterface.register(NAME, memory_efficient_mask)

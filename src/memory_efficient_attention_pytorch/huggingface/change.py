@@ -1,4 +1,4 @@
-"""A model of transformers made long, on the instance alone, and what was changed."""
+"""Changes to one instance of a transformers model, and the report of them."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from .undoing import HOOKS, RECORD, Record, find_model, restore
 
 @dataclass
 class Report:
-    """What :func:`make_memory_efficient` changed and what it left, as pairs of a part and how, or why.
+    """What :func:`make_memory_efficient` changed and what it left, as pairs of a part and how, or why not.
 
     planned: the steps that were planned, in order. model: the one changed, which a report does not keep alive.
     """
@@ -34,14 +34,15 @@ class Report:
     planned: list[StepPlans] = field(default_factory=list)
 
     def plan(self, *, batch_size: int = 1, seq_len: int, **options: Any) -> StepPlans:
-        """What a step on ``(batch_size, seq_len)`` tokens takes, before and after; from now on it is printed, too.
+        """Plan a step on ``(batch_size, seq_len)`` tokens, before and after; the report then prints it, too.
 
         Nothing is computed (:func:`planner.plan`, whose options these are). With a ``budget`` also the longest
         sequence of each.
 
         Raises:
             ValueError: the model is gone, restored, or has too few positions.
-            NotImplementedError: what it does depends on its data, as a mixture of experts may; names the operation.
+            NotImplementedError: the model's operations depend on its data, as in some mixtures of experts; names the
+                operation.
         """
         model = self.model()
         require(model is not None, "model", "one that is still there", None)
@@ -58,7 +59,7 @@ class Report:
 def make_memory_efficient(
     model: nn.Module, *, attention: bool = True, mlp: bool = True, loss: bool = True, checkpoint: bool | str = True
 ) -> Report:
-    """Let a model of transformers train in memory that grows with its tokens alone. Results stay what they were.
+    """Make a transformers model train in memory linear in its tokens. Results stay the same.
 
     Args:
         model: a ``PreTrainedModel``, or a module that holds one (as peft's). Instances are changed, never classes.
@@ -66,13 +67,13 @@ def make_memory_efficient(
         mlp: its token-wise MLPs run in chunks of tokens, forward and backward.
         loss: with labels, the loss is computed without logits; ``outputs.logits`` makes them when touched.
         checkpoint: its layers are checkpointed, by transformers' own mechanism; ``"cpu"`` holds their inputs in pinned
-            host memory meanwhile. True leaves a model alone that is checkpointed already.
+            host memory meanwhile. True leaves a model that is checkpointed already as it is.
 
     Returns:
-        What was changed, and what was left and why; it can be printed, and plans a step before and after.
+        A report of what was changed, and what was left and why; it can be printed, and plans a step before and after.
 
     Raises:
-        ValueError: no model of transformers in it, or changed already.
+        ValueError: it contains no transformers model, or one that is changed already.
 
     Call it before the model is compiled, sharded or given to DDP; after adapters are added.
     """

@@ -1,4 +1,4 @@
-"""Token-wise MLPs found by what they are made of and tried, and computed in chunks of tokens."""
+"""Token-wise MLPs, recognised by their structure and a trial, and computed in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..torch_internals.tensors import are_plain
 def candidates(
     module: nn.Module, name: str = "", tried: dict[object, str | None] | None = None
 ) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """The outermost MLPs with their names, and why one is to be left, or None. tried: those without contents."""
+    """The outermost MLPs by name, each with the reason to leave it or None. tried: copies without contents."""
     tried = {} if tried is None else tried
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}" if name else child_name
@@ -52,7 +52,7 @@ OWN = "_memory_efficient_own_forward"
 
 
 class _Whole(nn.Module):
-    """The MLP as it was: its parameters, and its own forward."""
+    """The original MLP: its parameters and its own forward."""
 
     def __init__(self, module: nn.Module, forward: Any) -> None:
         super().__init__()
@@ -81,7 +81,7 @@ def _widest(module: nn.Module) -> int:
 
 
 def _looks_like_mlp(module: nn.Module) -> bool:
-    """Takes one tensor and no mask, and has no parameters but those of linear layers, one wider than what comes in."""
+    """True for a module of one input and no mask with parameters of linear layers only, one wider than the input."""
     linears = _linears(module)
     if len(linears) < 2 or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Linear) or _is_adapted(module):
         return False
@@ -104,7 +104,7 @@ def _is_adapted(module: nn.Module) -> bool:
 
 
 def _objection(module: nn.Module, tried: dict[object, str | None]) -> str | None:
-    """Why the module is not to be cut, from what it does: a token's output changes with that token alone."""
+    """Why the module cannot be chunked, found by a trial: a token's output must depend on that token alone."""
     parameters = list(module.parameters())
     if any(p.device.type == "meta" for p in parameters):
         # A copy is tried, once for all alike, whose weights are one number each and take no memory.

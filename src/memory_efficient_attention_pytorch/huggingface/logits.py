@@ -1,4 +1,4 @@
-"""The loss of a causal language model without its logits, which exist only when somebody touches them."""
+"""The loss of a causal language model without its logits, which are computed only when they are used."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", def
 class LazyLogits:
     """``softcap · tanh(scale · (hidden @ weight.T + bias) / softcap)``, computed as a whole on first touch.
 
-    Not a tensor: any attribute, operator or function of PyTorch is that of the tensor which is made then.
+    Not a tensor: any attribute, operator or PyTorch function is applied to the tensor, which is computed then.
     """
 
     def __init__(
@@ -78,11 +78,11 @@ class LazyLogits:
     __rmul__ = __mul__
 
     def contiguous(self) -> Any:
-        """Themselves while their model makes them (OPT): nobody sees how they lie. Later a tensor."""
+        """Returns itself inside the model's forward (OPT), where the layout is not visible; afterwards a tensor."""
         return self if _HEAD_OF_A_LOSS.get() is self._head else self.materialize().contiguous()
 
     def float(self) -> Any:
-        """Lazy while their model makes them (Mamba): their loss is computed in fp32 anyway. Later a tensor."""
+        """Stays lazy inside the model's forward (Mamba), whose loss is in fp32 anyway; afterwards a tensor."""
         if _HEAD_OF_A_LOSS.get() is not self._head:
             return self.materialize().float()
         return LazyLogits(self._head, self._hidden, self._scale, self._tanh, self._softcap, torch.float32)
@@ -120,7 +120,7 @@ def _touched(value: Any) -> Any:
 
 
 def objection(model: PreTrainedModel) -> str | None:
-    """Why the model's loss is to be left, or None."""
+    """Why the model's loss has to stay as it is, or None."""
     head = model.get_output_embeddings()
     if head is None:
         return "it has no language model's head"
@@ -171,10 +171,10 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' ``ForCausalLMLoss``, from lazy logits without making them.
+    """transformers' ``ForCausalLMLoss``, computed from lazy logits without materialising them.
 
     Labels are shifted by one (shift_labels are shifted already); the sum over those that are not ignore_index is
-    divided by num_items_in_batch, or by their number. Where no label counts, that mean is 0 and not NaN.
+    divided by num_items_in_batch, or by their number. Without a valid label the mean is 0, not NaN.
     """
     if not isinstance(logits, LazyLogits) or logits._made is not None:
         given: dict[str, Any] = {

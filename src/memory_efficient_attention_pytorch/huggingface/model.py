@@ -1,4 +1,4 @@
-"""Our Transformer as a model of transformers: loaded, saved, trained and made to generate as any other."""
+"""Our Transformer as a transformers model, which is loaded, saved, trained and generates as any other."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class MemoryEfficientConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # the Transformer ties by having one weight
 
     def transformer_keywords(self) -> dict[str, Any]:
-        """What :class:`Transformer` is built from."""
+        """The keywords of :class:`Transformer`."""
         chosen = {name: getattr(self, name) for name in KNOBS if name != "causal"}
         if isinstance(chosen["window"], list):
             chosen["window"] = tuple(chosen["window"])  # as JSON has it
@@ -116,7 +116,7 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         num_items_in_batch: Tensor | int | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
-        """The loss alone with labels, which are shifted here, and else the logits.
+        """Return the loss alone if labels are given, which are shifted here, else the logits.
 
         Args:
             input_ids: ``(b, n)``. attention_mask: ``(b, tokens in the cache + n)``, 0 at padding.
@@ -166,7 +166,7 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
 
 
 class _Behind(KVCache):
-    """A cache of transformers as the Transformer's layers see it, in the order in which they ask."""
+    """A transformers cache behind :class:`KVCache`'s interface; layers are numbered in the order of their calls."""
 
     def __init__(self, cache: Cache, length: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""What a training step of a transformers model takes, as it is and after make_memory_efficient, before it is run."""
+"""Plans of a transformers model's training step, as it is and after make_memory_efficient."""
 
 from __future__ import annotations
 
@@ -45,9 +45,9 @@ class StepPlans:
 
 
 def load_on_meta(directory: str | Path) -> PreTrainedModel:
-    """The causal language model that the directory's config.json describes, without memory for weights.
+    """Build the causal language model that a directory's config.json describes, without memory for weights.
 
-    Raises ValueError for what is none.
+    Raises ValueError if it describes none.
     """
     expected = "a directory with the config.json of a causal language model of transformers"
     require(Path(directory, "config.json").is_file(), "model", expected, str(directory))
@@ -113,7 +113,7 @@ def _states(changed: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy that trains, without memory for weights."""
+    """A copy in training mode, without memory for weights."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")

@@ -1,4 +1,4 @@
-"""How a changed model is made what it was: what was in the ``__dict__`` of objects before something else was."""
+"""Undoing changes to a model: a record of the previous contents of objects' ``__dict__``."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def find_model(model: nn.Module) -> PreTrainedModel:
 
 
 class Record:
-    """What was in the ``__dict__`` of objects. Copied together with a model, it is the copy's."""
+    """The previous contents of objects' ``__dict__``. When copied with a model, it refers to the copy."""
 
     def __init__(self) -> None:
         self.entries: list[tuple[Any, str, Any, bool]] = []
@@ -35,7 +35,7 @@ class Record:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo ``make_memory_efficient``: every attribute that it set is what it was.
+    """Undo ``make_memory_efficient``: restore every attribute that it set.
 
     Raises:
         ValueError: the model was not changed.

@@ -1,8 +1,8 @@
-"""What a query may see, from transformers' mask functions: handed on as arguments of attention, never as an n × m mask.
+"""Masks of transformers' models, passed on as arguments of attention, never as an n × m tensor.
 
-transformers describes a mask as a function of indices, put together from a few known ones. Those with a counterpart in
-:func:`dot_product_attention` (causality, windows, packed sequences, padding) are told apart by what they are made of;
-anything else stays a function and is evaluated per tile. A release that makes them in another way loses speed alone.
+transformers describes a mask as a function of indices, composed of a few known ones. Those with a counterpart in
+:func:`dot_product_attention` (causality, windows, packed sequences, padding) are recognised by their composition;
+anything else stays a function and is evaluated per tile. A release that composes them differently only loses speed.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ IndexFunction = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Visible:
-    """What travels through a model in the place of its mask: arguments of :func:`dot_product_attention`.
+    """Arguments of :func:`dot_product_attention` that travel through a model in place of its mask.
 
     queries, keys: how many of each the mask is for. Layers share it, and with it what is known of its tiles.
     """
@@ -60,7 +60,7 @@ def memory_efficient_mask(
     use_vmap: bool = False,
     **ignored: Any,
 ) -> Visible:
-    """For ``AttentionMaskInterface``: query i stands at ``i + q_offset`` and key j at ``j + kv_offset``."""
+    """The mask function for ``AttentionMaskInterface``: query i is at ``i + q_offset``, key j at ``j + kv_offset``."""
     if isinstance(attention_mask, Visible):  # made before, as generation does for caches of fixed size
         return attention_mask
     arguments: dict[str, Any] = {}
@@ -90,7 +90,7 @@ def memory_efficient_mask(
 
 
 def _padding(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | None:
-    """``(b, keys)``, True where there is a token; None where there is one everywhere."""
+    """Key padding ``(b, keys)``, True at tokens; None if there is no padding."""
     if attention_mask is None:
         return None
     missing = max(0, keys + offset - attention_mask.shape[-1])
@@ -105,7 +105,7 @@ def _is_constant(tensor: Tensor) -> bool:
 
 
 def _simple(function: IndexFunction) -> _Simple | None:
-    """What the function is made of, if all of it has a counterpart."""
+    """The parts that the mask function is composed of, if each has a counterpart; else None."""
     if function is masking_utils.causal_mask_function:
         return _Simple(causal=True)
     if function is masking_utils.bidirectional_mask_function:
@@ -144,7 +144,7 @@ def _both(parts: list[_Simple]) -> _Simple | None:
 
 
 def _vmapped(function: IndexFunction) -> IndexFunction:
-    """Functions that users hand over may be written for numbers: mapped over each index as transformers itself does."""
+    """Map a user's function, which may be written for numbers, over each index, as transformers itself does."""
     for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
         function = torch.vmap(function, in_dims=dims, out_dims=0)
 

@@ -1,7 +1,7 @@
 """The only room that touches PyTorch's private parts.
 
-Each part is a :class:`Capability`: looked up on first use and never at import, None where this PyTorch has none of that
-name and signature. Whoever asks has a public way for that case, slower and as exact.
+Each part is a :class:`Capability`: looked up on first use, never at import, and None if this PyTorch lacks that name or
+signature. Every caller then takes a public way, slower and as exact.
 """
 
 from .capabilities import ALL, Capability, capability, operator, taken_away

@@ -1,4 +1,4 @@
-"""What autocast casts otherwise on CUDA than on the CPU: facts of PyTorch that no interface tells."""
+"""Where autocast on CUDA casts differently from autocast on the CPU, which no interface reports."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ Cast = Callable[[Any, Arguments, Keywords], Any]
 
 
 def cast_on_cuda(name: str) -> Cast | None:
-    """How to call a function or method of PyTorch's, with autocast off, as CUDA's autocast would; None: as the CPU's.
+    """How to call a PyTorch function, with autocast off, as CUDA's autocast would; None if it does what the CPU's does.
 
-    By its name, as of PyTorch 2.13, whose list for CUDA stands in ATen/autocast_mode.h.
+    Looked up by name, as of PyTorch 2.13, whose list for CUDA is in ATen/autocast_mode.h.
     """
     return _CASTS.get(name, _as_they_are if name.startswith(("fft_", "linalg_")) else None)
 
 
 def _in_dtype(dtype: torch.dtype, func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """With floating-point tensors in ``dtype``, those of fp64 left alone."""
+    """Call with floating-point tensors in ``dtype``; those of fp64 stay."""
 
     def cast(tensor: Tensor) -> Tensor:
         return tensor.to(dtype) if tensor.is_floating_point() and tensor.dtype != torch.float64 else tensor
@@ -47,7 +47,7 @@ def _in_the_widest(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _into_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """The result in fp32, unless the caller says otherwise."""
+    """Return the result in fp32, unless the caller chooses a dtype."""
     first = next(iter((*args, *kwargs.values())))
     if kwargs.get("dtype") is None and first.dtype in (torch.float16, torch.bfloat16):
         kwargs["dtype"] = torch.float32
@@ -55,7 +55,7 @@ def _into_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 
 def _as_they_are(func: Any, args: Arguments, kwargs: Keywords) -> Any:
-    """In fp32 by the CPU's list, not in CUDA's."""
+    """Call unchanged: fp32 by the CPU's list, not by CUDA's."""
     return func(*args, **kwargs)
 
 

@@ -13,7 +13,7 @@ T = TypeVar("T")
 
 
 class Capability(Generic[T]):
-    """A private part of PyTorch's, or None where it is missing. Called, it answers from its first look-up on."""
+    """A private part of PyTorch, or None if it is missing; looked up at the first call."""
 
     def __init__(self, name: str, find: Callable[[], T | None]) -> None:
         self.name, self._find, self._taken = name, find, False
@@ -52,7 +52,7 @@ def operator(name: str, arguments: Sequence[str]) -> Callable[..., Any] | None:
 
 @contextmanager
 def taken_away(name: str) -> Iterator[None]:
-    """Inside, this PyTorch is taken to lack the capability: for tests of what serves instead."""
+    """Treat the capability as missing inside the context, to test what serves instead."""
     part = ALL[name]
     before, part._taken = part._taken, True
     try:

@@ -1,4 +1,4 @@
-"""What autograd knows: of the pass at work, of changes in place."""
+"""Autograd's state: the running backward pass, and in-place changes of tensors."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ from .capabilities import capability
 
 @capability
 def will_execute() -> Callable[[Node], bool]:
-    """A function that tells whether the pass at work will come to a node; RuntimeError where no ``.backward()`` is."""
+    """A function that tells whether the running pass will reach a node; RuntimeError outside of ``.backward()``."""
     return torch._C._will_engine_execute_node
 
 
 @capability
 def keeps_graph() -> Callable[[], bool]:
-    """A function that tells whether the graph of the pass at work is kept for another."""
+    """A function that tells whether the running pass retains its graph."""
     return torch._C._autograd._get_current_graph_task_keep_graph
 
 
 def accumulates(node: Node) -> bool:
-    """True inside a ``.backward()`` that will come to this node; False where PyTorch does not tell."""
+    """True inside a ``.backward()`` that will reach this node; False if PyTorch cannot tell."""
     ask = will_execute()
     try:
         return ask is not None and ask(node)
@@ -33,18 +33,18 @@ def accumulates(node: Node) -> bool:
 
 
 def graph_is_kept() -> bool:
-    """True where another pass may go through the graph of this one, and where PyTorch does not tell."""
+    """True if the running pass retains its graph, or if PyTorch cannot tell."""
     ask = keeps_graph()
     return ask is None or ask()
 
 
 @capability
 def version_attribute() -> str | None:
-    """The attribute that counts how often a tensor was changed in place."""
+    """The name of the attribute that counts a tensor's in-place changes."""
     return "_version" if hasattr(Tensor, "_version") else None
 
 
 def version(tensor: Tensor) -> int:
-    """How often the tensor was changed in place; always 0 where PyTorch does not tell, as of an inference tensor."""
+    """The number of the tensor's in-place changes; 0 if PyTorch cannot tell, as for an inference tensor."""
     name = version_attribute()
     return 0 if name is None or tensor.is_inference() else getattr(tensor, name)

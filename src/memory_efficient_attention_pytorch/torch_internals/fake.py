@@ -1,4 +1,4 @@
-"""Tensors without contents, and whose work an operation on them is: what a dry run of a step cannot do without."""
+"""Fake tensors, and the graph nodes that operations on them belong to: what a dry run needs of PyTorch."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def fake_tensors() -> FakeTensors | None:
 
 
 def log_no_refusals() -> None:
-    """From now on no traceback is logged where an operator has no answer without contents. For a program's own log."""
+    """Stop PyTorch from logging tracebacks of operators that need contents. For a program's own log."""
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
 
 
@@ -51,7 +51,7 @@ class Graph(NamedTuple):
 
 @capability
 def graph() -> Graph | None:
-    """Without it nobody knows in backward whose work is being differentiated."""
+    """Access to the autograd graph's numbering, which tells in backward whose work is being differentiated."""
     now: Callable[[], int] = getattr(torch.autograd, "_get_sequence_nr")  # noqa: B009  the type checker does not know it
     node_at_work = torch._C._current_autograd_node
 
@@ -66,9 +66,9 @@ def graph() -> Graph | None:
 
 @capability
 def holders() -> Callable[[Tensor], tuple[int, int, int]] | None:
-    """How many references there are to the Python object of a tensor, the tensor and its storage.
+    """The numbers of references to a tensor's Python object, the tensor and its storage.
 
-    By these the autograd engine decides to add two gradients in place. Without them a sum is taken to be a new tensor.
+    The autograd engine adds two gradients in place depending on these. Without them a sum is taken to be a new tensor.
     """
     of_storage = storage_holders()
     if of_storage is None:
@@ -83,9 +83,9 @@ def holders() -> Callable[[Tensor], tuple[int, int, int]] | None:
 
 
 def around_calls(module: nn.Module, work: Callable[[], AbstractContextManager[None]]) -> None:
-    """Have every call of ``module``, a copy that nobody else holds, run inside ``work()``.
+    """Make every call of ``module``, a private copy, run inside ``work()``.
 
-    Not by its hooks, which would be taken for its owner's.
+    This does not use hooks, which would be mistaken for the owner's.
     """
     if not hasattr(module, "_compiled_call_impl") or not hasattr(module, "_call_impl"):
         raise NotImplementedError("this PyTorch calls modules in a way that a dry run does not know")

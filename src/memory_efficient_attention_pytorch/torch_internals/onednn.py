@@ -1,4 +1,4 @@
-"""oneDNN's own products on the CPU: operators that PyTorch made for its compiler and for convolutions."""
+"""oneDNN's products on the CPU, through operators that PyTorch made for its compiler and for convolutions."""
 
 from __future__ import annotations
 
@@ -28,8 +28,8 @@ def linear() -> Callable[[Tensor, Tensor, Tensor | None], Tensor] | None:
 class InPlaceProduct(NamedTuple):
     """``pack(weight (j, k), rows)`` and then ``add(total (n, j), values (n, k), packed)``: ``total += values weightᵀ``.
 
-    All contiguous and fp32; n and the length of the packed weight that varies are to be multiples of 64. ``rows``: what
-    n mostly is. oneDNN's only product that adds to memory which is there already is a convolution by a kernel of one
+    All contiguous and fp32; n and the length of the packed weight that varies are to be multiples of 64. ``rows``: the
+    usual n. The only oneDNN product that adds to existing memory is a convolution with a kernel of one
     pixel, with images of ``(1, channels, n, 1)``, channels last.
     """
 
@@ -66,7 +66,7 @@ def _as_image(rows: Tensor) -> Tensor:
 
 
 def _teach_shapes_and_flops() -> None:
-    """What PyTorch does not know of the operator: how much it computes, and what it returns for fake tensors."""
+    """Register what PyTorch does not know of the operator: its FLOPs, and its result for fake tensors."""
 
     def flops(_total: Any, values: tuple[int, ...], kernel: tuple[int, ...], *_: Any, **__: Any) -> int:
         return mm_flop((values[2], values[1]), (kernel[1], kernel[0]))

@@ -1,4 +1,4 @@
-"""What kind of tensor this is, where PyTorch has no public word for it."""
+"""Properties of tensors for which PyTorch has no public interface."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .capabilities import capability
 
 @capability
 def functorch_is_active() -> Callable[[], bool]:
-    """A function that tells whether one of torch.func's transforms is at work."""
+    """A function that tells whether a torch.func transform is active."""
     return torch._C._are_functorch_transforms_active
 
 
@@ -23,7 +23,7 @@ def storage_holders() -> Callable[[int], int]:
 
 
 def memory_is_shared(tensor: Tensor) -> bool:
-    """True where another tensor has the memory of this one too, and where PyTorch does not tell."""
+    """True if another tensor shares this one's memory, or if PyTorch cannot tell."""
     count = storage_holders()
     storage = tensor.untyped_storage()
     # The tensor and, in Python, the storage itself.
@@ -32,19 +32,19 @@ def memory_is_shared(tensor: Tensor) -> bool:
 
 @capability
 def dispatch_modes() -> Callable[[], int]:
-    """A function that tells how many dispatch modes are at work in this thread."""
+    """A function that returns the number of active dispatch modes in this thread."""
     return torch._C._len_torch_dispatch_stack
 
 
 def is_fake(tensor: Tensor) -> bool:
-    """True for a tensor with a shape and a device but no contents, which dry runs and tracers send through the code."""
+    """True for a tensor with a shape and a device but no contents, as used by dry runs and tracers."""
     return type(tensor).__name__ == "FakeTensor"
 
 
 def are_plain(*tensors: Tensor) -> bool:
-    """True where PyTorch's operators compute on these directly: no subclass of anybody's, no transform of torch.func.
+    """True if PyTorch's operators compute on these directly: no tensor subclass, no torch.func transform.
 
-    Where PyTorch does not tell about transforms, nothing is taken to be plain.
+    If PyTorch cannot tell about transforms, no tensor counts as plain.
     """
     active = functorch_is_active()
     if active is None or active():
