@@ -11,6 +11,7 @@ import resource
 import signal
 import sys
 import tempfile
+from collections.abc import Callable
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -21,6 +22,7 @@ _CONTEXT.set_forkserver_preload(
         "matplotlib.backends.backend_agg",
         "matplotlib.figure",
         "torch._dynamo",
+        "torch.distributed.fsdp",
         "memory_efficient_attention_pytorch.cli.train",
         "memory_efficient_attention_pytorch.training.runs",
     ]
@@ -76,6 +78,20 @@ class Mea:
 def mea(folder: Path, *arguments: str, **options) -> Result:
     """Run `mea` in a folder to its end."""
     return Mea(folder, *arguments, **options).finish()
+
+
+def together(world: int, act: Callable[..., None], *arguments: object) -> None:
+    """Call ``act(rank, world, *arguments)`` in so many processes at once; AssertionError if one of them fails."""
+    running = [_CONTEXT.Process(target=act, args=(rank, world, *arguments)) for rank in range(world)]
+    for process in running:
+        process.start()
+    try:
+        for process in running:
+            process.join(timeout=200)
+        assert [process.exitcode for process in running] == [0] * world, "see what they wrote to standard error"
+    finally:
+        for process in running:
+            process.kill()
 
 
 def _command(folder: str, arguments: tuple[str, ...], streams: str, file_limit: int | None, kill_at: int | None):

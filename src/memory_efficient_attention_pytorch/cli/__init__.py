@@ -4,6 +4,7 @@ import importlib
 import io
 import os
 import sys
+import time
 from collections.abc import Sequence
 
 from ..common.errors import nearest
@@ -18,7 +19,8 @@ from .parser import Parser
 #
 # A user's mistake is a ValueError with a one-line message that says what to do: status 2. What fails in the middle of
 # the work for a reason outside the options is a RuntimeError of class training.files.RunError, an OSError, or a lack of
-# memory: status 1. None shows a traceback unless --debug is given, which every command has. A module is imported only
+# memory: status 1. Of several processes that torchrun or the like has started, the first on each machine says what all
+# have found. None shows a traceback unless --debug is given, which every command has. A module is imported only
 # when its command is called, so that `mea --help` is fast and optional dependencies load on use.
 COMMANDS = {
     "train": ("train", "train a Transformer on text, your own or the Python standard library's"),
@@ -30,6 +32,8 @@ COMMANDS = {
 }
 
 _USAGE_ERROR, _RUN_ERROR, _INTERRUPTED = 2, 1, 130
+_SECONDS_TO_SPEAK = 5.0
+"""What the others give the first process to say why all end, before a launcher that sees one end stops it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -55,12 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
         if debug:
             raise
         wrong = isinstance(error, ValueError)
-        return _fail(command, error if wrong else "interrupted", _USAGE_ERROR if wrong else _INTERRUPTED)
+        status = _USAGE_ERROR if wrong else _INTERRUPTED
+        if not _is_first_process():
+            # It has the same options and files.
+            return _wait(status)
+        return _fail(command, error if wrong else "interrupted", status)
     except (RuntimeError, OSError, MemoryError) as error:
         message = _outside_reason(error)
         if debug or message is None:
             raise
+        if (said := _said_elsewhere(error)) is not None:
+            return _wait(said)
         _let_go_of_output()
+        if not _is_first_process():
+            _wait(_RUN_ERROR)  # where nobody ended it meanwhile, it was this process alone
         return _fail(command, message, _RUN_ERROR)
 
 
@@ -102,6 +114,25 @@ def _outside_reason(error: Exception) -> object:
     if lacking or "can't allocate memory" in str(error):
         return "not enough memory for these sizes: choose smaller ones; mea plan says beforehand what they need"
     return error if isinstance(error, RunError | OSError) else None
+
+
+def _is_first_process() -> bool:
+    """Whether this is the only process, or the first of those that a launcher has started on this machine."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def _wait(status: int) -> int:
+    time.sleep(_SECONDS_TO_SPEAK)
+    return status
+
+
+def _said_elsewhere(error: Exception) -> int | None:
+    """The exit status, where another process says why all end."""
+    from ..training.files import ElsewhereError
+
+    if not isinstance(error, ElsewhereError):
+        return None
+    return _USAGE_ERROR if error.mistake else _RUN_ERROR
 
 
 def _accept_any_output() -> None:

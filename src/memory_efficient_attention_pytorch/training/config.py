@@ -95,6 +95,9 @@ class TrainConfig:
     shard: bool = _optimisation(
         False, "divide weights, gradients and averages among the processes (FSDP2), gathered block by block"
     )
+    context_parallel: int = _optimisation(
+        1, "processes that divide the tokens of each window among them; the others take other windows", low=1
+    )
     memory_budget: str | None = _optimisation(
         None,
         "memory the process may take, 8GiB, 8GB, 8000M or auto (what is free): the fastest settings that fit are "
@@ -267,10 +270,13 @@ def _check_combination(config: TrainConfig) -> None:
         raise ValueError(f"rotary positions need an even dim_head, got {config.dim_head}")
     if config.exact and config.reversible is False:
         raise ValueError("exact and no reversible contradict each other: exact says how reversal rebuilds activations")
-    if config.shard and config.memory_budget is not None:
-        raise ValueError("shard and memory_budget do not go together yet: the planner counts whole models only")
-    if config.shard and config.precision == "fp16":
-        raise ValueError("shard goes with precision fp32 and bf16, got fp16")
+    for name in ("shard", "context_parallel"):
+        if getattr(config, name) == getattr(TrainConfig, name):
+            continue
+        if config.memory_budget is not None:
+            raise ValueError(f"{name} and memory_budget do not go together yet: the planner counts one process only")
+        if config.precision == "fp16":
+            raise ValueError(f"{name} goes with precision fp32 and bf16, got fp16")
     if config.memory_budget not in (None, "auto"):
         from ..common.sizes import parse_size
 

@@ -18,6 +18,14 @@ class RunError(RuntimeError):
     """Something outside the user's options stopped a run; the message says what was kept and how to go on."""
 
 
+class ElsewhereError(RunError):
+    """Another process of the run has failed and says why. mistake: whether it was one in the options or the text."""
+
+    def __init__(self, *, mistake: bool):
+        super().__init__("another process of the run has failed and says why")
+        self.mistake = mistake
+
+
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a whole file under a temporary name, flush it to the disk and rename it into place."""
     temporary = path.with_name(f".{path.name}.partial")

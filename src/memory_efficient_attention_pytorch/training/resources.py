@@ -10,6 +10,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from ..distributed.exchange import Layout
 from ..models.transformer import pieces_chosen
 from .config import TrainConfig
 
@@ -39,7 +40,9 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     reversible = config.reversible is not False
     itemsize = 4 if precision == "fp32" else 2
     shape = {**dataclasses.asdict(config), "reversible": reversible}
-    pieces = pieces_chosen(shape, config.batch_size, config.seq_len, itemsize, device.type, torch.get_num_threads())
+    divided = config.context_parallel > 1
+    tokens = Layout(config.seq_len, config.context_parallel).local if divided else config.seq_len
+    pieces = pieces_chosen(shape, config.batch_size, tokens, itemsize, device.type, torch.get_num_threads())
     return config.updated(
         {
             "precision": precision,

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import datetime
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
@@ -16,8 +16,9 @@ from .budget import Memory, fastest_that_fits, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
-from .files import RunError, write_atomically
+from .files import ElsewhereError, RunError, write_atomically
 from .model import build_model
+from .processes import ProcessMesh
 from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
@@ -35,8 +36,16 @@ RUNS = Path("runs")
 
 _CHANGEABLE = {
     *("steps", "batch_size", "accumulation", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"),
-    *("clip", "device", "shard", "head_chunks", "ff_chunks", "loss_chunk_size", "memory_budget", "evaluate_every"),
-    *("evaluation_windows", "sample_every", "sample_tokens", "checkpoint_every", "keep", "tensorboard"),
+    *("clip", "device", "shard", "context_parallel", "head_chunks", "ff_chunks", "loss_chunk_size", "memory_budget"),
+    *(
+        "evaluate_every",
+        "evaluation_windows",
+        "sample_every",
+        "sample_tokens",
+        "checkpoint_every",
+        "keep",
+        "tensorboard",
+    ),
 }
 
 
@@ -61,16 +70,17 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
     whether it is the main one. Raises what `Trainer.train` raises, and ValueError for what cannot be trained; then no
     directory is left behind.
     """
-    accelerator = _make_accelerator(config)
     # Absolute, so that the run can be gone on with from anywhere even if it was killed before it had read its text.
     text: dict[str, Any] = {"data": tuple(name if name == "-" else str(Path(name).absolute()) for name in config.data)}
     if config.tokenizer is not None:
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
     config = config.updated(text)
-    config, memory, fit = _settle(accelerator, config, _num_tokens(config))
-    path = Path(out) if out is not None else _on_main(accelerator, _next_number)
-    run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
-    return _train(accelerator, run, config, memory, make_display, fit=fit, refused=lambda: run.unmake(made))
+    with _joined(config) as (accelerator, processes):
+        config, memory, fit = _settle(accelerator, config, _num_tokens(config))
+        path = Path(out) if out is not None else _on_main(accelerator, _next_number)
+        run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
+        options: dict[str, Any] = {"fit": fit, "refused": lambda: run.unmake(made)}
+        return _train(accelerator, processes, run, config, memory, make_display, **options)
 
 
 def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Callable[[bool], Callback]) -> Outcome:
@@ -89,10 +99,10 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
             raise ValueError(
                 f"{key} is {getattr(before, key)!r} in {run.path} and cannot change on the way: start a new run for it"
             )
-    accelerator = _make_accelerator(config)
-    num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
-    config, memory, _ = _settle(accelerator, config, num_tokens, settled=True)
-    return _train(accelerator, run, config, memory, make_display, before=before)
+    with _joined(config) as (accelerator, processes):
+        num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
+        config, memory, _ = _settle(accelerator, config, num_tokens, settled=True)
+        return _train(accelerator, processes, run, config, memory, make_display, before=before)
 
 
 def _as_before(before: TrainConfig, now: TrainConfig, key: str) -> bool:
@@ -148,6 +158,7 @@ def latest_run() -> Path:
 
 def _train(
     accelerator: "Accelerator",
+    processes: ProcessMesh,
     run: RunDirectory,
     config: TrainConfig,
     memory: Memory | None,
@@ -162,19 +173,23 @@ def _train(
     """
     main = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
-        stack.callback(accelerator.end_training)
         try:
             display = make_display(main)
             stack.callback(display.close)
-            if main:
+            files: list[Callback] = []
+
+            def prepare() -> Checkpoint | None:
                 stack.enter_context(run.locked())
-            with run.clear_about_writing():
-                checkpoint = _on_main(accelerator, lambda: _prepare(run, config, display, before))
-                files = _files(run, config, first_step=checkpoint.state.step if checkpoint else -1) if main else []
+                with run.clear_about_writing():
+                    found = _prepare(run, config, display, before)
+                    files.extend(_files(run, config, first_step=found.state.step if found else -1))
+                return found
+
+            checkpoint = _on_main(accelerator, prepare)
             for file in files:
                 stack.callback(file.close)
             corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
-            trainer = Trainer(accelerator, run, config, corpus, tokenizer, [*files, display], checkpoint)
+            trainer = Trainer(accelerator, processes, run, config, corpus, tokenizer, [*files, display], checkpoint)
         except (RunError, BrokenPipeError):
             raise  # it can go on
         except Exception:
@@ -186,7 +201,7 @@ def _train(
             with run.clear_about_writing():
                 write_atomically(run.config, dump_config(config))
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        plan = describe(config, accelerator, corpus, parameters, fit)
+        plan = describe(config, accelerator, processes, corpus, parameters, fit)
         if memory is not None:
             plan += f"\n{memory.announcement()}"
         display.started(plan, run.path, trainer.state.step, config.steps)
@@ -242,20 +257,30 @@ def _files(run: RunDirectory, config: TrainConfig, *, first_step: int) -> list[C
     return files
 
 
-def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, parameters: int, fit: str = "") -> str:
-    """What the run uses and why, in one line."""
+def describe(
+    config: TrainConfig,
+    accelerator: "Accelerator",
+    processes: ProcessMesh,
+    corpus: Corpus,
+    parameters: int,
+    fit: str = "",
+) -> str:
+    """What the run uses and why, in one line, which every process has to ask for."""
     device = accelerator.device
     threads = torch.get_num_threads()
     where = str(device) if device.type != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
     if accelerator.num_processes > 1:
-        where = f"{accelerator.num_processes} processes, each on {where}"
+        where = f"{_division(config, accelerator.num_processes)}, each on {where}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
     heads = (config.heads, config.kv_heads or config.heads, config.kv_heads or config.heads)
     # One element seen as a tensor of the run's shape: the choice looks at shapes and types, not at numbers.
-    shapes = [(config.batch_size, number, config.seq_len, config.dim_head) for number in heads]
+    windows = torch.zeros((), dtype=torch.long).expand(config.batch_size, config.seq_len)
+    tokens = processes.own(windows, windows)[0].shape[1]
+    shapes = [(config.batch_size, number, tokens, config.dim_head) for number in heads]
     q, k, v = (torch.zeros((), device=device, dtype=dtype).expand(shape) for shape in shapes)
     window = None if config.window is None else (config.window, 0)
-    choice = select_backend(q, k, v, causal=True, window=window, dropout=config.dropout)
+    with processes.entered():
+        choice = select_backend(q, k, v, causal=True, window=window, dropout=config.dropout)
     pieces = "for the memory budget" if config.memory_budget else "so that each stays small"
     if not config.reversible:
         reversal = "off, activations are stored"
@@ -276,12 +301,32 @@ def describe(config: TrainConfig, accelerator: "Accelerator", corpus: Corpus, pa
     )
 
 
+def _division(config: TrainConfig, processes: int) -> str:
+    """What the processes divide among them, in words."""
+    size = config.context_parallel
+    words = f"{processes} processes"
+    if size > 1:
+        words += f" ({processes // size} x {size}: windows x tokens)"
+    return words + (" with the model divided among all" if config.shard else "")
+
+
+@contextlib.contextmanager
+def _joined(config: TrainConfig) -> Iterator[tuple["Accelerator", ProcessMesh]]:
+    """This process as one of those that train together, for as long as the block takes."""
+    accelerator = _make_accelerator(config)
+    try:
+        yield accelerator, ProcessMesh(accelerator, config)
+    finally:
+        accelerator.end_training()
+
+
 def _make_accelerator(config: TrainConfig) -> "Accelerator":
     with brought_by("train"):
         import matplotlib  # noqa: F401  for the picture of the losses
         import tomli_w  # noqa: F401  for the run's configuration
         from accelerate import Accelerator
         from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
+    _refuse_other_engines()
     _prefer_deterministic_kernels()
     on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
     device = None if on_cpu else torch.accelerator.current_accelerator()
@@ -297,6 +342,16 @@ def _make_accelerator(config: TrainConfig) -> "Accelerator":
     )
 
 
+def _refuse_other_engines() -> None:
+    """Raise ValueError where accelerate's own configuration has it divide the model or the tokens."""
+    for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
+        if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
+            raise ValueError(
+                f"accelerate is configured to use {engine}, and mea train divides the work by itself: launch it with "
+                "--multi_gpu alone and choose --shard and --context-parallel"
+            )
+
+
 def _prefer_deterministic_kernels() -> None:
     """Same seed, same weights: on CUDA, kernels that add in any order are replaced; PyTorch warns where it has none.
 
@@ -310,11 +365,21 @@ def _prefer_deterministic_kernels() -> None:
 
 
 def _on_main(accelerator: "Accelerator", work: Callable[[], T]) -> T:
-    """What `work` returns in the main process, in every process."""
+    """What `work` returns in the main process, in every process; ElsewhereError in the others where it raises."""
     from accelerate.utils import broadcast_object_list
 
-    result: list[Any] = [work() if accelerator.is_main_process else None]
+    result: list[Any] = [None, None]
+    failure: Exception | None = None
+    if accelerator.is_main_process:
+        try:
+            result[0] = work()
+        except Exception as error:
+            failure, result[1] = error, {"mistake": isinstance(error, ValueError)}
     broadcast_object_list(result)
+    if failure is not None:
+        raise failure
+    if result[1] is not None:
+        raise ElsewhereError(**result[1])
     found: T = result[0]
     return found
 

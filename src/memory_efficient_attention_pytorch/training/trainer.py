@@ -18,6 +18,7 @@ from .files import WRITE_ERRORS, RunError
 from .interruption import Interrupted, Interruption
 from .model import build_model
 from .plot import plot_losses
+from .processes import ProcessMesh
 from .resources import forget_pages, memory_now, memory_peak
 from .run_directory import RunDirectory
 from .sharding import shard, whole
@@ -41,6 +42,7 @@ class Trainer:
     def __init__(
         self,
         accelerator: "Accelerator",
+        processes: ProcessMesh,
         run: RunDirectory,
         config: TrainConfig,
         corpus: Corpus,
@@ -48,11 +50,11 @@ class Trainer:
         callbacks: Sequence[Callback],
         checkpoint: Checkpoint | None,
     ):
-        self.accelerator, self.run, self.config = accelerator, run, config
+        self.accelerator, self.processes, self.run, self.config = accelerator, processes, run, config
         self.corpus, self.tokenizer, self.callbacks = corpus, tokenizer, callbacks
         self.state = checkpoint.state if checkpoint else TrainState()
         self.saved_step = self.state.step if checkpoint else None
-        self.batches = Batches(corpus.train, config, accelerator.num_processes, accelerator.process_index)
+        self.batches = Batches(corpus.train, config, processes.data_size, processes.data_rank)
         self._check_position()
 
         torch.manual_seed(config.seed)
@@ -102,7 +104,7 @@ class Trainer:
     def _step(self, interruption: Interruption) -> None:
         began = time.perf_counter()
         config, step = self.config, self.state.step
-        torch.manual_seed(_seed_of(config.seed, step, self.accelerator.process_index))
+        torch.manual_seed(_seed_of(config.seed, step, self.processes.data_rank))
         rate = learning_rate(config, step)
         for group in self.optimizer.param_groups:
             group["lr"] = rate
@@ -110,8 +112,7 @@ class Trainer:
         losses = []
         for x, labels in self.batches(step):
             with self.accelerator.accumulate(self.wrapped):
-                with self.accelerator.autocast():
-                    loss = self.wrapped(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
+                loss = self._loss(self.wrapped, x, labels)
                 self.accelerator.backward(loss)
                 losses.append(loss.detach())
                 if self.accelerator.sync_gradients:
@@ -121,6 +122,13 @@ class Trainer:
                 self.optimizer.step()
                 self.optimizer.zero_grad()
         self._count_step(mean, norm, rate, time.perf_counter() - began)
+
+    def _loss(self, model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
+        """The mean over the windows, of which the processes that divide them compute their parts."""
+        x, labels = self.processes.own(x, labels)
+        with self.processes.entered(), self.accelerator.autocast():
+            loss: torch.Tensor = model(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
+        return loss
 
     def _agree(self, loss: torch.Tensor, norm: torch.Tensor, interruption: Interruption) -> tuple[float, float]:
         """The mean loss of all processes; a signal that reached one of them is noted by all."""
@@ -206,16 +214,16 @@ class Trainer:
     def measure(self, tokens: np.ndarray) -> float:
         """Mean loss in nats per token over evenly spread windows of `tokens`; the processes share the work."""
         starts, length = evaluation_starts(tokens, self.config)
-        mine = starts[self.accelerator.process_index :: self.accelerator.num_processes]
+        groups = self.processes.data_size
+        mine = starts[self.processes.data_rank :: groups]
         total = torch.zeros(2, dtype=torch.float64)
         self.model.eval()
         # The first process has the most; where weights are gathered each forward pass is one of all processes.
-        most = len(starts[:: self.accelerator.num_processes]) if self.config.shard else len(mine)
+        most = len(starts[::groups]) if self.config.shard else len(mine)
         for first in range(0, most, self.config.batch_size):
             batch = mine[first : first + self.config.batch_size]
             x, labels = shifted(tokens, batch if len(batch) else starts[:1], length)
-            with self.accelerator.autocast():
-                loss = self.model(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
+            loss = self._loss(self.model, x, labels)
             if not len(batch):
                 continue
             total += torch.tensor([loss.item() * labels.numel(), labels.numel()], dtype=torch.float64)
