@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from contextvars import ContextVar
-from typing import Protocol, TypeVar
+from typing import Any, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -41,6 +41,9 @@ class DryRun(Protocol):
 
     def keeps(self, tensor: Tensor) -> None:
         """Note that the running loop keeps this tensor, and one like it for every part that was skipped."""
+
+    def exchanges(self, collective: str, arguments: tuple[Any, ...]) -> None:
+        """Note a collective among processes that are not there. What it would write stays as it is."""
 
 
 _current: ContextVar[DryRun | None] = ContextVar("dry_run", default=None)

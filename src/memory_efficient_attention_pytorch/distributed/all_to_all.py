@@ -26,7 +26,7 @@ class AllToAll(Way):
     merit = "heads exchanged for tokens travel once"
 
     def __init__(self, within: Tiled, layout: Layout, group: dist.ProcessGroup) -> None:
-        self.within, self.layout, self.group, self.rank = within, layout, group, dist.get_rank(group)
+        self.within, self.layout, self.group, self.rank = within, layout, group, group.rank()
 
     @staticmethod
     def refusal(h: int, kv: int, size: int) -> str | None:

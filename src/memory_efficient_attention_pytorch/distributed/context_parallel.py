@@ -19,7 +19,7 @@ from ..common.autograd import once_differentiable
 from ..common.divided import within
 from ..common.errors import require
 from .all_to_all import AllToAll
-from .exchange import Layout
+from .exchange import Layout, together
 from .ring import Ring
 
 METHODS = ("auto", "ring", "all_to_all")
@@ -128,7 +128,7 @@ class ContextParallel:
         own = x.detach().movedim(dim, 0).contiguous()
         bits = own.view(torch.uint8) if own.dtype == torch.bool else own
         parts = [torch.empty_like(bits) for _ in range(self.size)]
-        dist.all_gather(parts, bits, group=self.group)
+        together(dist.all_gather, parts, bits, group=self.group)
         whole = torch.cat(parts)[self.layout.places(x.device)]
         return whole.view(own.dtype).movedim(0, dim)
 
@@ -150,7 +150,7 @@ class ContextParallel:
         for parameter, some in zip(trained, used.tolist(), strict=True):
             if some:
                 parameter.grad = torch.zeros_like(parameter) if parameter.grad is None else parameter.grad
-                dist.all_reduce(parameter.grad, group=self.group)
+                together(dist.all_reduce, parameter.grad, group=self.group)
 
     def sum(self, x: Tensor) -> Tensor:
         """Over all processes, without gradient."""
@@ -162,13 +162,13 @@ class ContextParallel:
 
     def _reduced(self, x: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
         total = x.clone()
-        dist.all_reduce(total, how, group=self.group)
+        together(dist.all_reduce, total, how, group=self.group)
         return total
 
     def same(self, number: int) -> int:
         """The first process's number."""
         told = [number]
-        dist.broadcast_object_list(told, group_src=0, group=self.group)
+        together(_broadcast, told, group=self.group)
         return told[0]
 
     def loss(self, part: Tensor) -> Tensor:
@@ -199,6 +199,10 @@ class ContextParallel:
         near = sum(self.layout.chunk if side is None else side for side in (visible.left, visible.right))
         steps = min(self.size - 1, 2 * near / self.layout.local) if None not in (visible.left, visible.right) else None
         return exchanged < request.kv * width * (self.size - 1 if steps is None else steps)
+
+
+def _broadcast(told: list[int], *, group: dist.ProcessGroup) -> None:
+    dist.broadcast_object_list(told, group_src=0, group=group)
 
 
 class _Sum(torch.autograd.Function):

@@ -3,11 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from ..common import dry_run
+
+
+def together(collective: Callable[..., Any], *arguments: Any, group: dist.ProcessGroup) -> Any:
+    """Run a collective of torch.distributed. In a dry run, where the others are absent, only note it: None."""
+    watching = dry_run.current()
+    return (
+        collective(*arguments, group=group) if watching is None else watching.exchanges(collective.__name__, arguments)
+    )
 
 
 class Layout(NamedTuple):
@@ -64,13 +74,7 @@ class Transfer:
         self.shapes = shapes
         self._sent = torch.cat([like.new_empty(0), *(t.reshape(-1) for t in sent)])
         self._found = like.new_empty(sum(shape.numel() for shape in shapes))
-        peers = [dist.get_global_rank(group, rank) for rank in (to, source)]
-        steps: list[tuple[Callable[..., object], Tensor, int]] = [
-            (dist.isend, self._sent, peers[0]),
-            (dist.irecv, self._found, peers[1]),
-        ]
-        operations = [dist.P2POp(how, t, peer, group) for how, t, peer in steps if t.numel()]
-        self._works = dist.batch_isend_irecv(operations) if operations else []
+        self._works = together(_send_and_receive, self._sent, to, self._found, source, group=group) or []
 
     def wait(self) -> list[Tensor]:
         """What has come, in its shapes."""
@@ -81,9 +85,18 @@ class Transfer:
         return [part.view(shape) for part, shape in zip(parts, self.shapes, strict=True)]
 
 
+def _send_and_receive(
+    sent: Tensor, to: int, found: Tensor, source: int, *, group: dist.ProcessGroup
+) -> list[dist.Work]:
+    steps: list[tuple[Callable[..., object], Tensor, int]] = [(dist.isend, sent, to), (dist.irecv, found, source)]
+    of_all = (dist.get_global_rank(group, rank) for _, _, rank in steps)
+    operations = [dist.P2POp(how, t, peer, group) for (how, t, _), peer in zip(steps, of_all, strict=True) if t.numel()]
+    return dist.batch_isend_irecv(operations) if operations else []
+
+
 def all_to_all(group: dist.ProcessGroup, sent: Sequence[Tensor]) -> list[Tensor]:
     """Tensors of one shape, one for each process; those that come, one from each."""
     stacked = torch.stack(list(sent))
     found = torch.empty_like(stacked)
-    dist.all_to_all_single(found, stacked, group=group)
+    together(dist.all_to_all_single, found, stacked, group=group)
     return list(found)

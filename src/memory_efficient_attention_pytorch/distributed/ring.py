@@ -37,7 +37,7 @@ class Ring(Way):
     merit = "keys and values of few heads go round"
 
     def __init__(self, within: Tiled, layout: Layout, group: dist.ProcessGroup) -> None:
-        self.within, self.layout, self.group, self.rank = within, layout, group, dist.get_rank(group)
+        self.within, self.layout, self.group, self.rank = within, layout, group, group.rank()
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         out = v.new_zeros(request.b, q.shape[2], request.h, request.e, dtype=request.compute_dtype).transpose(1, 2)

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 KIB, MIB = 2**10, 2**20
 PAGE = 4 * KIB
@@ -54,6 +55,10 @@ class Accounting:
 
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
         """Bytes that an operation's kernel allocates for itself while it runs."""
+        return 0
+
+    def in_transit(self, collective: str, arguments: tuple[Any, ...]) -> int:
+        """Bytes that a collective of torch.distributed allocates for itself while it runs."""
         return 0
 
 
@@ -97,6 +102,10 @@ class CpuAccounting(Accounting):
             taken += _converted(tensors)
         return taken
 
+    def in_transit(self, collective: str, arguments: tuple[Any, ...]) -> int:
+        """Gloo's: what is gathered arrives in one tensor, what is scattered is summed in a copy."""
+        return sum(tensor.nbytes for tensor in tree_leaves(arguments[0])) if collective in _COPIED else 0
+
 
 @functools.cache
 def operator_name(operation: Any) -> str:
@@ -104,6 +113,7 @@ def operator_name(operation: Any) -> str:
     return str(operation.name()).partition(".")[0]
 
 
+_COPIED = ("all_gather", "reduce_scatter")
 _CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 # oneDNN's, which not every build has.
 _PRODUCT, _TILE_PRODUCT = "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise_"

@@ -168,6 +168,10 @@ class Ledger(TorchDispatchMode):
         # Its storage counts as often as the operation at work.
         self._change(tensor, times=round(self._weight))
 
+    def exists(self, tensor: Tensor, yes: bool) -> None:
+        """From now on the tensor's storage takes memory, or none."""
+        self._change(tensor, times=int(yes))
+
     def _change(self, tensor: Tensor, **changes: Any) -> None:
         key = id(tensor.untyped_storage())
         if key in self._storages:
@@ -228,10 +232,16 @@ class Ledger(TorchDispatchMode):
             self._charge(tensor, category)
         self._flops += count_flops(func, args, kwargs, result) * self._weight
         workspace = self._accounting.workspace(func, args, kwargs)
-        self._operations.append(Operation(self.phase, place.module, str(func)))
+        self._note(place, str(func), workspace)
+        return result
+
+    def _note(self, place: Place, name: str, workspace: int) -> None:
+        self._operations.append(Operation(self.phase, place.module, name))
         self._rows.append(as_row({**self._live, "kernel workspace": workspace}))
         self._kept.append(len(self._accounting.kept))
-        return result
+
+    def exchanges(self, collective: str, arguments: tuple[Any, ...]) -> None:
+        self._note(self._place(), f"c10d.{collective}", self._accounting.in_transit(collective, arguments))
 
     def learn_the_engine(self) -> None:
         """See how a gradient looks to which nobody but the autograd engine holds a reference."""
