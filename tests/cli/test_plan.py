@@ -45,12 +45,13 @@ def test_table(capsys):
 
 
 def test_budget_chooses_settings_and_says_what_each_saves(capsys):
-    assert main([*SMALL, "--budget", "14MiB"]) == 0
+    # In 12.5 MiB what is kept of attention does not fit, whichever library multiplies.
+    assert main([*SMALL, "--budget", "12.5MiB"]) == 0
     shown = capsys.readouterr().out
     assert "store everything" in shown
     assert "reversible blocks" in shown
     assert "reversible=True" in shown
-    assert "budget 14 MiB: fits, with" in shown
+    assert "budget 12.5 MiB: fits, with" in shown
 
 
 def test_what_does_not_fit_has_status_1_and_says_what_would(capsys):

@@ -72,7 +72,10 @@ class InputsOnHost:
         return InputsOnHost(self.checkpoint, self.lane)  # inputs that wait belong to graphs, which are not copied
 
     def moves(self, tensor: Tensor) -> bool:
-        return not torch.compiler.is_compiling() and are_plain(tensor) and self.lane.serves(tensor)
+        # PyTorch 2.11's checkpoint saves an empty tensor besides its inputs.
+        return (
+            not torch.compiler.is_compiling() and are_plain(tensor) and tensor.numel() > 0 and self.lane.serves(tensor)
+        )
 
     def lane_of(self, device: torch.device) -> Lane:
         if device not in self.lanes:
