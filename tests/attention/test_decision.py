@@ -65,6 +65,16 @@ def test_what_auto_takes_for_a_small_request(request_):
     assert all(choice.ruled_out.values())
 
 
+@pytest.mark.parametrize(("of_key", "backend"), [(100.0, "fused"), (400.0, "tiled")])
+def test_large_values_matter_by_the_scores_they_can_make(of_key, backend):
+    q, k, v = (x.detach() for x in qkv(d=64))
+    # Of one column: no score is as large as the largest values times the width would let it be.
+    q[0, 0, 0, 0], k[0, 0, 0] = 2000.0, of_key / 8
+    assert select_backend(q, k, v).name == backend
+    q[0, 0, 0, 0] = float("nan")
+    assert select_backend(q, k, v).name == "tiled"
+
+
 def test_what_keeps_nothing_is_not_chosen_to_be_kept():
     for arguments, expected in (({}, "cpu"), ({"window": 3}, "cpu_kernel"), ({"dropout": 0.1}, "products")):
         decision, *_ = decide(*qkv(), keep=True, **arguments)
