@@ -2,7 +2,8 @@
 
     python benchmarks/readme.py [--check] [RESULTS_JSON]
 
-Without a file: the newest under benchmarks/results/, quick runs aside. With --check nothing is written; the exit
+Without a file: the newest under benchmarks/results/, quick runs aside. Where other kinds of machine were measured in
+the same way, the newest table of each follows, by processor and device. With --check nothing is written; the exit
 status is 1 if a figure in the text is not the one in the results. What `python benchmarks/huggingface.py` wrote stands
 in the README between markers of its own.
 """
@@ -32,15 +33,37 @@ OF_MODELS = tuple(marker.replace("benchmark:", "benchmark of transformers' model
 
 def newest_results(folder: Path) -> Path:
     """The results file with the latest date under ``folder``; ValueError if there is none."""
-    files = [path for path in folder.glob("20*/results.json") if not path.parent.name.endswith("-quick")]
+    files = results_files(folder)
     if not files:
         raise ValueError(f"no results under {folder}; run mea bench first")
     return max(files, key=lambda path: Results.load(path).date)
 
 
+def results_files(folder: Path) -> list[Path]:
+    """All results files under ``folder`` but those of quick runs."""
+    return [path for path in folder.glob("20*/results.json") if not path.parent.name.endswith("-quick")]
+
+
+def results_elsewhere(results: Results, folder: Path) -> list[Results]:
+    """The newest results of every other kind of machine, of the same shape and allocator, the newest first."""
+    found: dict[tuple[str, str | None], Results] = {}
+    for other in sorted(map(Results.load, results_files(folder)), key=lambda each: each.date):
+        alike = (other.settings.base, other.settings.keep_freed) == (results.settings.base, results.settings.keep_freed)
+        # Earlier files have the processor's name without its family: that may be the same one.
+        known = not results.machine["processor"].startswith(f"{other.machine['processor']},")
+        if alike and known and _kind(other) != _kind(results):
+            found[_kind(other)] = other
+    return sorted(found.values(), key=lambda each: each.date, reverse=True)
+
+
+def _kind(results: Results) -> tuple[str, str | None]:
+    return results.machine["processor"], results.machine.get("gpu")
+
+
 def blocks(results_file: Path) -> list[tuple[Path, tuple[str, str], str]]:
     """Documents, markers and what belongs between them: the table and the plane in the README, all in the docs."""
     results = Results.load(results_file)
+    elsewhere = results_elsewhere(results, ROOT / "benchmarks" / "results")
 
     def figures(document: Path, pattern: str = "*.png") -> list[str]:
         found = sorted(results_file.parent.glob(pattern))
@@ -48,8 +71,8 @@ def blocks(results_file: Path) -> list[tuple[Path, tuple[str, str], str]]:
 
     plane = [f"![memory and time]({path})" for path in figures(README, "memory-and-time.png")]
     found = [
-        (README, MARKERS, "\n\n".join([comparison(results), *plane])),
-        (DOCS, MARKERS, full(results, figures(DOCS))),
+        (README, MARKERS, "\n\n".join([comparison(results, elsewhere), *plane])),
+        (DOCS, MARKERS, full(results, figures(DOCS), elsewhere)),
     ]
     if OF_MODELS[0] in README.read_text():
         models = ROOT / "benchmarks" / "results" / "huggingface" / "huggingface.md"

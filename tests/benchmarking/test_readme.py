@@ -22,9 +22,11 @@ def checkout(tmp_path, monkeypatch):
     return readme
 
 
-def save_results(folder, date, units):
-    results = begin(Settings(), find_systems(["ours"]))
+def save_results(folder, date, units, processor=None, **settings):
+    results = begin(Settings(**settings), find_systems(["ours"]))
     results.date = date
+    if processor is not None:
+        results.machine["processor"] = processor
     shape = results.settings.base
     results.runs = [
         Run("compare", 0, "ours", shape, "measured", peak_bytes=int(units * shape.unit_bytes), seconds=(1.0,))
@@ -53,6 +55,24 @@ def test_the_newest_results_are_written_and_a_changed_figure_is_noticed(checkout
     capsys.readouterr()
     assert checkout.main(["--check"]) == 1
     assert "README.md: out of date" in capsys.readouterr().out
+
+
+def test_the_newest_figures_of_each_kind_of_machine_stand_beside_one_another(checkout):
+    folder = checkout.ROOT / "benchmarks" / "results"
+    save_results(folder / "2026-01-01", "2026-01-01T00:00:00+00:00", 21.5, "A, family 1")
+    save_results(folder / "2026-02-01", "2026-02-01T00:00:00+00:00", 22.5, "A, family 1")
+    save_results(folder / "2026-03-01", "2026-03-01T00:00:00+00:00", 23.5, "A, family 1", keep_freed=True)
+    save_results(folder / "2026-04-01", "2026-04-01T00:00:00+00:00", 24.5, "B, family 2")
+    save_results(folder / "2026-05-01", "2026-05-01T00:00:00+00:00", 25.5, "B, family 2")
+    assert checkout.main([]) == 0
+    for document in (checkout.README, checkout.DOCS):
+        text = document.read_text()
+        first, other = text.split("The same on A, family 1")
+        assert "B, family 2" in first
+        assert "25.5" in first
+        assert "2026-02-01:" in other
+        assert "22.5" in other
+        assert not [units for units in ("21.5", "23.5", "24.5") if units in text]
 
 
 def test_figures_of_models_stand_between_markers_of_their_own(checkout):

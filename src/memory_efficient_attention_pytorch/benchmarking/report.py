@@ -17,19 +17,33 @@ _RETURNED = "The allocator returns what is freed at once, from 64 KiB on."
 _KEPT = "The allocator returns freed blocks of 4 MiB at once and may keep smaller ones, as in `mea train`."
 
 
-def comparison(results: Results) -> str:
-    """How it was measured and the table of all systems at the compared shape."""
+def comparison(results: Results, elsewhere: Sequence[Results] = ()) -> str:
+    """How it was measured and the table of all systems at the compared shape.
+
+    elsewhere: what was measured in the same way on other machines, whose tables follow.
+    """
+    parts = [method(results), _comparison_table(results)]
+    for other in elsewhere:
+        parts += [f"The same on {_place(other)}; {other.date[:10]}:", _comparison_table(other)]
+    return "\n\n".join(parts)
+
+
+def _comparison_table(results: Results) -> str:
     headings = ["", "memory, units", "memory, MiB", "seconds a step", "memory, relative", "time, relative"]
-    return f"{method(results)}\n\n{table(headings, [_cells(row) for row in compared(results)])}"
+    return table(headings, [_cells(row) for row in compared(results)])
+
+
+def _place(results: Results) -> str:
+    machine = results.machine
+    place = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    return f"{place}, {machine.get('gpu_memory_bytes', machine['memory_bytes']) / 1024**3:.0f} GiB"
 
 
 def method(results: Results) -> str:
     """What was run where, when and with what, in a paragraph."""
-    machine, settings = results.machine, results.settings
+    settings = results.settings
     shape, rounds = settings.base, settings.rounds
     allocator = _KEPT if settings.keep_freed else _RETURNED
-    place = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
-    memory = machine.get("gpu_memory_bytes", machine["memory_bytes"]) / 1024**3
     versions = ", ".join(f"{name} {version}" for name, version in results.versions.items())
     return (
         f"One forward and backward, loss included, of a causal Transformer: {shape.batch_size} × "
@@ -37,14 +51,14 @@ def method(results: Results) -> str:
         f"×{shape.ff_mult}, vocabulary {shape.num_tokens}, fp32 unless a line says otherwise. Memory is the peak "
         f"above the built model and its gradients; a unit is tokens · dim · 4 bytes. {allocator} Each system in fresh "
         f"processes, in turn, {rounds} round{'s' if rounds > 1 else ''}: medians. Relative figures are medians of the "
-        f"ratios to *{results.labels.get(REFERENCE, REFERENCE)}* in the same round. {place}, {memory:.0f} GiB; "
+        f"ratios to *{results.labels.get(REFERENCE, REFERENCE)}* in the same round. {_place(results)}; "
         f"{versions}; {results.date[:10]}."
     )
 
 
-def full(results: Results, figures: Sequence[str] = ()) -> str:
+def full(results: Results, figures: Sequence[str] = (), elsewhere: Sequence[Results] = ()) -> str:
     """``comparison``, then the figures and tables over length, depth and vocabulary, and what was left out and why."""
-    parts = [comparison(results), *(f"![{Path(name).stem.replace('-', ' ')}]({name})" for name in figures)]
+    parts = [comparison(results, elsewhere), *(f"![{Path(name).stem.replace('-', ' ')}]({name})" for name in figures)]
     sweeps: list[tuple[str, str, Callable[[Run], float], str]] = [
         ("Memory in MiB, by sequence length", "seq_len", lambda run: peak(run) / MIB, ".0f"),
         ("Seconds a step, by sequence length", "seq_len", step_seconds, ".3g"),
