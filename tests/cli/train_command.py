@@ -9,9 +9,10 @@ import multiprocessing
 import os
 import resource
 import signal
+import socket
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 _CONTEXT = multiprocessing.get_context("forkserver")
@@ -25,6 +26,7 @@ _CONTEXT.set_forkserver_preload(
         "torch.distributed.fsdp",
         "memory_efficient_attention_pytorch.cli.train",
         "memory_efficient_attention_pytorch.training.runs",
+        "torch.distributed.checkpoint",
     ]
 )
 
@@ -42,6 +44,7 @@ class Mea:
     file_limit: bytes beyond which its files cannot grow; what it meets then is what a full disk is.
     terminal: the terminal's name, for its output instead of a file.
     kill_at: the stage of writing, counted from 1, before which it kills itself.
+    environment: variables that it has besides.
     """
 
     def __init__(
@@ -52,6 +55,7 @@ class Mea:
         file_limit: int | None = None,
         kill_at: int | None = None,
         terminal: str | None = None,
+        environment: Mapping[str, str] | None = None,
     ):
         self.streams = Path(tempfile.mkdtemp(dir=folder.parent, prefix="streams"))
         (self.streams / "stdin").write_bytes(stdin)
@@ -61,7 +65,7 @@ class Mea:
         else:
             (self.streams / "stdout").symlink_to(terminal)
         self.process = _CONTEXT.Process(
-            target=_command, args=(str(folder), arguments, str(self.streams), file_limit, kill_at)
+            target=_command, args=(str(folder), arguments, str(self.streams), file_limit, kill_at, environment or {})
         )
         self.process.start()
 
@@ -94,7 +98,31 @@ def together(world: int, act: Callable[..., None], *arguments: object) -> None:
             process.kill()
 
 
-def _command(folder: str, arguments: tuple[str, ...], streams: str, file_limit: int | None, kill_at: int | None):
+def launch(folder: Path, world: int, *arguments: str, rank: int | None = None, **options) -> list[Mea]:
+    """The processes of a call as torchrun starts them; the options are of the one of that rank."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = str(free.getsockname()[1])
+    common = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [
+        Mea(
+            folder,
+            *arguments,
+            environment=common | {"RANK": str(each), "LOCAL_RANK": str(each)},
+            **(options if each == rank else {}),
+        )
+        for each in range(world)
+    ]
+
+
+def _command(
+    folder: str,
+    arguments: tuple[str, ...],
+    streams: str,
+    file_limit: int | None,
+    kill_at: int | None,
+    environment: Mapping[str, str],
+):
+    os.environ.update(environment)
     import torch
 
     from memory_efficient_attention_pytorch.cli import main
@@ -113,7 +141,7 @@ def _command(folder: str, arguments: tuple[str, ...], streams: str, file_limit: 
 
 
 def _die_while_writing(kill_at: int) -> None:
-    from memory_efficient_attention_pytorch.training import checkpoints, files
+    from memory_efficient_attention_pytorch.training import checkpoints, files, parts
 
     calls = 0
 
@@ -127,7 +155,9 @@ def _die_while_writing(kill_at: int) -> None:
 
         return act
 
-    for name in ("save_model", "save_file", "_sha256", "discard"):
+    for name in ("save_model", "save_file", "sha256", "discard"):
         setattr(checkpoints, name, dying(getattr(checkpoints, name)))
     for name in ("flush", "discard"):
         setattr(files, name, dying(getattr(files, name)))
+    for name in ("save_file", "flush", "sha256"):
+        setattr(parts, name, dying(getattr(parts, name)))

@@ -140,7 +140,7 @@ def test_damage_is_a_warning_unless_someone_listens(store):
         assert store.find() is None
 
 
-@pytest.mark.parametrize("failing", ["save_model", "save_file", "_sha256"])
+@pytest.mark.parametrize("failing", ["save_model", "save_file", "sha256"])
 def test_a_write_that_fails_leaves_what_was_there(store, monkeypatch, failing):
     save_steps(store, {10: 3.0, 20: 2.0})
 

@@ -17,6 +17,7 @@ from memory_efficient_attention_pytorch.training import load_run
 from memory_efficient_attention_pytorch.training.config import TrainConfig
 from memory_efficient_attention_pytorch.training.data import Batches, Corpus
 from memory_efficient_attention_pytorch.training.model import build_model
+from memory_efficient_attention_pytorch.training.run_directory import RunDirectory
 from memory_efficient_attention_pytorch.training.runs import resume_run, start_run
 from memory_efficient_attention_pytorch.training.tracking import Callback, Step
 from memory_efficient_attention_pytorch.training.trainer import learning_rate, make_optimizer
@@ -44,7 +45,7 @@ def train(text, out, callback=None, **options):
 
 
 def weights(outcome):
-    return load_file(outcome.run.checkpoints.find().model)
+    return load_file(outcome.run.checkpoints.find().files("model")[0])
 
 
 def largest_difference(one, other):
@@ -140,7 +141,9 @@ def test_a_sharded_model_learns_what_a_whole_one_does_and_goes_on_in_one_process
 
 
 def weights_of(folder, step):
-    return load_file(folder / f"checkpoints/step-{step:08d}/model.safetensors")
+    found = load_run(folder, checkpoint="last")
+    assert RunDirectory(folder).checkpoints.find("last").state.step == step
+    return found.model.state_dict()
 
 
 def validations(folder):
@@ -212,7 +215,7 @@ def test_a_finished_run_loads_with_its_tokenizer(text, tmp_path):
 
 def test_a_run_without_a_sound_checkpoint_cannot_be_loaded(text, tmp_path):
     outcome = train(text, tmp_path / "run", batch_size=2)
-    outcome.run.checkpoints.find().model.write_bytes(b"")
+    outcome.run.checkpoints.find().files("model")[0].write_bytes(b"")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         with pytest.raises(ValueError, match="holds no sound checkpoint"):

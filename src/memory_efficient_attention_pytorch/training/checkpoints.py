@@ -1,13 +1,14 @@
 """Checkpoints: a directory each, written whole or not at all, verified before use.
 
 A checkpoint holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `SHA256SUMS` of the three (which
-`sha256sum --check` reads). The random generators need no entry: step s is seeded by (seed, s, process), so the step's
-number is their state, and the position in the data too.
+`sha256sum --check` reads). Of a sharded model each process writes its part, `model-00001-of-00004.safetensors` and
+`optimizer-00001-of-00004.safetensors`. Either is read by any number of processes, sharded or not. The random generators
+need no entry: step s is seeded by (seed, s, process), so the step's number is their state, and the position in the data
+too.
 """
 
 import contextlib
 import dataclasses
-import hashlib
 import itertools
 import json
 import math
@@ -15,7 +16,7 @@ import os
 import re
 import tempfile
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -23,12 +24,13 @@ import torch
 from safetensors.torch import load_file, load_model, save_file, save_model
 from torch import nn
 
-from .files import directory_written_atomically, discard
-from .sharding import gathered, is_sharded, parted
+from .files import directory_written_atomically, discard, sha256
+from .sharding import is_sharded
 
 _PREFIX = "step-"
 _NAME = re.compile(r"step-\d{8,}")
 _UNFINISHED = re.compile(r"\.step-\d{8,}\.(partial|discarded)")
+_FILE = re.compile(r"(model|optimizer)(?:-(\d{5,})-of-(\d{5,}))?\.safetensors")
 _SUMS = "SHA256SUMS"
 
 
@@ -56,13 +58,9 @@ class Checkpoint:
     path: Path
     state: TrainState
 
-    @property
-    def model(self) -> Path:
-        return self.path / "model.safetensors"
-
-    @property
-    def optimizer(self) -> Path:
-        return self.path / "optimizer.safetensors"
+    def files(self, kind: str) -> list[Path]:
+        """Those of the "model" or the "optimizer", one or a part of each process, by the sums."""
+        return [self.path / name for name in _read_sums(self.path) if (of := _FILE.fullmatch(name)) and of[1] == kind]
 
 
 class Checkpoints:
@@ -76,23 +74,25 @@ class Checkpoints:
     ) -> Checkpoint:
         """Write a checkpoint. Whatever stops it, the ones before are untouched and no half of this one is seen.
 
-        Of a model that is sharded every process has to save, and the main one alone writes.
+        Of a model that is sharded every process has to save, and each writes its part; else the main one alone.
         """
         path = self.root / f"{_PREFIX}{state.step:08d}"
-        averages, sharded = _optimizer_tensors(model, optimizer), is_sharded(model)
-        if sharded:
-            weights, averages = (gathered(each, keep=main) for each in (model.state_dict(), averages))
-        if not main:
-            return Checkpoint(path, state)
-        with directory_written_atomically(path) as directory:
-            if sharded:
-                save_file(weights, directory / "model.safetensors")
-            else:
-                save_model(model, str(directory / "model.safetensors"))
-            save_file(averages, directory / "optimizer.safetensors")
+        averages = _optimizer_tensors(model, optimizer)
+
+        def finish(directory: Path, sums: dict[str, str]) -> None:
             (directory / "state.json").write_text(json.dumps(dataclasses.asdict(state), indent=1) + "\n")
-            sums = [f"{_sha256(file)}  {file.name}\n" for file in sorted(directory.iterdir())]
-            (directory / _SUMS).write_text("".join(sums))
+            sums["state.json"] = sha256(directory / "state.json")
+            (directory / _SUMS).write_text("".join(f"{sums[name]}  {name}\n" for name in sorted(sums)))
+
+        if is_sharded(model):
+            from .parts import save_parts
+
+            save_parts(path, {"model": model.state_dict(), "optimizer": averages}, finish)
+        elif main:
+            with directory_written_atomically(path) as directory:
+                save_model(model, str(directory / "model.safetensors"))
+                save_file(averages, directory / "optimizer.safetensors")
+                finish(directory, {file.name: sha256(file) for file in sorted(directory.iterdir())})
         return Checkpoint(path, state)
 
     def find(self, which: str = "last", report: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
@@ -157,10 +157,9 @@ def _loss_or_infinity(checkpoint: Checkpoint) -> float:
 def find_flaw(path: Path) -> str | None:
     """What is wrong with a checkpoint's files, None if every one has the sum it was written with."""
     try:
-        lines = (path / _SUMS).read_text().splitlines()
-        expected = {name: checksum for checksum, name in (line.split("  ") for line in lines)}
-        for name in ("model.safetensors", "optimizer.safetensors", "state.json"):
-            if expected.get(name) != _sha256(path / name):
+        expected = _read_sums(path)
+        for name in _names(expected):
+            if expected.get(name) != sha256(path / name):
                 return f"{name} is truncated or altered"
     except OSError as error:
         return f"{Path(error.filename).name}: {error.strerror}"
@@ -169,12 +168,38 @@ def find_flaw(path: Path) -> str | None:
     return None
 
 
+def _read_sums(path: Path) -> dict[str, str]:
+    lines = (path / _SUMS).read_text().splitlines()
+    return {name: checksum for checksum, name in (line.split("  ") for line in lines)}
+
+
+def _names(sums: Iterable[str]) -> list[str]:
+    """The files that a checkpoint with these among them has to have."""
+    names = []
+    for kind in ("model", "optimizer"):
+        counts = {of[3] for name in sums if (of := _FILE.fullmatch(name)) and of[1] == kind} or {None}
+        if len(counts) > 1:
+            raise ValueError(f"{kind}: expected parts of one number of processes, got {counts}")
+        [count] = counts
+        numbers = [""] if count is None else [f"-{i:05d}-of-{count}" for i in range(1, int(count) + 1)]
+        names += [f"{kind}{number}.safetensors" for number in numbers]
+    return [*names, "state.json"]
+
+
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model of the same shape. Raises ValueError for one of another shape."""
+    """Copy a checkpoint's weights into a model of the same shape, of which this process may hold a part.
+
+    Then all processes have to ask for it. Raises ValueError for a model of another shape.
+    """
+    files = checkpoint.files("model")
     try:
-        with _utf8_name(checkpoint.model) as file:
+        if len(files) > 1 or is_sharded(model):
+            from .parts import load_parts
+
+            return load_parts(files, {name: tensor.detach() for name, tensor in model.state_dict().items()})
+        with _utf8_name(files[0]) as file:
             load_model(model, file)
-    except RuntimeError as error:  # what load_state_dict raises, a line for each weight
+    except (RuntimeError, ValueError) as error:  # what load_state_dict raises, a line for each weight
         raise ValueError(
             f"the weights in {checkpoint.path} are not those of the model in the run's config.toml: was that changed "
             "later?"
@@ -183,15 +208,30 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
     """Give `optimizer`, which holds `model`'s parameters, the averages it had at the checkpoint."""
+    files = checkpoint.files("optimizer")
+    if len(files) > 1 or is_sharded(model):
+        tensors = _averages_by_parts(dict(model.named_parameters()), files)
+    else:
+        with _utf8_name(files[0]) as file:
+            tensors = load_file(file)
     state: dict[int, dict[str, torch.Tensor]] = {}
-    with _utf8_name(checkpoint.optimizer) as file:
-        tensors = load_file(file)
-    parameters = dict(model.named_parameters())
     for index, name in enumerate(_names_in_order(model, optimizer)):
-        prefix, like = f"{name}:", parameters[name]
-        of_it = {key.removeprefix(prefix): tensor for key, tensor in tensors.items() if key.startswith(prefix)}
-        state[index] = {key: parted(tensor, like) for key, tensor in of_it.items()}
+        prefix = f"{name}:"
+        state[index] = {key.removeprefix(prefix): tensors[key] for key in tensors if key.startswith(prefix)}
     optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+
+
+def _averages_by_parts(parameters: Mapping[str, torch.Tensor], files: list[Path]) -> dict[str, torch.Tensor]:
+    """Those in the files, divided among the processes as their parameters are."""
+    from .parts import load_parts, shapes_in
+
+    tensors = {}
+    for name, (shape, dtype) in shapes_in(files).items():
+        like = parameters[name.rpartition(":")[0]].detach()
+        # What is no average, such as the number of steps, has a shape of its own.
+        tensors[name] = torch.empty_like(like, dtype=dtype) if like.shape == shape else torch.empty(shape, dtype=dtype)
+    load_parts(files, tensors)
+    return tensors
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
@@ -220,8 +260,3 @@ def _utf8_name(path: Path) -> Iterator[str]:
             yield str(link)
     else:
         yield str(path)
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

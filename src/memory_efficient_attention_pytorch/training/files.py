@@ -1,6 +1,7 @@
 """Writing so that a kill, a full disk or a power cut leaves the old file or the new one, never half of either."""
 
 import contextlib
+import hashlib
 import os
 import shlex
 import shutil
@@ -76,6 +77,12 @@ def flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def sha256(path: Path) -> str:
+    """The sum of a file, as `sha256sum` prints it."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_run_directory(path: Path) -> bool:

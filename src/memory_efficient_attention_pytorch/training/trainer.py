@@ -1,5 +1,6 @@
 """The loop: steps, validations, samples and checkpoints, on accelerate."""
 
+import contextlib
 import dataclasses
 import math
 import time
@@ -58,14 +59,14 @@ class Trainer:
         self._check_position()
 
         torch.manual_seed(config.seed)
-        self.model = build_model(config, tokenizer.num_tokens)
-        if checkpoint:
-            load_weights(self.model, checkpoint)
-        self.wrapped: nn.Module = self.model
+        # Of a sharded model that a checkpoint fills no process ever has the whole.
+        with torch.device("meta") if checkpoint and config.shard else contextlib.nullcontext():
+            self.model = build_model(config, tokenizer.num_tokens)
         if config.shard:
             shard(self.model, accelerator)
-        else:
-            self.wrapped = accelerator.prepare(self.model)
+        if checkpoint:
+            load_weights(self.model, checkpoint)
+        self.wrapped: nn.Module = self.model if config.shard else accelerator.prepare(self.model)
         self.optimizer = accelerator.prepare(make_optimizer(self.model, config))
         if checkpoint:
             load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
