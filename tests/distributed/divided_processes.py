@@ -5,7 +5,9 @@ Run as `python -m tests.distributed.divided_processes RANK WORLD DIRECTORY`.
 Every case's loss and summed gradients go to DIRECTORY/WORLD-RANK.safetensors; the test computes them in one process.
 """
 
+import json
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,14 @@ import torch
 import torch.distributed as dist
 from safetensors.torch import save_file
 from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from memory_efficient_attention_pytorch import AutoregressiveWrapper, KVCache, Transformer, dot_product_attention
 from memory_efficient_attention_pytorch.attention.mask_function import MaskFunction
-from memory_efficient_attention_pytorch.distributed import ContextParallel
+from memory_efficient_attention_pytorch.benchmarking.measure import zero_grads
+from memory_efficient_attention_pytorch.distributed import ContextParallel, all_to_all, ring
 from memory_efficient_attention_pytorch.layers.positions import RelativePositionBias
+from tests.memory.live_bytes import LiveBytes
 from tests.processes import join, leave
 
 BATCH, TOKENS, HEADS = 2, 61, 4
@@ -150,6 +155,36 @@ def trained(name: str, context: ContextParallel | None, dtype: torch.dtype) -> d
     return {"loss": loss.detach().reshape(1), **grads}
 
 
+TOKENS_COUNTED = 2048
+SIDES_COUNTED: dict[str, Any] = {"q_bucket_size": 128, "k_bucket_size": 128}
+
+
+def peak(context: ContextParallel | None) -> int:
+    """Bytes alive at the peak of a step of a Transformer that stores everything, beyond its gradients."""
+    torch.manual_seed(0)
+    kwargs = {"num_tokens": 19, "max_seq_len": TOKENS_COUNTED, "dim": 64, "depth": 2, "heads": HEADS, "dim_head": 16}
+    model = Transformer(**kwargs, causal=True, loss_chunk_size=64, reversible=False, **SIDES_COUNTED)
+    zero_grads(model)
+    tokens = torch.randint(19, (1, TOKENS_COUNTED))
+    tokens = tokens if context is None else context.shard(tokens)
+    with LiveBytes() as count:
+        with nullcontext() if context is None else context:
+            loss = model(tokens, labels=tokens)
+        loss.backward()
+    return count.peak
+
+
+def operations(context: ContextParallel) -> int:
+    """Floating-point operations of causal attention's matrix products here, forward and backward."""
+    whole = [numbers(1, TOKENS_COUNTED, HEADS, 8, seed=i) for i in range(3)]
+    own = context.shard(whole[0], None, *whole[1:])
+    q, k, v = (x.transpose(1, 2).requires_grad_() for x in own if x is not None)
+    with FlopCounterMode(display=False) as count, context:
+        out = dot_product_attention(q, k, v, causal=True, backend="products", **SIDES_COUNTED)
+        out.sum().backward()
+    return count.get_total_flops()
+
+
 def cases(world: int) -> list[tuple[str, str, str, torch.dtype]]:
     """Kind, name, method and dtype of what is computed."""
     core = {"causal", "causal window", "dropout", "bias", "rotary exact", "rotary exact stored", "large"}
@@ -198,6 +233,12 @@ def main() -> None:
         for key, value in compute(kind, name, context, method, dtype).items():
             found[f"{kind}/{name}/{method}/{dtype}/{key}"] = value
     save_file(found, directory / f"{world}-{rank}.safetensors")
+    ring.SLICE["cpu"], all_to_all.AT_ONCE["cpu"] = 2**13, 2**18
+    counted = {}
+    for method in ("ring", "all_to_all"):
+        context = ContextParallel(dist.group.WORLD, method=method)
+        counted[method] = {"peak": peak(context), "operations": operations(context)}
+    (directory / f"counted-{world}-{rank}.json").write_text(json.dumps(counted))
     (directory / f"refusals-{world}-{rank}.txt").write_text("\n".join(refusals(ContextParallel(dist.group.WORLD))))
     leave()
 

@@ -1,5 +1,6 @@
 """Tokens divided over two and four processes: output, loss and all gradients are those of one."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -9,7 +10,7 @@ from safetensors.torch import load_file
 from memory_efficient_attention_pytorch.distributed.exchange import Layout
 from tests.agreement import difference
 from tests.distributed import divided_processes
-from tests.distributed.divided_processes import cases, compute
+from tests.distributed.divided_processes import cases, compute, peak
 from tests.processes import run_processes
 
 
@@ -64,6 +65,15 @@ def test_what_would_mean_something_else_is_refused(found):
         told = (directory / f"refusals-{world}-{rank}.txt").read_text().splitlines()
         assert len(told) == len(parts)
         assert all(line.startswith(part) for part, line in zip(parts, told, strict=True)), told
+
+
+@pytest.mark.parametrize("method", ["ring", "all_to_all"])
+def test_a_process_holds_its_share_and_computes_its_share(found, method):
+    world, directory = found
+    each = [json.loads((directory / f"counted-{world}-{rank}.json").read_text())[method] for rank in range(world)]
+    assert 0 < max(of["peak"] for of in each) <= 1.1 / world * peak(None)
+    operations = [of["operations"] for of in each]
+    assert 0 < max(operations) <= 1.1 * min(operations)
 
 
 @pytest.mark.parametrize("tokens", [1, 7, 64])

@@ -31,10 +31,13 @@ class CpuKernel(Tiled):
             return f"q and v differ in width ({request.d} and {request.e})"
         return "this PyTorch does not have it" if attention_kernels.cpu_kernel() is None else None
 
-    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+    def add_gradients(
+        self, request: AttentionRequest, given: BackwardInputs, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+    ) -> None:
         # The kernel takes no gradient of the log-sum-exp and gives none of the scores.
         by_products = given.grad_lse is not None or given.bias_gradient.wanted
-        return Products().backward(request, given) if by_products else super().backward(request, given)
+        add = Products().add_gradients if by_products else super().add_gradients
+        add(request, given, grad_q, grad_k, grad_v)
 
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
         kernel = attention_kernels.cpu_kernel()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -15,7 +16,7 @@ from .cpu_kernel import unit_stride
 from .kernel import ALIGNMENT
 from .products import Products
 from .request import AttentionRequest
-from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite
+from .tiles import Found, LogSumExp, Part, QueryBucket, Scores, Tiled, TileGradients, finite
 from .way import OF_SCORE, BackwardInputs
 
 # The least sides of a tile: each is a launch, which has to fill the device.
@@ -47,13 +48,17 @@ class CudaKernel(Tiled):
             return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
         return "this PyTorch does not have it" if attention_kernels.efficient_kernel() is None else None
 
-    def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        return super().forward(_in_large_tiles(request), q, k, v)
+    def rows(
+        self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, before: Found | None = None
+    ) -> Iterator[tuple[Part, slice, Tensor, LogSumExp]]:
+        return super().rows(_in_large_tiles(request), q, k, v, before)
 
-    def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+    def add_gradients(
+        self, request: AttentionRequest, given: BackwardInputs, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+    ) -> None:
         if given.grad_lse is not None:  # which the kernel does not take
-            return Products().backward(request, given)
-        return super().backward(_in_large_tiles(request), given)
+            return Products().add_gradients(request, given, grad_q, grad_k, grad_v)
+        return super().add_gradients(_in_large_tiles(request), given, grad_q, grad_k, grad_v)
 
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
         added, level = scores.relative(torch.float32, scores.visible)

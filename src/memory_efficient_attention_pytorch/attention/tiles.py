@@ -11,7 +11,7 @@ of a tile, and the loops.
 from __future__ import annotations
 
 from abc import abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -274,6 +274,23 @@ class LogSumExp(NamedTuple):
         return total, ((high - total) + self.low).masked_fill(total == float("-inf"), 0.0)
 
 
+class Found(NamedTuple):
+    """Output ``(b, h, i, e)`` and log-sum-exp of queries so far, in the compute dtype."""
+
+    out: Tensor
+    lse: LogSumExp
+
+    def at(self, part: Part, queries: slice) -> tuple[Tensor, LogSumExp]:
+        """Those of a part's heads and some of its queries."""
+        out, *lse = (part.of_query(x)[:, :, queries] for x in (self.out, *self.lse))
+        return out, LogSumExp(*lse)
+
+    def of(self, queries: slice) -> Found:
+        """Those of some of the queries, in the same memory."""
+        out, *lse = (x[:, :, queries] for x in (self.out, *self.lse))
+        return Found(out, LogSumExp(*lse))
+
+
 TileGradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
@@ -295,32 +312,48 @@ class Tiled(Way):
         """This tile's part of the gradients of q, k and v, and the gradient of its scores or None."""
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        first_query, first_key = request.held.queries.start, request.held.keys.start
-        # The output of a block is merged with others later.
+        # Of a block, the output is to be merged with others.
         out, *log_sum_exp = empty_results(request, v, None if request.block is None else request.compute_dtype)
+        for part, here, found, lse in self.rows(request, q, k, v):
+            part.of_query(out)[:, :, here] = found
+            for whole, of_row in zip(log_sum_exp, lse.rounded(), strict=False):
+                part.of_query(whole)[:, :, here] = of_row
+        return out, *log_sum_exp
+
+    def rows(
+        self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, before: Found | None = None
+    ) -> Iterator[tuple[Part, slice, Tensor, LogSumExp]]:
+        """Row by row of a part: its queries among those at hand, their output and log-sum-exp, merged with what was
+        found ``before`` for other keys."""
+        first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements, alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
             for row in part.rows(request):
                 here = shifted(row.queries, first_query)
                 queries = part.of_query(q)[:, :, here]
-                merged: tuple[Tensor, LogSumExp] | None = None
+                merged = None if before is None else before.at(part, here)
                 for tile in tiles(row):
                     scores = Scores(request, part, tile)
                     there = shifted(tile.keys, first_key)
                     found = self.attend(scores, queries, keys[:, :, there], values[:, :, there])
                     merged = found if merged is None else merge(*merged, *found)
                 assert merged is not None  # a row has a tile
-                part.of_query(out)[:, :, here] = merged[0]
-                for whole, of_row in zip(log_sum_exp, merged[1].rounded(), strict=False):
-                    part.of_query(whole)[:, :, here] = of_row
-        return out, *log_sum_exp
+                yield part, here, *merged
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
+        dtype = request.compute_dtype
+        grad_q = torch.zeros_like(given.q, dtype=None if request.block is None else dtype)
+        grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (given.k, given.v))
+        self.add_gradients(request, given, grad_q, grad_k, grad_v)
+        return grad_q, grad_k, grad_v
+
+    def add_gradients(
+        self, request: AttentionRequest, given: BackwardInputs, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
+    ) -> None:
+        """Add those of the queries, keys and values at hand to what is there, in the compute dtype or q's own."""
         # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
         dtype, bias_gradient = request.compute_dtype, given.bias_gradient
         first_query, first_key = request.held.queries.start, request.held.keys.start
-        grad_q = torch.zeros_like(given.q, dtype=None if request.block is None else dtype)
-        grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (given.k, given.v))
         for part in parts(request, self.elements, alike=(self.name, *given.tensors)):
             keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
             for row in part.rows(request):
@@ -335,8 +368,7 @@ class Tiled(Way):
                     to_values[here] += dv
                     if ds is not None and bias_gradient.wanted:
                         bias_gradient.add(tile, part.batch, part.heads, ds)
-                part.of_query(grad_q)[:, :, queries] = of_queries
-        return grad_q, grad_k, grad_v
+                part.of_query(grad_q)[:, :, queries] += of_queries
 
 
 def empty_results(request: AttentionRequest, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:

@@ -40,6 +40,9 @@ class Divided(Protocol):
     def loss(self, part: Tensor) -> Tensor:
         """The sum of each process's part of a loss, of which each differentiates its own."""
 
+    def may_hold(self, h: int, kv: int) -> bool:
+        """Can attention be computed of so many query and key/value heads alone?"""
+
     def way(self, within: Any, request: Any) -> Any:
         """A way of computing attention over all tokens by one that computes tiles."""
 
@@ -51,6 +54,12 @@ def active() -> Divided | None:
     """The active division of tokens; None where this process holds all of them."""
     # What is compiled runs eagerly where tokens are divided, so a compiler never asks in vain.
     return None if torch.compiler.is_compiling() else _active.get()
+
+
+def whole_tokens(tokens: int) -> int:
+    """Those of the whole sequence, of which ``tokens`` are here."""
+    divided = active()
+    return tokens if divided is None or tokens != divided.local_tokens else divided.num_tokens
 
 
 @contextmanager

@@ -1,11 +1,12 @@
 """Heads exchanged for tokens: each process attends for some of the heads to all tokens.
 
 Jacobs et al., "DeepSpeed Ulysses", 2023, arXiv:2309.14509. Where there are fewer key/value heads than processes, each
-goes to all the processes whose query heads read it.
+goes to all the processes whose query heads read it. Of a long sequence a few of the heads are exchanged at a time.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from dataclasses import replace
 
 import torch
@@ -18,9 +19,13 @@ from ..attention.visibility import Block
 from ..attention.way import BackwardInputs, Way
 from .exchange import Layout, all_to_all
 
+AT_ONCE = {"cpu": 2**24}
+"""Bytes that a process may work with between two exchanges: queries, keys, values, output and as much of cotangents."""
+AT_ONCE_ELSEWHERE = 2**28
+
 
 class AllToAll(Way):
-    """Memory of a process: all tokens of ``h / size`` heads, as much as its own tokens of all heads."""
+    """Memory of a process: its own tokens of all heads, and all tokens of the heads that it has at a time."""
 
     name, backend = "all_to_all", "all_to_all"
     merit = "heads exchanged for tokens travel once"
@@ -36,51 +41,73 @@ class AllToAll(Way):
         return f"{h} query heads and {kv} key/value heads do not divide among {size} processes"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        own = self._of_heads(request)
-        found = self.within.forward(own, *(self._to_heads(x) for x in (q, k, v)))
-        out, *others = (
-            self._to_tokens(x, x.new_zeros((*x.shape[:1], request.h, *q.shape[2:3], *x.shape[3:]))) for x in found
-        )
-        lse, *rest = others
-        for number, chunk in enumerate(self.layout.chunks(self.rank)):
-            # What fills a chunk up sees nothing.
-            seen = number * self.layout.chunk + chunk.stop - chunk.start
-            lse[:, :, seen : (number + 1) * self.layout.chunk] = float("-inf")
-        return out.to(v.dtype).transpose(1, 2).contiguous().transpose(1, 2), lse, *rest
+        # Token-major in memory, so that merging the heads afterwards is a view. What fills a chunk up sees nothing.
+        out = v.new_zeros(request.b, q.shape[2], request.h, request.e).transpose(1, 2)
+        lse = v.new_full(out.shape[:3], float("-inf"), dtype=request.compute_dtype)
+        results = (out, lse, torch.zeros_like(lse)) if request.keeps_rest else (out, lse)
+        for turn, own in self._turns(request):
+            found = self.within.forward(own, *(self._to_heads(x, turn) for x in (q, k, v)))
+            for x, total in zip(found, results, strict=True):
+                for target, part in self._to_tokens(x, total, turn):
+                    target.copy_(part)
+        return results
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
-        own = self._of_heads(request)
-        tensors = (given.q, given.k, given.v, given.out, given.lse)
-        q, k, v, out, lse = (self._to_heads(x) for x in tensors)
-        state = [self._to_heads(x) for x in given.state]
-        grad_out = self._to_heads(given.grad_out)
-        grad_lse = None if given.grad_lse is None else self._to_heads(given.grad_lse)
-        found = self.within.backward(
-            own, BackwardInputs(q, k, v, out, lse, state, grad_out, grad_lse, given.bias_gradient)
-        )
-        pairs = zip(found, (given.q, given.k, given.v), strict=True)
-        dtype = request.compute_dtype
-        return tuple(self._to_tokens(x.to(dtype), torch.zeros_like(like, dtype=dtype)) for x, like in pairs)
+        results = [torch.zeros_like(x, dtype=request.compute_dtype) for x in (given.q, given.k, given.v)]
+        for turn, own in self._turns(request):
+            tensors = (given.q, given.k, given.v, given.out, given.lse)
+            q, k, v, out, lse = (self._to_heads(x, turn) for x in tensors)
+            state = [self._to_heads(x, turn) for x in given.state]
+            grad_out = self._to_heads(given.grad_out, turn)
+            grad_lse = None if given.grad_lse is None else self._to_heads(given.grad_lse, turn)
+            inputs = BackwardInputs(q, k, v, out, lse, state, grad_out, grad_lse, given.bias_gradient)
+            found = list(self.within.backward(own, inputs))
+            del inputs, q, k, v, out, lse, state, grad_out, grad_lse
+            for total in results:
+                # Of a head that several processes had, all parts.
+                for target, part in self._to_tokens(found.pop(0), total, turn):
+                    target += part
+        return tuple(results)
 
-    def _of_heads(self, request: AttentionRequest) -> AttentionRequest:
+    def _turns(self, request: AttentionRequest) -> Iterator[tuple[tuple[int, int], AttentionRequest]]:
+        """Number and count of the exchanges, as few as memory allows, and what this process computes between them."""
+        shares = max(1, request.kv // self.layout.size)
+        per_share = 2 * request.b * request.n * (request.d + request.e) * request.dtype.itemsize
+        per_share *= request.h // self.layout.size // shares + 1
+        most = max(1, AT_ONCE.get(request.device_type, AT_ONCE_ELSEWHERE) // max(1, per_share))
+        count = next(n for n in range(1, shares + 1) if shares % n == 0 and (shares // n <= most or n == shares))
         everything = slice(0, request.n)
-        return replace(request, block=Block(self._heads(request.h, self.rank), everything, everything))
+        for number in range(count):
+            heads = self._heads(request.h, self.rank, (number, count))
+            yield (number, count), replace(request, block=Block(heads, everything, everything))
 
-    def _heads(self, heads: int, rank: int) -> slice:
-        """Those of ``heads`` heads that a process gets: a share of them, or the one that its share is within."""
-        first = rank * heads // self.layout.size
-        return slice(first, first + max(1, heads // self.layout.size))
+    def _heads(self, heads: int, rank: int, turn: tuple[int, int]) -> slice:
+        """Those of ``heads`` heads that a process gets in a turn: of its share of them, or the one its share is in."""
+        number, count = turn
+        size = max(1, heads // self.layout.size // count)
+        first = rank * heads // self.layout.size + number * size
+        return slice(first, first + size)
 
-    def _to_heads(self, x: Tensor) -> Tensor:
-        """``(b, h, local, …)`` of this process's tokens → ``(b, heads, n, …)`` of its heads."""
-        parts = [x[:, self._heads(x.shape[1], rank)] for rank in range(self.layout.size)]
-        return torch.cat(all_to_all(self.group, parts), dim=2)[:, :, self.layout.places(x.device)]
+    def _to_heads(self, x: Tensor, turn: tuple[int, int]) -> Tensor:
+        """``(b, h, local, …)`` of this process's tokens → ``(b, heads, n, …)`` of the heads that it gets in a turn."""
+        parts = [x[:, self._heads(x.shape[1], rank, turn)] for rank in range(self.layout.size)]
+        found = all_to_all(self.group, parts)
+        own = x.new_empty(*parts[0].shape[:2], self.layout.num_tokens, *x.shape[3:])
+        for rank, part in enumerate(found):
+            for chunk in self._chunks(rank):
+                own[:, :, chunk] = part[:, :, self.layout.here(rank, chunk)]
+        return own
 
-    def _to_tokens(self, x: Tensor, total: Tensor) -> Tensor:
-        """The inverse, added to ``total (b, h, local, …)``: of a head that several processes had, all parts."""
-        everywhere = x.new_zeros((*x.shape[:2], self.layout.size * self.layout.local, *x.shape[3:]))
-        everywhere[:, :, self.layout.places(x.device)] = x
-        parts = all_to_all(self.group, everywhere.split(self.layout.local, dim=2))
-        for rank, part in enumerate(parts):
-            total[:, self._heads(total.shape[1], rank)] += part
-        return total
+    def _to_tokens(self, x: Tensor, total: Tensor, turn: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
+        """The inverse: places in ``total (b, h, local, …)``, and what each process found for them."""
+        sent = x.new_empty(self.layout.size, *x.shape[:2], self.layout.local, *x.shape[3:])
+        for rank, part in enumerate(sent):
+            for chunk in self._chunks(rank):
+                part[:, :, self.layout.here(rank, chunk)] = x[:, :, chunk]
+        for rank, part in enumerate(all_to_all(self.group, sent)):
+            for chunk in self._chunks(self.rank):
+                here = self.layout.here(self.rank, chunk)
+                yield total[:, self._heads(total.shape[1], rank, turn), here], part[:, :, here]
+
+    def _chunks(self, rank: int) -> list[slice]:
+        return [chunk for chunk in self.layout.chunks(rank) if chunk.start < chunk.stop]

@@ -176,6 +176,10 @@ class ContextParallel:
         total: Tensor = _Sum.apply(self, part)
         return total
 
+    def may_hold(self, h: int, kv: int) -> bool:
+        """Can attention be computed of so many query and key/value heads alone?"""
+        return self.method != "all_to_all" or AllToAll.refusal(h, kv, self.size) is None
+
     def way(self, within: Tiled, request: AttentionRequest) -> Way:
         """How attention over all tokens is computed, by a way that computes tiles."""
         refusal = AllToAll.refusal(request.h, request.kv, self.size)

@@ -94,9 +94,9 @@ def _send_and_receive(
     return dist.batch_isend_irecv(operations) if operations else []
 
 
-def all_to_all(group: dist.ProcessGroup, sent: Sequence[Tensor]) -> list[Tensor]:
-    """Tensors of one shape, one for each process; those that come, one from each."""
-    stacked = torch.stack(list(sent))
+def all_to_all(group: dist.ProcessGroup, sent: Sequence[Tensor] | Tensor) -> list[Tensor]:
+    """Tensors of one shape, one for each process; those that come, one from each. They may be stacked already."""
+    stacked = sent if isinstance(sent, Tensor) else torch.stack(list(sent))
     found = torch.empty_like(stacked)
     together(dist.all_to_all_single, found, stacked, group=group)
     return list(found)

@@ -1,14 +1,16 @@
 """Keys and values go round: each process attends with its own queries to a part of the keys at a time.
 
 What is found for the parts is merged by log-sum-exp, as tiles are (Liu et al., "Ring attention", 2023,
-arXiv:2310.01889). In step s a process sends to the one s places on, so that what a window hides is never sent; the next
-step's keys travel while this step's are computed. In backward the gradients of a part return to its owner likewise.
+arXiv:2310.01889). In step s a process sends to the one s places on, so that what a window hides is never sent. Keys
+travel a slice at a time, the next one while this one's tiles are computed, so that few are held whatever the length. In
+backward the gradients of a slice return to its owner likewise.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import lru_cache
 from typing import NamedTuple
 
 import torch
@@ -16,22 +18,34 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.request import AttentionRequest
-from ..attention.tiles import LogSumExp, Tiled, merge
+from ..attention.tiles import Found, LogSumExp, Tiled
 from ..attention.visibility import Block
 from ..attention.way import BackwardInputs, Way
 from .exchange import Layout, Transfer
 
+SLICE = {"cpu": 2**19}
+"""Bytes of keys and values that travel at a time."""
+SLICE_ELSEWHERE = 2**25
+
 
 class Part(NamedTuple):
-    """Keys and values that a process needs of one chunk, and where they stand in the whole."""
+    """Keys and values at hand, and where they stand in the whole."""
 
     place: slice
     keys: Tensor
     values: Tensor
 
 
+class Turn(NamedTuple):
+    """What a process gets and gives at once: slices of the keys ``step`` places before, and of its own; or nothing."""
+
+    step: int
+    got: slice | None
+    given: slice | None
+
+
 class Ring(Way):
-    """Memory of a process: its own tokens' and two parts of keys and values, in backward their gradients besides."""
+    """Memory of a process: its own tokens' and a few slices of keys and values, in backward of gradients besides."""
 
     name, backend = "ring", "ring"
     merit = "keys and values of few heads go round"
@@ -40,104 +54,137 @@ class Ring(Way):
         self.within, self.layout, self.group, self.rank = within, layout, group, group.rank()
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        out = v.new_zeros(request.b, q.shape[2], request.h, request.e, dtype=request.compute_dtype).transpose(1, 2)
+        # Token-major in memory, so that merging the heads afterwards is a view.
+        shape, dtype = (request.b, q.shape[2], request.h, request.e), request.compute_dtype
+        out = v.new_zeros(shape, dtype=dtype).transpose(1, 2)
         high = out.new_full(out.shape[:3], float("-inf"))
-        low = high.clone()
-        for _, parts in self._round(request, k, v):
-            for part in parts:
-                for queries, block in self._pairs(request, part.place):
-                    own = replace(request, block=block)
-                    other, lse, *rest = self.within.forward(own, q[:, :, queries], part.keys, part.values)
-                    small = rest[0] if rest else torch.zeros_like(lse)
-                    theirs = LogSumExp(lse, small.masked_fill(lse == float("-inf"), float("-inf")))
-                    mine = LogSumExp(high[:, :, queries], low[:, :, queries])
-                    merged, lse_of_both = merge(out[:, :, queries], mine, other, theirs)
-                    out[:, :, queries] = merged
-                    high[:, :, queries], low[:, :, queries] = lse_of_both
-        lse, rest_of_all = LogSumExp(high, low).rounded()
-        return (out.to(v.dtype), lse, rest_of_all) if request.keeps_rest else (out.to(v.dtype), lse)
+        everything = Found(out, LogSumExp(high, high.clone()))
+        for _, part in self._round(request, k, v):
+            for queries, block in self._pairs(request, part.place):
+                own, so_far = replace(request, block=block), everything.of(queries)
+                for of, here, found, of_found in self.within.rows(
+                    own, q[:, :, queries], part.keys, part.values, so_far
+                ):
+                    for whole, of_row in zip((so_far.out, *so_far.lse), (found, *of_found), strict=True):
+                        of.of_query(whole)[:, :, here] = of_row
+        lse, rest = everything.lse.rounded()
+        return (out.to(v.dtype), lse, rest) if request.keeps_rest else (out.to(v.dtype), lse)
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         dtype = request.compute_dtype
         grad_q, grad_k, grad_v = (torch.zeros_like(x, dtype=dtype) for x in (given.q, given.k, given.v))
-        returning: tuple[Transfer, list[slice]] | None = None
+        returning: Transfer | None = None
+        coming: slice | None = None
 
-        def add(places: list[slice], gradients: list[Tensor]) -> None:
-            for number, place in enumerate(places):
-                here = self.layout.here(self.rank, place)
-                grad_k[:, :, here] += gradients[2 * number]
-                grad_v[:, :, here] += gradients[2 * number + 1]
-
-        for step, parts in self._round(request, given.k, given.v):
-            found: list[Tensor] = []
-            for part in parts:
-                of_keys, of_values = (torch.zeros_like(x, dtype=dtype) for x in (part.keys, part.values))
-                for queries, block in self._pairs(request, part.place):
-                    of_queries = [x[:, :, queries] for x in (given.q, given.out, given.lse, given.grad_out)]
-                    q, out, lse, grad_out = of_queries
-                    grad_lse = None if given.grad_lse is None else given.grad_lse[:, :, queries]
-                    state = [x[:, :, queries] for x in given.state]
-                    inputs = (q, part.keys, part.values, out, lse, state, grad_out, grad_lse, given.bias_gradient)
-                    dq, dk, dv = self.within.backward(replace(request, block=block), BackwardInputs(*inputs))
-                    grad_q[:, :, queries] += dq
-                    of_keys += dk
-                    of_values += dv
-                found += [of_keys, of_values]
+        def take() -> None:
             if returning is not None:
-                add(returning[1], returning[0].wait())
-                returning = None
-            if step == 0:
-                add([part.place for part in parts], found)
+                for total, gradient in zip(self._own(coming, grad_k, grad_v), returning.wait(), strict=True):
+                    total += gradient
+
+        for turn, part in self._round(request, given.k, given.v):
+            found = self._own(part.place, grad_k, grad_v)
+            if turn.step:
+                found = [torch.zeros_like(x, dtype=dtype) for x in (part.keys, part.values)]
+            for queries, block in self._pairs(request, part.place):
+                self._add(replace(request, block=block), given, queries, part, grad_q, *found)
+            if turn.step == 0:
                 continue
-            source, to = (self.rank - step) % self.layout.size, (self.rank + step) % self.layout.size
-            places = self._needed(request, to, self.rank)
-            shapes = self._shapes(places, grad_k, grad_v)
-            returning = Transfer(self.group, source, found, to, shapes, like=grad_k), places
-        if returning is not None:
-            add(returning[1], returning[0].wait())
+            take()
+            source, to = (self.rank - turn.step) % self.layout.size, (self.rank + turn.step) % self.layout.size
+            sent, coming = found if turn.got else [], turn.given
+            returning = Transfer(self.group, source, sent, to, self._shapes(coming, grad_k, grad_v), like=grad_k)
+        take()
         return grad_q, grad_k, grad_v
 
-    def _round(self, request: AttentionRequest, k: Tensor, v: Tensor) -> Iterator[tuple[int, list[Part]]]:
-        """Step by step the parts that are needed of a process's keys and values, one's own first."""
-        size, coming = self.layout.size, None
-        for step in range(size):
-            places = self._needed(request, self.rank, (self.rank - step) % size)
-            tensors = self._taken(places, k, v) if coming is None else coming.wait()
-            if step + 1 < size:
-                to, source = (self.rank + step + 1) % size, (self.rank - step - 1) % size
-                sent = self._taken(self._needed(request, to, self.rank), k, v)
-                shapes = self._shapes(self._needed(request, self.rank, source), k, v)
-                coming = Transfer(self.group, to, sent, source, shapes, like=k)
-            pairs = zip(places, tensors[::2], tensors[1::2], strict=True)
-            yield step, [Part(*pair) for pair in pairs]
+    def _add(
+        self, own: AttentionRequest, given: BackwardInputs, queries: slice, part: Part, grad_q: Tensor, *found: Tensor
+    ) -> None:
+        """The gradients of a block of scores, added to those of all queries and to ``found`` of the part's keys."""
+        q, out, lse, grad_out = (x[:, :, queries] for x in (given.q, given.out, given.lse, given.grad_out))
+        grad_lse = None if given.grad_lse is None else given.grad_lse[:, :, queries]
+        state = [x[:, :, queries] for x in given.state]
+        inputs = (q, part.keys, part.values, out, lse, state, grad_out, grad_lse, given.bias_gradient)
+        self.within.add_gradients(own, BackwardInputs(*inputs), grad_q[:, :, queries], *found)
 
-    def _taken(self, places: list[slice], k: Tensor, v: Tensor) -> list[Tensor]:
-        return [x[:, :, self.layout.here(self.rank, place)] for place in places for x in (k, v)]
+    def _round(self, request: AttentionRequest, k: Tensor, v: Tensor) -> Iterator[tuple[Turn, Part]]:
+        """Slice by slice the keys and values that this process needs, its own first; empty where none came."""
+        turns = self._turns(request, k, v)
+        coming: Transfer | None = None
+        for turn, following in zip(turns, [*turns[1:], None], strict=True):
+            place = turn.got or slice(0, 0)
+            tensors = self._own(turn.got, k, v) if coming is None else coming.wait()
+            coming = None
+            if following is not None and following.step:
+                to, source = ((self.rank + s) % self.layout.size for s in (following.step, -following.step))
+                shapes = self._shapes(following.got, k, v)
+                coming = Transfer(self.group, to, self._own(following.given, k, v), source, shapes, like=k)
+            yield turn, Part(place, *(tensors or (k[:, :, :0], v[:, :, :0])))
+
+    def _turns(self, request: AttentionRequest, k: Tensor, v: Tensor) -> list[Turn]:
+        per_token = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in (k, v)) * k.element_size()
+        buckets = SLICE.get(request.device_type, SLICE_ELSEWHERE) // max(1, per_token * request.k_bucket_size)
+        visible = request.visibility
+        sides = (visible.left, visible.right)
+        return turns(self.layout, self.rank, sides, max(1, buckets) * request.k_bucket_size)
+
+    def _own(self, place: slice | None, *tensors: Tensor) -> list[Tensor]:
+        """A slice of this process's part, in the same memory."""
+        return [] if place is None else [x[:, :, self.layout.here(self.rank, place)] for x in tensors]
 
     @staticmethod
-    def _shapes(places: list[slice], k: Tensor, v: Tensor) -> list[torch.Size]:
-        return [torch.Size((*x.shape[:2], place.stop - place.start, x.shape[3])) for place in places for x in (k, v)]
-
-    def _needed(self, request: AttentionRequest, rank: int, source: int) -> list[slice]:
-        """What process ``rank`` may see, by window and causality, of the chunks of ``source``."""
-        found = []
-        for chunk in self.layout.chunks(source):
-            seen = [self._seen(request, queries, chunk) for queries in self.layout.chunks(rank)]
-            seen = [part for part in seen if part.start < part.stop]
-            if seen:
-                found.append(slice(min(part.start for part in seen), max(part.stop for part in seen)))
-        return found
-
-    @staticmethod
-    def _seen(request: AttentionRequest, queries: slice, keys: slice) -> slice:
-        low, high = request.visibility.keys_of(queries.start, queries.stop)
-        if queries.start >= queries.stop:
-            return slice(0, 0)
-        return slice(max(low, keys.start), min(high, keys.stop))
+    def _shapes(place: slice | None, k: Tensor, v: Tensor) -> list[torch.Size]:
+        if place is None:
+            return []
+        return [torch.Size((*x.shape[:2], place.stop - place.start, x.shape[3])) for x in (k, v)]
 
     def _pairs(self, request: AttentionRequest, keys: slice) -> Iterator[tuple[slice, Block]]:
         """This process's queries that see some of the keys: where they are, and the block of scores."""
+        sides = (request.visibility.left, request.visibility.right)
         for queries in self.layout.chunks(self.rank):
-            seen = self._seen(request, queries, keys)
+            seen = _seen(sides, queries, keys)
             if seen.start < seen.stop:
                 yield self.layout.here(self.rank, queries), Block(slice(0, request.h), queries, keys)
+
+
+Sides = tuple[int | None, int | None]
+
+
+@lru_cache(maxsize=256)
+def turns(layout: Layout, rank: int, sides: Sides, longest: int) -> list[Turn]:
+    """Who sends what to whom when: as many turns in a step for all processes, so that messages between two of them
+    come in the order in which they are expected."""
+    own = [Turn(0, part, None) for part in needed(layout, rank, rank, sides)]
+    found = own or [Turn(0, None, None)]
+    for step in range(1, layout.size):
+        each = [_slices(layout, to, (to - step) % layout.size, sides, longest) for to in range(layout.size)]
+        got, given = each[rank], each[(rank + step) % layout.size]
+        for number in range(max(1, *map(len, each))):
+            found.append(Turn(step, *(of[number] if number < len(of) else None for of in (got, given))))
+    return found
+
+
+def _slices(layout: Layout, rank: int, source: int, sides: Sides, longest: int) -> Sequence[slice]:
+    parts = needed(layout, rank, source, sides)
+    starts = [(start, part.stop) for part in parts for start in range(part.start, part.stop, longest)]
+    return [slice(start, min(start + longest, stop)) for start, stop in starts]
+
+
+def needed(layout: Layout, rank: int, source: int, sides: Sides) -> list[slice]:
+    """What process ``rank`` may see, by window and causality, of the chunks of ``source``."""
+    found = []
+    for chunk in layout.chunks(source):
+        seen = [_seen(sides, queries, chunk) for queries in layout.chunks(rank)]
+        seen = [part for part in seen if part.start < part.stop]
+        if seen:
+            found.append(slice(min(part.start for part in seen), max(part.stop for part in seen)))
+    return found
+
+
+def _seen(sides: Sides, queries: slice, keys: slice) -> slice:
+    """Those of the keys that one of the queries may see; none where they end before they begin."""
+    if queries.start >= queries.stop:
+        return slice(0, 0)
+    left, right = sides
+    low = keys.start if left is None else max(keys.start, queries.start - left)
+    high = keys.stop if right is None else min(keys.stop, queries.stop + right)
+    return slice(low, high)

@@ -1,17 +1,20 @@
 """The default number of pieces of a branch: enough to keep the working set of one piece small.
 
 The numbers follow from shapes, the kind of device and the CPU's threads, not from free memory, so that a run is cut the
-same way when it is repeated. They are chosen once per call, in its forward pass.
+same way when it is repeated. They are chosen once per call, in its forward pass. Where tokens are divided over
+processes there are as many pieces as of the whole sequence, so that each process takes its share of the memory.
 """
 
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
 from ..common import dry_run
+from ..common.divided import active, whole_tokens
 from ..common.precision import compute_dtype
 from ..torch_internals.tensors import are_plain
 
@@ -35,6 +38,11 @@ def feed_forward_chunks(batch: int, tokens: int, hidden: int, itemsize: int, dev
     return max(1, min(tokens, -(-all_tokens // in_a_chunk)))
 
 
+def any_number(heads: int, kv_heads: int) -> bool:
+    """A group may be of so many heads."""
+    return True
+
+
 def head_chunks(
     batch: int,
     tokens: tuple[int, int],
@@ -43,11 +51,12 @@ def head_chunks(
     itemsize: int,
     device_type: str = "cpu",
     threads: int = 1,
+    may_hold: Callable[[int, int], bool] = any_number,
 ) -> int:
     """Number of head groups. The working set of a group is its queries, keys, values, output and their cotangents.
 
     tokens: queries and keys. heads: of queries, and of keys and values. On a CPU a group holds at least as many heads ×
-    batch as there are threads, which are busy with one each.
+    batch as there are threads, which are busy with one each. may_hold: whether a group may be of so many.
     """
 
     def working(groups: int) -> int:
@@ -57,7 +66,8 @@ def head_chunks(
     if working(1) <= WHOLE:
         return 1
     busy = threads if device_type == "cpu" else 1
-    allowed = [n for n in splits(*heads) if n == 1 or heads[0] // n * batch >= busy]
+    sizes = {n: (heads[0] // n, max(1, heads[1] // n)) for n in splits(*heads)}
+    allowed = [n for n, held in sizes.items() if n == 1 or (held[0] * batch >= busy and may_hold(*held))]
     return next((n for n in allowed if working(n) <= PIECE.get(device_type, WHOLE)), allowed[-1])
 
 
@@ -73,7 +83,8 @@ def chunks_for(x: Tensor, hidden: int) -> int:
     if not _may_be_cut(x):
         return 1
     rows = math.prod(x.shape[:-1]) // max(x.shape[1], 1)
-    return feed_forward_chunks(rows, x.shape[1], hidden, *_kind(x))
+    chunks = feed_forward_chunks(rows, whole_tokens(x.shape[1]), hidden, *_kind(x))
+    return max(1, min(x.shape[1], chunks))
 
 
 def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], dim_head: int) -> int:
@@ -81,7 +92,10 @@ def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], d
     seen = x if context is None else context
     if not _may_be_cut(x, seen):
         return 1
-    return head_chunks(len(x), (x.shape[1], seen.shape[1]), heads, dim_head, *_kind(x), dry_run.num_threads())
+    counts = (whole_tokens(x.shape[1]), whole_tokens(seen.shape[1]))
+    divided = active()
+    may_hold = any_number if divided is None else divided.may_hold
+    return head_chunks(len(x), counts, heads, dim_head, *_kind(x), dry_run.num_threads(), may_hold)
 
 
 def _may_be_cut(*inputs: Tensor) -> bool:
