@@ -62,6 +62,86 @@ def small_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **
     return model.to(dtype).train()
 
 
+OWN_WIDTHS = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4}
+IMAGES = {**OWN_WIDTHS, "image_size": 12, "patch_size": 4}
+WORDS = {**OWN_WIDTHS, **{k: SMALL[k] for k in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}}
+UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+EXPERTS = {**SMALL, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "experts_implementation": "eager"}
+# Of other families: the model's and its configuration's class, the configuration, and what is left of it and why.
+FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
+    "BERT": (
+        "BertForMaskedLM",
+        "BertConfig",
+        {**WORDS, **UNDROPPED},
+        {"MLPs": "none was recognised", "loss": "its loss is not ForCausalLMLoss"},
+    ),
+    "RoBERTa": (
+        "RobertaForSequenceClassification",
+        "RobertaConfig",
+        {**WORDS, **UNDROPPED},
+        {"MLPs": "none was recognised", "loss": "it has no language model's head"},
+    ),
+    "ModernBERT": (
+        "ModernBertForMaskedLM",
+        "ModernBertConfig",
+        {**WORDS, "cls_token_id": 1, "sep_token_id": 2, "local_attention": 6, "global_attn_every_n_layers": 2},
+        {"loss": "its loss is not ForCausalLMLoss"},
+    ),
+    "ViT": (
+        "ViTForImageClassification",
+        "ViTConfig",
+        {**IMAGES, **UNDROPPED, "num_labels": 3},
+        {"loss": "it has no language model's head"},
+    ),
+    "SigLIP": (
+        "SiglipModel",
+        "SiglipConfig",
+        {"text_config": WORDS, "vision_config": IMAGES},
+        {"loss": "it has no language model's head"},
+    ),
+    "Mixtral": (
+        "MixtralForCausalLM",
+        "MixtralConfig",
+        {**EXPERTS, "num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1},
+        {f"model.layers.{i}.mlp": "a mixture of experts: tokens are routed, not cut" for i in (0, 1)},
+    ),
+    "Qwen 2 MoE": (
+        "Qwen2MoeForCausalLM",
+        "Qwen2MoeConfig",
+        {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24, "output_router_logits": True},
+        {f"model.layers.{i}.mlp": "a mixture of experts: tokens are routed, not cut" for i in (0, 1)},
+    ),
+    "Qwen 3 MoE": (
+        "Qwen3MoeForCausalLM",
+        "Qwen3MoeConfig",
+        {**EXPERTS, "num_experts": 4, "mlp_only_layers": [0]},
+        {"model.layers.1.mlp": "a mixture of experts: tokens are routed, not cut"},
+    ),
+}
+
+
+def of_family(name: str) -> tuple[Any, dict[str, Any], dict[str, str]]:
+    """A small model in fp64, the inputs of a step, and what is left of it."""
+    kind, of_config, options, left = FAMILIES[name]
+    torch.manual_seed(0)
+    model = getattr(transformers, kind)(getattr(transformers, of_config)(**options))
+    with torch.no_grad():
+        for parameter_name, parameter in model.named_parameters():
+            if "experts" in parameter_name or "gate" in parameter_name:
+                parameter.normal_(0, 0.3)  # some leave them as the memory was
+    ids = tokens()
+    padding = torch.ones_like(ids)
+    padding[0, 15:] = 0
+    words = {"input_ids": ids, "attention_mask": padding}
+    images = {"pixel_values": torch.randn(2, 3, 12, 12, dtype=torch.float64)}
+    inputs = {
+        "ViT": {**images, "labels": torch.tensor([0, 2])},
+        "SigLIP": {"input_ids": ids, **images, "return_loss": True},
+        "RoBERTa": {**words, "labels": torch.tensor([0, 1])},
+    }
+    return model.double().train(), inputs.get(name, {**words, "labels": ids}), left
+
+
 def tokens(batch: int = 2, length: int = 23, seed: int = 1) -> torch.Tensor:
     return torch.randint(3, 61, (batch, length), generator=torch.Generator().manual_seed(seed))
 

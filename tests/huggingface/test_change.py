@@ -11,7 +11,7 @@ from memory_efficient_attention_pytorch.common.divided import within
 from memory_efficient_attention_pytorch.huggingface import feed_forward, make_memory_efficient, restore
 from memory_efficient_attention_pytorch.huggingface.logits import LazyLogits
 
-from .models import KINDS, small_model, tokens
+from .models import FAMILIES, KINDS, of_family, small_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
 CLOSE = {torch.float64: 1e-6, torch.float32: 2e-5}
@@ -41,9 +41,9 @@ def inputs(case, ids):
     return packed(ids) if case == "packed" else {"labels": ids}
 
 
-def step(model, ids, **given):
+def step(model, ids=None, **given):
     model.zero_grad(set_to_none=True)
-    loss = model(input_ids=ids, **given).loss
+    loss = model(**given if ids is None else {"input_ids": ids, **given}).loss
     loss.backward()
     return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
 
@@ -83,6 +83,22 @@ def test_loss_and_gradients_in_fp32(kind):
     expected = step(model, ids, labels=ids)
     make_memory_efficient(model)
     assert_same_step(step(model, ids, labels=ids), expected, CLOSE[torch.float32])
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_encoders_images_and_experts_give_the_same_step_and_say_what_is_left(name):
+    model, given, left = of_family(name)
+    expected = step(model, **given)
+    assert all(g.isfinite().all() for g in expected[1].values())
+    report = make_memory_efficient(model)
+    assert_same_step(step(model, **given), expected, 1e-6)
+    assert dict(report.left) == left
+    assert {"attention", "layers"} <= {part for part, _ in report.changed}
+    chunked = any("MLPs" in part for part, _ in report.changed)
+    assert chunked == (name not in ("BERT", "RoBERTa", "Mixtral", "Qwen 2 MoE"))
+    restore(model)
+    again = step(model, **given)
+    assert all(torch.equal(again[1][n], g) for n, g in expected[1].items())
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Mistral", "Gemma2", "Gemma3", "GPT2", "GptOss"])

@@ -3,12 +3,13 @@
 import pytest
 import torch
 from torch._dynamo.backends.debugging import aot_eager
+from torch._dynamo.utils import counters
 
 pytest.importorskip("transformers")
 
 from memory_efficient_attention_pytorch.huggingface import make_memory_efficient
 
-from .models import small_model, tokens
+from .models import SMALL, small_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler, about what it does not follow
 
@@ -39,3 +40,22 @@ def test_a_compiled_step_is_the_same_and_compiled_once_for_all_lengths(kind):
     torch._dynamo.reset()
     assert made[0] > 0
     assert made[1] == made[2] == made[3]  # for the first length, and once more for all others
+
+
+def test_attention_that_looks_at_values_breaks_a_graph_once():
+    """Chunks, of which tiles are told apart by what tensors hold: attention runs eagerly, as a whole."""
+    from transformers import Llama4ForCausalLM, Llama4TextConfig
+
+    torch._dynamo.reset()
+    counters.clear()
+    own = {"num_hidden_layers": 1, "attention_chunk_size": 8, "layer_types": ["chunked_attention"], "moe_layers": []}
+    model = Llama4ForCausalLM(Llama4TextConfig(**{**SMALL, **own}, intermediate_size_mlp=48, num_local_experts=1))
+    ids = tokens()
+    expected = model(input_ids=ids, labels=ids).loss
+    make_memory_efficient(model, checkpoint=False)
+    found = torch.compile(model, backend="eager")(input_ids=ids, labels=ids).loss
+    breaks = list(counters["graph_break"])
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    assert breaks
+    assert all("disable" in reason for reason in breaks), breaks

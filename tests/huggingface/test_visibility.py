@@ -27,7 +27,7 @@ MASKS = {
         hf.packed_sequence_compatibility_function(hf.sliding_window_causal_mask_function(3), POSITIONS, PACKED),
         {"causal", "window", "document_ids"},
     ),
-    "chunked": (hf.chunked_causal_mask_function(4, torch.tensor([3, 0])), {"mask"}),
+    "chunked": (hf.chunked_causal_mask_function(4, torch.tensor([3, 0])), {"causal", "document_ids"}),
     "blocks": (hf.or_masks(hf.causal_mask_function, hf.blockwise_overlay(BLOCKS)), {"mask"}),
     "prefix": (hf.or_masks(hf.causal_mask_function, lambda b, h, q, k: k < 5), {"mask"}),
 }

@@ -54,12 +54,23 @@ def memory_efficient_attention(
         before = arguments.get("attn_bias")
         arguments["attn_bias"] = position_bias if before is None else position_bias + before
     options = {"dropout": float(dropout), "scale": scaling, **arguments}
+    attend = _attend_eagerly if _looks_at_values(options) else dot_product_attention
     if s_aux is None:
-        out = dot_product_attention(query, key, value, **options)
+        out = attend(query, key, value, **options)
     else:
-        out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
+        out, lse = attend(query, key, value, return_lse=True, **options)
         out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
+
+
+_attend_eagerly: Any = torch.compiler.disable(dot_product_attention)
+
+
+def _looks_at_values(options: dict[str, Any]) -> bool:
+    """Whether tiles are told apart by what tensors hold or functions say: each look would break a compiler's graph."""
+    mask, bias = options.get("mask"), options.get("attn_bias")
+    of_mask = mask is not None and (options.get("causal") or "window" in options or not isinstance(mask, Tensor))
+    return bool(of_mask) or "document_ids" in options or isinstance(bias, SoftCap)
 
 
 class SoftCap:

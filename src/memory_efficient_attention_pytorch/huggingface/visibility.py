@@ -46,6 +46,7 @@ class _Simple(NamedTuple):
     left: int | None = None  # keys before a query's own, None for all
     right: int | None = None
     document_ids: Tensor | None = None
+    chunks: tuple[int, Tensor] | None = None  # of so many tokens, counted from (b,) on
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # looks at closures and values: one break of the graph for all layers
@@ -73,9 +74,14 @@ def memory_efficient_mask(
             arguments["causal"] = True
         if (parts.left, parts.right) != (None, None):
             arguments["window"] = (parts.left, parts.right)
+        documents = parts.document_ids
+        if parts.chunks is not None:
+            size, first = parts.chunks
+            keys = torch.arange(kv_offset, kv_offset + kv_length, device=first.device)
+            documents = (keys - first[:, None]) // size
         # transformers that is traced, which cannot look, hands on documents where there is one.
-        if parts.document_ids is not None and not _is_constant(parts.document_ids):
-            arguments["document_ids"] = parts.document_ids
+        if documents is not None and not _is_constant(documents):
+            arguments["document_ids"] = documents
         if padding is not None:
             arguments["mask"] = padding
     else:
@@ -122,6 +128,8 @@ def _simple(function: IndexFunction) -> _Simple | None:
         return _Simple(left=held["sliding_window"] - 1)
     if made_by == "sliding_window_bidirectional_overlay" and set(held) == {"sliding_window"}:
         return _Simple(left=held["sliding_window"], right=held["sliding_window"])
+    if made_by == "chunked_overlay" and set(held) == {"chunk_size", "left_padding"}:
+        return _Simple(chunks=(held["chunk_size"], held["left_padding"]))
     if made_by == "packed_sequence_mask_function" and set(held) == {"packed_sequence_mask"}:
         return _Simple(document_ids=held["packed_sequence_mask"])
     # Inside of one packed sequence positions count on by one: distances, all that is looked at, are those of indices.
@@ -137,10 +145,12 @@ def _both(parts: list[_Simple]) -> _Simple | None:
         return min(given) if given else None
 
     documents = [p.document_ids for p in parts if p.document_ids is not None]
-    if len(documents) > 1:
+    chunks = [p.chunks for p in parts if p.chunks is not None]
+    if len(documents) + len(chunks) > 1:
         return None
     left, right = least([p.left for p in parts]), least([p.right for p in parts])
-    return _Simple(any(p.causal for p in parts), left, right, documents[0] if documents else None)
+    causal, last = any(p.causal for p in parts), [None]
+    return _Simple(causal, left, right, (documents + last)[0], (chunks + last)[0])
 
 
 def _vmapped(function: IndexFunction) -> IndexFunction:
