@@ -7,7 +7,6 @@ import torch
 
 pytest.importorskip("transformers")
 
-from memory_efficient_attention_pytorch.common.divided import within
 from memory_efficient_attention_pytorch.huggingface import feed_forward, make_memory_efficient, restore
 from memory_efficient_attention_pytorch.huggingface.logits import LazyLogits
 
@@ -242,15 +241,6 @@ def test_what_cannot_be_served_is_refused_by_name():
         model(input_ids=ids, output_attentions=True)
     with pytest.raises(ValueError, match="a model of transformers"):
         make_memory_efficient(torch.nn.Linear(2, 2))
-
-
-@pytest.mark.parametrize("changes", [{"attention": False}, {"loss": False}])
-def test_divided_tokens_are_refused(changes):
-    """Labels, positions and packed sequences would be looked at in this process's tokens alone."""
-    model, ids = small_model("Llama"), tokens()
-    make_memory_efficient(model, **changes)
-    with within(object()), pytest.raises(NotImplementedError, match=r"^Llama.*: tokens divided over processes"):
-        model(input_ids=ids, labels=ids)
 
 
 def test_what_is_not_recognised_is_left_and_said():

@@ -9,11 +9,8 @@ from torch import Tensor, nn
 from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..attention.functional import dot_product_attention
-from ..common.divided import refuse_divided
-from .visibility import Visible, memory_efficient_mask
-
-NAME = "memory_efficient"
-"""What transformers knows this way of computing by."""
+from ..common.divided import refuse_divided, within
+from .visibility import NAME, Visible, memory_efficient_mask
 
 
 def memory_efficient_attention(
@@ -40,7 +37,9 @@ def memory_efficient_attention(
         NotImplementedError: attention weights are asked for, a paged cache, a mask that cannot be told, or tokens that
             are divided over processes.
     """
-    refuse_divided(type(module).__name__)
+    divided = mask.divided if isinstance(mask := attention_mask, Visible) else None
+    if divided is None:
+        refuse_divided(type(module).__name__)
     if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
         raise _refusal(module, "output_attentions: attention weights never exist as a whole")
     if cache is not None:
@@ -55,10 +54,17 @@ def memory_efficient_attention(
         arguments["attn_bias"] = position_bias if before is None else position_bias + before
     options = {"dropout": float(dropout), "scale": scaling, **arguments}
     attend = _attend_eagerly if _looks_at_values(options) else dot_product_attention
-    if s_aux is None:
+    if divided is not None:
+        if position_bias is not None:
+            raise _refusal(module, "position_bias: not of tokens divided over processes")
+        # A checkpoint computes this again in backward, perhaps outside of the user's ``with``.
+        with within(divided):
+            out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
+    elif s_aux is None:
         out = attend(query, key, value, **options)
     else:
         out, lse = attend(query, key, value, return_lse=True, **options)
+    if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 

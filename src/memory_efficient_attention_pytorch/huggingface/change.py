@@ -14,7 +14,7 @@ from transformers import PreTrainedModel, masking_utils
 
 from ..common.errors import require
 from . import attention as own_attention
-from . import feed_forward, logits
+from . import feed_forward, logits, visibility
 from .checkpoints import enable_checkpoints, is_checkpointed
 from .model import MemoryEfficientForCausalLM
 from .planning import StepPlans, plan_step
@@ -135,7 +135,7 @@ def _change_attention(model: PreTrainedModel, record: Record, report: Report) ->
     for m in model.modules():
         if isinstance(m, PreTrainedModel):
             record.note(m.config, "_attn_was_changed")
-    model.set_attn_implementation(own_attention.NAME)
+    model.set_attn_implementation(visibility.NAME)
     report.changed.append((part, f"in tiles, instead of {before}"))
 
 

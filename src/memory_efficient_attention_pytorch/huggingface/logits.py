@@ -13,8 +13,10 @@ from torch import Tensor, nn
 from transformers import PreTrainedModel
 from transformers.loss.loss_utils import ForCausalLMLoss
 
-from ..common.divided import refuse_divided
+from ..common.divided import Divided, active, refuse_divided
+from ..common.errors import require
 from ..loss.linear_cross_entropy import linear_cross_entropy
+from .visibility import NAME, divided_tokens
 
 _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", default=None)
 """The head whose model computes a loss just now: without labels logits are what is asked for."""
@@ -149,7 +151,9 @@ def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
 
     @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        refuse_divided(type(self).__name__)
+        if (divided := active()) is not None:
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            args, kwargs = (), of_divided(self, divided, given)
         labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
         if labels is None or torch.compiler.is_compiling():  # whose graphs have logits, as before
             return own(self, *args, **kwargs)
@@ -160,6 +164,20 @@ def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
             _HEAD_OF_A_LOSS.reset(token)
 
     return forward
+
+
+def of_divided(model: PreTrainedModel, divided: Divided, given: dict[str, Any]) -> dict[str, Any]:
+    """The keywords of a model's forward where tokens are divided over processes."""
+    name = type(model).__name__
+    if model.config._attn_implementation != NAME:
+        refuse_divided(f"{name}, whose attention is its own")
+    require(given.get("past_key_values") is None, "past_key_values", "none where tokens are divided", "a cache")
+    require(not given.get("use_cache"), "use_cache", "False where tokens are divided", True)
+    like = next(given[key] for key in ("input_ids", "inputs_embeds") if given.get(key) is not None)
+    expected = f"{divided.local_tokens} tokens, as many as each process has of the sequence"
+    require(like.shape[1] == divided.local_tokens, "input_ids", expected, like.shape[1])
+    tokens, positions = divided_tokens(divided, given.get("attention_mask"), given.get("position_ids"), like)
+    return {**given, "attention_mask": tokens, "position_ids": positions, "use_cache": False}
 
 
 def causal_lm_loss(
@@ -176,7 +194,9 @@ def causal_lm_loss(
     Labels are shifted by one (shift_labels are shifted already); the sum over those that are not ignore_index is
     divided by num_items_in_batch, or by their number. Without a valid label the mean is 0, not NaN.
     """
+    divided = active()
     if not isinstance(logits, LazyLogits) or logits._made is not None:
+        refuse_divided("a loss whose logits are made")
         given: dict[str, Any] = {
             "num_items_in_batch": num_items_in_batch,
             "ignore_index": ignore_index,
@@ -185,7 +205,10 @@ def causal_lm_loss(
         return ForCausalLMLoss(_touched(logits), labels, vocab_size, **given, **kwargs)
     if shift_labels is None:
         assert labels is not None
+        labels = labels if divided is None else divided.gather(labels)
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
+        if divided is not None:
+            shift_labels = shift_labels[:, divided.positions(labels.device)]
     shift_labels = shift_labels.to(logits._hidden.device).reshape(logits._hidden.shape[:-1])
     if num_items_in_batch is None:
         return logits.loss(shift_labels, ignore_index, "mean")

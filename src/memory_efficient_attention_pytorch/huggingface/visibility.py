@@ -17,6 +17,11 @@ from torch import Tensor
 from transformers import masking_utils
 
 from ..attention.mask_function import MaskFunction
+from ..common.divided import Divided, refuse_divided
+from ..common.errors import require
+
+NAME = "memory_efficient"
+"""What transformers knows this way of computing by."""
 
 IndexFunction = Callable[..., Any]
 
@@ -31,6 +36,7 @@ class Visible:
     queries: int
     keys: int
     arguments: dict[str, Any]
+    divided: Divided | None = None
     ndim = 4  # as a mask that is made, which transformers hands on
 
     @property
@@ -39,6 +45,42 @@ class Visible:
 
     def contiguous(self) -> Visible:
         return self
+
+
+@dataclass(frozen=True)
+class DividedTokens:
+    """Padding and document numbers ``(b, local)`` of tokens divided over processes, in the place of a padding mask."""
+
+    divided: Divided
+    padding: Tensor | None
+    document_ids: Tensor | None
+    ndim = 4  # not one that transformers would look into
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        return 1, 1, self.divided.local_tokens, self.divided.local_tokens
+
+
+def divided_tokens(
+    divided: Divided, attention_mask: Tensor | None, position_ids: Tensor | None, like: Tensor
+) -> tuple[DividedTokens, Tensor]:
+    """What takes the place of the mask, and the positions ``(b|1, local)`` in the whole, where ``like (b, local, …)``
+    is of this process's tokens. As on one process, positions without a mask that do not count on by one begin a
+    document."""
+    if attention_mask is not None:
+        expected = f"shape (batch, tokens of this process) = {(len(like), divided.local_tokens)}"
+        came = getattr(attention_mask, "shape", type(attention_mask).__name__)
+        require(tuple(came) == (len(like), divided.local_tokens), "attention_mask", expected, came)
+        attention_mask = attention_mask.bool()
+    if position_ids is None:
+        return DividedTokens(divided, attention_mask, None), divided.positions(like.device)[None]
+    documents = None
+    if attention_mask is None:
+        whole = divided.gather(position_ids.expand(len(like), -1))
+        numbers = (whole.diff(dim=1, prepend=whole[:, :1] - 1) != 1).cumsum(dim=1)
+        if bool(numbers[:, -1].any()):
+            documents = numbers[:, divided.positions(like.device)]
+    return DividedTokens(divided, attention_mask, documents), position_ids
 
 
 class _Simple(NamedTuple):
@@ -57,13 +99,16 @@ def memory_efficient_mask(
     q_offset: int | Tensor = 0,
     kv_offset: int = 0,
     mask_function: IndexFunction = masking_utils.causal_mask_function,
-    attention_mask: Tensor | Visible | None = None,
+    attention_mask: Tensor | Visible | DividedTokens | None = None,
     use_vmap: bool = False,
     **ignored: Any,
 ) -> Visible:
     """The mask function for ``AttentionMaskInterface``: query i is at ``i + q_offset``, key j at ``j + kv_offset``."""
     if isinstance(attention_mask, Visible):  # made before, as generation does for caches of fixed size
         return attention_mask
+    if isinstance(attention_mask, DividedTokens):
+        return _of_divided(attention_mask, q_length, kv_length, None if use_vmap else _simple(mask_function))
+    refuse_divided("a model whose loss make_memory_efficient left")
     arguments: dict[str, Any] = {}
     padding = _padding(attention_mask, kv_length, kv_offset)
     parts = None if use_vmap else _simple(mask_function)
@@ -93,6 +138,17 @@ def memory_efficient_mask(
 
         arguments["mask"] = MaskFunction(visible)
     return Visible(q_length, kv_length, arguments)
+
+
+def _of_divided(tokens: DividedTokens, queries: int, keys: int, parts: _Simple | None) -> Visible:
+    known = parts is not None and parts.document_ids is None and parts.chunks is None
+    if parts is None or not known or (queries, keys) != (tokens.divided.local_tokens,) * 2:
+        raise NotImplementedError("mask: of tokens divided over processes, only causality and windows are supported")
+    sides = (parts.left, parts.right)
+    given: dict[str, Any] = {"mask": tokens.padding, "document_ids": tokens.document_ids}
+    given |= {"causal": parts.causal, "window": None if sides == (None, None) else sides}
+    arguments = {name: value for name, value in given.items() if value is not None}
+    return Visible(queries, keys, arguments, tokens.divided)
 
 
 def _padding(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | None:

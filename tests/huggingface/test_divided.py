@@ -1,0 +1,58 @@
+"""A sequence divided over processes gives a changed model the loss and gradients of its own attention on one."""
+
+from functools import cache
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+pytest.importorskip("transformers")
+
+import torch
+
+from tests.agreement import difference
+from tests.huggingface import divided_processes
+from tests.huggingface.divided_processes import cases, trained
+from tests.processes import run_processes
+
+pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+
+
+@pytest.fixture(scope="module", params=(2, 4))
+def found(request, tmp_path_factory) -> tuple[int, Path]:
+    """All cases run once, in so many processes; the folder of what they found."""
+    world, directory = request.param, tmp_path_factory.mktemp("divided")
+    run_processes(divided_processes, world, world, directory, strict=False)
+    return world, directory
+
+
+truth = cache(lambda kind, what, dtype: trained(kind, what, dtype, None))
+
+
+def test_processes_that_share_a_sequence_find_what_one_finds(found):
+    """Grouped heads, sliding windows, learned positions, soft caps; padded and packed sequences."""
+    world, directory = found
+    each = [load_file(directory / f"{world}-{rank}.safetensors") for rank in range(world)]
+    wrong, compared = [], 0
+    for kind, what, method, dtype in cases(world):
+        for name, value in truth(kind, what, dtype).items():
+            for ours in each:
+                error = difference(ours[f"{kind}/{what}/{method}/{dtype}/{name}"], value)
+                compared += 1
+                fits = error <= (1e-6 if dtype == torch.float64 else 2e-5)
+                wrong += [] if fits else [f"{kind}/{what}/{method}/{dtype}/{name}: {error:.1e}"]
+    assert compared > 100
+    assert not wrong
+
+
+def test_what_would_mean_something_else_is_refused(found):
+    world, directory = found
+    parts = [
+        "a model whose loss make_memory_efficient left",
+        "LlamaForCausalLM, whose attention",
+        "use_cache: expected",
+    ]
+    for rank in range(world):
+        told = (directory / f"refusals-{world}-{rank}.txt").read_text().splitlines()
+        assert len(told) == len(parts)
+        assert all(line.startswith(part) for part, line in zip(parts, told, strict=True)), told
