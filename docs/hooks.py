@@ -2,9 +2,12 @@
 
 A page may link to any file of the repository, by its path from the page, as on a code host. Those outside of docs/
 become pages, or files, of the site beneath ``repository/``, and so do the ones that these link to. A page may hold the
-help of a command, ``<!-- mea plan --help -->``. And what is built must not load anything from another host.
+help of a command, ``<!-- mea plan --help -->``, and the fields of a configuration, ``<!-- fields of
+models.config.TransformerConfig -->``. And what is built must not load anything from another host.
 """
 
+import dataclasses
+import importlib
 import re
 import subprocess
 import sys
@@ -18,7 +21,8 @@ from mkdocs.structure.files import File, InclusionLevel
 log = get_plugin_logger("hooks")
 ROOT = Path(__file__).resolve().parent.parent
 LINK = re.compile(r"(?<=\]\()([^()\s:#]+)(#[^()\s]*)?(?=\))")
-HELP = re.compile(r"<!-- (mea( [a-z]+)? --help) -->")
+HELP = re.compile(r"<!-- (mea [a-z]+ --help) -->")
+FIELDS = re.compile(r"<!-- fields of ([\w.]+)\.(\w+) -->")
 
 
 def on_files(files, config):
@@ -47,7 +51,8 @@ def on_page_markdown(markdown, page, config, files):
         target = site_path(repository_path(page.file, match[1]))
         return relpath(target, str(PurePosixPath(page.file.src_uri).parent)) + (match[2] or "")
 
-    return HELP.sub(lambda match: help_of(match[1].split()), LINK.sub(within, markdown))
+    markdown = HELP.sub(lambda match: help_of(match[1].split()), LINK.sub(within, markdown))
+    return FIELDS.sub(lambda match: fields_of(*match.groups()), markdown)
 
 
 def on_post_build(config):
@@ -69,6 +74,17 @@ def site_path(place):
 def help_of(command):
     program = [sys.executable, "-m", "memory_efficient_attention_pytorch", *command[1:]]
     return f"```text\n{subprocess.run(program, capture_output=True, text=True, check=True).stdout}```"
+
+
+def fields_of(module, name):
+    config = getattr(importlib.import_module(f"memory_efficient_attention_pytorch.{module}"), name)
+    rows = ["| field | default | |", "| --- | --- | --- |"]
+    for field in dataclasses.fields(config):
+        about = field.metadata
+        default = "" if field.default is dataclasses.MISSING else f"`{field.default!r}`"
+        unset = f"; None: {about['unset']}" if about.get("unset") else ""
+        rows.append(f"| `{field.name}` | {default} | {about['help']}{unset} |")
+    return "\n".join(rows)
 
 
 def foreign(text, suffix):

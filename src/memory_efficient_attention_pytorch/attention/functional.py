@@ -17,7 +17,15 @@ from .visibility import Mask, Window
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """Which backend and way of computing run, why, and what was ruled out for which reason."""
+    """Which backend and way of computing run, why, and what was ruled out for which reason.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import BackendChoice, select_backend
+        >>> q = torch.randn(1, 8, 16, 64)
+        >>> select_backend(q, q, q, backend="naive")
+        BackendChoice(name='naive', reason='asked for', ruled_out={}, way='naive')
+    """
 
     name: str
     reason: str
@@ -112,6 +120,16 @@ def dot_product_attention(
 
     Under autocast q, k and v are cast as for PyTorch's own attention. Differentiable once (the tiled backend raises on
     a second derivative). Sources: Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import dot_product_attention
+        >>> q, k, v = (torch.randn(2, 8, 1000, 64, requires_grad=True) for _ in range(3))
+        >>> padding = torch.arange(1000) < torch.tensor([[1000], [700]])
+        >>> out = dot_product_attention(q, k, v, causal=True, window=(256, 0), mask=padding)
+        >>> out.sum().backward()
+        >>> out.shape
+        torch.Size([2, 8, 1000, 64])
     """
     decision, q, k, v = decide(
         *(q, k, v),
@@ -138,6 +156,14 @@ def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **
     """Return which backend :func:`dot_product_attention` runs for these arguments, with the reasons.
 
     Raises what :func:`dot_product_attention` would raise.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import select_backend
+        >>> q = torch.randn(1, 8, 4096, 64)
+        >>> choice = select_backend(q, q, q, causal=True, dropout=0.1)
+        >>> choice.name, choice.ruled_out["naive"]
+        ('tiled', 'holds all n × m scores')
     """
     known = tuple(inspect.signature(build_request).parameters)[3:]
     for name in arguments:

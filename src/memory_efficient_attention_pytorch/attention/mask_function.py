@@ -42,6 +42,14 @@ class MaskFunction:
             against each other; query and key are counted from 0, wherever causality aligns them. It may index tensors
             that it captures, which must not change while the object is in use.
         first_head: what is added to head numbers, where a call has only some of a layer's heads.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import MaskFunction, dot_product_attention
+        >>> prefix = MaskFunction(lambda batch, head, query, key: (query >= key) | (key < 64))
+        >>> q = torch.randn(1, 4, 512, 32)
+        >>> for _ in range(2):  # the second call knows which tiles are empty and which are full
+        ...     out = dot_product_attention(q, q, q, mask=prefix)
     """
 
     function: MaskMod

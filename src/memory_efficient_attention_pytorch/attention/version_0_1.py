@@ -47,6 +47,13 @@ def memory_efficient_attention(
     """:func:`dot_product_attention` under the name and with the arguments of version 0.1.
 
     q, k, v ``(b, h, n, d)``; dropout only when ``training``; ``eps`` is accepted and not needed.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import memory_efficient_attention
+        >>> q, k, v = (torch.randn(1, 8, 100, 64) for _ in range(3))
+        >>> memory_efficient_attention(q, k, v, causal=True).shape
+        torch.Size([1, 8, 100, 64])
     """
     keep = dropout if training else 0.0
     buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
@@ -80,6 +87,13 @@ def numerically_unstable_memory_efficient_attention(
     """Unscaled attention under the name of version 0.1, which skipped the softmax's maximum; this one does not.
 
     q ``(b, h, n, d)`` already scaled, k and v ``(b, h, m, d)`` → ``(b, h, n, d)``. ``eps`` is accepted and not needed.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import numerically_unstable_memory_efficient_attention
+        >>> q, k, v = (torch.randn(1, 8, 100, 64) for _ in range(3))
+        >>> numerically_unstable_memory_efficient_attention(q * 64**-0.5, k, v).shape
+        torch.Size([1, 8, 100, 64])
     """
     buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
     return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, scale=1.0, **buckets)

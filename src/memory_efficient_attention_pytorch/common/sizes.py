@@ -28,6 +28,11 @@ def parse_size(size: int | float | str, argument: str = "budget") -> int:
     """Bytes of ``"8GB"`` (10⁹ each), ``"8GiB"`` (2³⁰ each), ``"8000M"``, ``"1.5 t"`` or a number of bytes.
 
     Raises ValueError, naming ``argument``, for anything else and for what is below one byte.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.planner import parse_size
+        >>> parse_size("8GiB"), parse_size("8 GB")
+        (8589934592, 8000000000)
     """
     expected = "a size above zero such as 8GB, 8GiB or 8000M"
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
@@ -39,7 +44,13 @@ def parse_size(size: int | float | str, argument: str = "budget") -> int:
 
 
 def format_size(nbytes: float) -> str:
-    """``"1.50 GiB"``: three digits and a binary unit."""
+    """``"1.50 GiB"``: three digits and a binary unit.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.planner import format_size
+        >>> format_size(1610612736)
+        '1.5 GiB'
+    """
     for unit in ("B", "KiB", "MiB", "GiB"):
         if abs(nbytes) < 1024:
             return f"{nbytes:.0f} {unit}" if unit == "B" or abs(nbytes) >= 100 else f"{nbytes:.3g} {unit}"
@@ -51,6 +62,11 @@ def available_memory(device: torch.device | str = "cpu") -> int:
     """Bytes that could be allocated now: free memory of a CUDA device, or RAM within the limits of this process.
 
     Raises NotImplementedError where the system does not tell.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.planner import available_memory
+        >>> available_memory("cpu") > 0
+        True
     """
     device = torch.device(device)
     if device.type == "cuda" and torch.cuda.is_available():

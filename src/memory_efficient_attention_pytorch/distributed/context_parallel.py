@@ -57,6 +57,24 @@ class ContextParallel:
         NotImplementedError: a backend asked for by name that does not compute tiles; heads that cannot be exchanged.
 
     Masks travel whole, ``b · n`` bytes. Attention to another sequence is not supported inside.
+
+    Examples:
+        A group of one process here; under ``torchrun`` it is ``dist.init_process_group()`` and ``dist.group.WORLD``.
+
+        >>> import torch
+        >>> import torch.distributed as dist
+        >>> from memory_efficient_attention_pytorch import Transformer
+        >>> from memory_efficient_attention_pytorch.distributed import ContextParallel
+        >>> dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+        >>> model = Transformer(num_tokens=256, max_seq_len=512, dim=64, depth=2, heads=4, dim_head=16, causal=True)
+        >>> tokens = torch.randint(0, 256, (2, 513))
+        >>> context = ContextParallel(dist.group.WORLD)
+        >>> x, labels = context.shard(tokens[:, :-1], tokens[:, 1:])
+        >>> with context:
+        ...     loss = model(x, labels=labels)
+        >>> loss.backward()
+        >>> context.reduce_gradients(model)
+        >>> dist.destroy_process_group()
     """
 
     def __init__(self, group: dist.ProcessGroup | DeviceMesh, *, method: str = "auto", averaged: bool = False) -> None:

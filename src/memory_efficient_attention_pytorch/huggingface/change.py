@@ -26,6 +26,15 @@ class Report:
     """What :func:`make_memory_efficient` changed and what it left, as pairs of a part and how, or why not.
 
     planned: the steps that were planned, in order. model: the one changed, which a report does not keep alive.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+        >>> from memory_efficient_attention_pytorch.huggingface import Report, make_memory_efficient
+        >>> report = make_memory_efficient(model, loss=False)
+        >>> isinstance(report, Report), [part for part, how in report.changed]
+        (True, ['attention', '2 MLPs', 'layers'])
     """
 
     model: weakref.ref[nn.Module] = field(repr=False)
@@ -76,6 +85,21 @@ def make_memory_efficient(
         ValueError: it contains no transformers model, or one that is changed already.
 
     Call it before the model is compiled, sharded or given to DDP; after adapters are added.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch.huggingface import make_memory_efficient
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+        >>> report = make_memory_efficient(model)
+        >>> tokens = torch.randint(0, 256, (1, 512))
+        >>> model(input_ids=tokens, labels=tokens).loss.backward()
+        >>> print(report)
+        changed  attention: in tiles, instead of sdpa
+        changed  2 MLPs: in chunks of tokens (model.layers.0.mlp … model.layers.1.mlp)
+        changed  loss: without logits; outputs.logits are made when touched
+        changed  layers: checkpointed
     """
     base = find_model(model)
     require(RECORD not in base.__dict__, "model", "one as it was: restore(model) first", "one changed already")

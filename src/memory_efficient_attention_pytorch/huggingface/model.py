@@ -18,7 +18,14 @@ from ..models.transformer import Transformer
 
 
 class MemoryEfficientConfig(PreTrainedConfig):
-    """The fields of :class:`TransformerConfig`, with ``causal`` true, and those of any ``PreTrainedConfig``."""
+    """The fields of :class:`TransformerConfig`, with ``causal`` true, and those of any ``PreTrainedConfig``.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.huggingface import MemoryEfficientConfig
+        >>> config = MemoryEfficientConfig(num_tokens=256, dim=64, depth=2, heads=4, dim_head=16)
+        >>> config.hidden_size
+        64
+    """
 
     model_type = "memory_efficient_transformer"
     attribute_map = {  # noqa: RUF012  (so declared by transformers)
@@ -62,7 +69,18 @@ class MemoryEfficientConfig(PreTrainedConfig):
 
 
 class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal :class:`Transformer`, which is its ``net``, behind transformers' interface."""
+    """A causal :class:`Transformer`, which is its ``net``, behind transformers' interface.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch.huggingface import MemoryEfficientConfig, MemoryEfficientForCausalLM
+        >>> config = MemoryEfficientConfig(num_tokens=256, dim=64, depth=2, heads=4, dim_head=16)
+        >>> model = MemoryEfficientForCausalLM(config)
+        >>> tokens = torch.randint(1, 256, (1, 100))
+        >>> model(input_ids=tokens, labels=tokens).loss.backward()
+        >>> model.generate(tokens[:, :10], max_new_tokens=5, do_sample=False, pad_token_id=0).shape
+        torch.Size([1, 15])
+    """
 
     config_class = MemoryEfficientConfig
     base_model_prefix = "net"

@@ -39,6 +39,14 @@ def restore(model: nn.Module) -> None:
 
     Raises:
         ValueError: the model was not changed.
+
+    Examples:
+        >>> from transformers import LlamaConfig, LlamaForCausalLM
+        >>> sizes = dict(vocab_size=256, hidden_size=64, intermediate_size=128, num_hidden_layers=2)
+        >>> model = LlamaForCausalLM(LlamaConfig(**sizes, num_attention_heads=4))
+        >>> from memory_efficient_attention_pytorch.huggingface import make_memory_efficient, restore
+        >>> report = make_memory_efficient(model)
+        >>> restore(model)
     """
     base = find_model(model)
     require(RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "one as it was")

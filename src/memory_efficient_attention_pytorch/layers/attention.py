@@ -51,6 +51,14 @@ class Attention(nn.Module):
 
     Weights: ``to_q (heads·dim_head, dim)``, ``to_kv (2·kv_heads·dim_head, dim)`` keys first, ``to_out (dim,
     heads·dim_head)``, no biases.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import Attention
+        >>> attention = Attention(dim=64, heads=4, dim_head=16, causal=True, window=(128, 0))
+        >>> x = torch.randn(2, 300, 64)
+        >>> attention(x).shape
+        torch.Size([2, 300, 64])
     """
 
     def __init__(
@@ -251,7 +259,16 @@ def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
 
 
 class FlashAttention(Attention):
-    """:class:`Attention` under its other name, with the positional order of arguments of version 0.1."""
+    """:class:`Attention` under its other name, with the positional order of arguments of version 0.1.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import FlashAttention
+        >>> attention = FlashAttention(dim=64, heads=4, dim_head=16)
+        >>> x, context = torch.randn(2, 300, 64), torch.randn(2, 50, 64)
+        >>> attention(x, context=context).shape
+        torch.Size([2, 300, 64])
+    """
 
     def __init__(self, *, dim: int, **kwargs: Any) -> None:
         super().__init__(dim=dim, **{"memory_efficient": True, **kwargs})

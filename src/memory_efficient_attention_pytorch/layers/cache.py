@@ -27,6 +27,18 @@ class KVCache:
 
     Every layer extends once in a forward pass, which then advances. A pass cut short by an exception leaves layers that
     have seen unequal numbers of tokens; this raises at the next call, and the cache can no longer be used.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import KVCache, Transformer
+        >>> config = dict(num_tokens=256, max_seq_len=64, dim=32, depth=2, heads=2, dim_head=16, causal=True)
+        >>> model, tokens, cache = Transformer(**config).eval(), torch.randint(0, 256, (1, 10)), KVCache()
+        >>> with torch.no_grad():
+        ...     prompt = model(tokens[:, :9], cache=cache)
+        ...     last = model(tokens[:, 9:], cache=cache)  # one token; keys and values of the others are there
+        ...     whole = model(tokens)
+        >>> torch.allclose(last, whole[:, 9:], atol=1e-5), cache.length
+        (True, 10)
     """
 
     def __init__(self, limit: int | None = None) -> None:

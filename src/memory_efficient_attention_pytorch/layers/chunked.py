@@ -29,6 +29,15 @@ class Chunked(nn.Module):
         ValueError: not exactly one of chunks and chunk_size, one below 1, or a module that changes ``dim``.
 
     Source: feed-forward chunking of Kitaev et al., "Reformer" (2020), arXiv:2001.04451.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memory_efficient_attention_pytorch import Chunked
+        >>> mlp = nn.Sequential(nn.Linear(64, 256), nn.SiLU(), nn.Linear(256, 64))
+        >>> x = torch.randn(2, 1000, 64)
+        >>> torch.allclose(Chunked(mlp, chunks=8)(x), mlp(x), atol=1e-6)
+        True
     """
 
     def __init__(

@@ -24,6 +24,13 @@ class CosineSimAttention(Attention):
         seq_len: typical number of tokens, at least 2; the longer, the sharper the softmax at the start.
 
     Further arguments as for :class:`Attention`.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import CosineSimAttention
+        >>> attention = CosineSimAttention(dim=64, seq_len=300, heads=4, dim_head=16, causal=True)
+        >>> attention(torch.randn(2, 300, 64)).shape
+        torch.Size([2, 300, 64])
     """
 
     def __init__(self, *, dim: int, seq_len: int, heads: int = 8, **kwargs: Any) -> None:

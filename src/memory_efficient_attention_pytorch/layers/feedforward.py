@@ -24,6 +24,12 @@ class FeedForward(nn.Module):
     x ``(b, n, dim)`` → ``(b, n, dim)``. With more than one chunk the hidden values ``(b, n, mult·dim)`` never exist
     as a whole: only x is kept, and backward recomputes one chunk at a time. None: as many chunks as keep a chunk's
     working set small (see :mod:`.working_set`).
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import FeedForward
+        >>> FeedForward(64, mult=4, chunks=8)(torch.randn(2, 1000, 64)).shape
+        torch.Size([2, 1000, 64])
     """
 
     def __init__(self, dim: int, mult: int = 4, chunks: int | None = None) -> None:
@@ -114,7 +120,15 @@ def _over_tokens(upstream: Tensor) -> Tensor:
 
 
 class PreNorm(nn.Module):
-    """``fn(LayerNorm(x))``; where fn is computed in pieces, each piece includes its norm."""
+    """``fn(LayerNorm(x))``; where fn is computed in pieces, each piece includes its norm.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import FeedForward, PreNorm
+        >>> x = torch.randn(2, 1000, 64)
+        >>> (x + PreNorm(64, FeedForward(64))(x)).shape
+        torch.Size([2, 1000, 64])
+    """
 
     def __init__(self, dim: int, fn: nn.Module) -> None:
         super().__init__()

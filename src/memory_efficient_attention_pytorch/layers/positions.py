@@ -20,6 +20,14 @@ class RotaryEmbedding(nn.Module):
     Args:
         dim: width of a head, even.
         base: the slowest rotation's wavelength is about ``2π · base`` tokens.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import Attention, RotaryEmbedding
+        >>> attention = Attention(dim=64, heads=4, dim_head=16, causal=True)
+        >>> rotary = RotaryEmbedding(16)
+        >>> attention(torch.randn(2, 300, 64), rotary=rotary(torch.arange(300))).shape
+        torch.Size([2, 300, 64])
     """
 
     def __init__(self, dim: int, base: float = 10000.0) -> None:
@@ -48,6 +56,12 @@ class AlibiBias(nn.Module):
 
     Slopes are ``2**(−8/h), 2**(−16/h), …`` for h a power of two; for other h those of the next lower power, completed
     by every second slope of the next higher one, as in the paper's code.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import AlibiBias, dot_product_attention
+        >>> q = torch.randn(1, 8, 1000, 64)
+        >>> out = dot_product_attention(q, q, q, causal=True, attn_bias=AlibiBias(heads=8))
     """
 
     several_threads = True
@@ -77,6 +91,15 @@ class RelativePositionBias(nn.Module):
     ``bidirectional`` each direction has half of them, else keys after the query share the bucket of distance 0.
 
     Both arguments of ``forward`` must be runs of consecutive positions, as the tiles' are.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import RelativePositionBias, dot_product_attention
+        >>> bias = RelativePositionBias(heads=8)
+        >>> q = torch.randn(1, 8, 1000, 64)
+        >>> dot_product_attention(q, q, q, attn_bias=bias).sum().backward()
+        >>> bias.weight.grad.shape
+        torch.Size([32, 8])
     """
 
     def __init__(self, heads: int, num_buckets: int = 32, max_distance: int = 128, bidirectional: bool = True) -> None:

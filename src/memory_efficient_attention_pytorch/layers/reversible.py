@@ -65,6 +65,19 @@ class ReversibleSequence(nn.Sequential):
 
     Works under ``eval()``, autocast, dropout, frozen inputs or parameters, several forwards before a backward,
     ``retain_graph``, ``torch.autograd.grad``, DDP, and FSDP2 applied to each block. Differentiable once.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import Attention, FeedForward, PreNorm, ReversibleSequence
+        >>> def block():
+        ...     attention = Attention(dim=64, heads=4, dim_head=16, causal=True)
+        ...     return PreNorm(64, attention), PreNorm(64, FeedForward(64))
+        >>> net = ReversibleSequence([block() for _ in range(12)], exact=True)
+        >>> x = torch.randn(2, 100, 64, requires_grad=True)
+        >>> with torch.autocast("cpu", torch.bfloat16):
+        ...     net(x).sum().backward()
+        >>> x.grad.shape
+        torch.Size([2, 100, 64])
     """
 
     def __init__(

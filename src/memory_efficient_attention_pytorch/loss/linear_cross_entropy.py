@@ -80,6 +80,17 @@ def linear_cross_entropy(
     Raises:
         ValueError: a wrong shape, dtype, device or option; on a CPU also a label out of range. Other devices assert on
             such a label by themselves, since the host would have to wait for them to see it.
+
+    Examples:
+        >>> import torch
+        >>> import torch.nn.functional as F
+        >>> from memory_efficient_attention_pytorch import linear_cross_entropy
+        >>> hidden, weight = torch.randn(4, 100, 64, requires_grad=True), torch.randn(5000, 64, requires_grad=True)
+        >>> labels = torch.randint(0, 5000, (4, 100))
+        >>> loss = linear_cross_entropy(hidden, weight, labels)
+        >>> loss.backward()
+        >>> torch.allclose(loss, F.cross_entropy((hidden @ weight.T).flatten(0, 1), labels.flatten()))
+        True
     """
     source = hidden if isinstance(hidden, RowSource) else RowSource(hidden.shape, hidden.dtype, (hidden,), WholeRows)
     product_dtype = _check_tensors(source, weight, labels, bias)

@@ -27,6 +27,16 @@ class AutoregressiveWrapper(nn.Module):
             Transformer's has, it is handed a :class:`KVCache` and each token once; otherwise the whole sequence anew
             for every token. With a parameter ``mask`` it can generate from prompts of unequal lengths together.
         pad_value: what stands behind the end of a row that ended before the others.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import AutoregressiveWrapper, Transformer
+        >>> net = Transformer(num_tokens=256, max_seq_len=512, dim=64, depth=2, heads=4, dim_head=16, causal=True)
+        >>> model = AutoregressiveWrapper(net)
+        >>> tokens = torch.randint(0, 256, (2, 100))
+        >>> model(tokens).backward()
+        >>> model.generate(tokens[:, :10], 20, temperature=0.8).shape
+        torch.Size([2, 20])
     """
 
     def __init__(self, net: nn.Module, pad_value: int = 0) -> None:

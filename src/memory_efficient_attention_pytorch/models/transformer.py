@@ -44,6 +44,15 @@ class Transformer(nn.Module):
         ValueError: an argument outside its range.
 
     Loads state dictionaries of memory_efficient_attention_pytorch 0.1, which name every layer twice.
+
+    Examples:
+        >>> import torch
+        >>> from memory_efficient_attention_pytorch import Transformer
+        >>> model = Transformer(num_tokens=256, max_seq_len=512, dim=64, depth=2, heads=4, dim_head=16, causal=True)
+        >>> tokens = torch.randint(0, 256, (2, 513))
+        >>> model(tokens[:, :-1], labels=tokens[:, 1:]).backward()
+        >>> model(tokens[:, :-1]).shape
+        torch.Size([2, 512, 256])
     """
 
     @built_from(TransformerConfig)

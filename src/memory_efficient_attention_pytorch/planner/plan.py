@@ -25,7 +25,16 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 @dataclass(frozen=True)
 class Option:
-    """A way of running the step that was considered: its settings, bytes at its peak and floating-point operations."""
+    """A way of running the step that was considered: its settings, bytes at its peak and floating-point operations.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch import plan
+        >>> from memory_efficient_attention_pytorch.planner import Option
+        >>> config = dict(num_tokens=256, max_seq_len=4096, dim=64, depth=2, causal=True)
+        >>> options = plan(config, batch_size=1, seq_len=4096, device="cuda", budget="1GiB").options
+        >>> isinstance(options[0], Option), options[0].name
+        (True, 'store everything')
+    """
 
     name: str
     settings: Mapping[str, Any]
@@ -42,6 +51,13 @@ class Plan:
     ``options`` all that was considered up to that choice, fastest first. Where nothing fits,
     ``remedies`` are what would, each by itself: the largest ``batch_size``, ``seq_len`` or ``depth``, to within 1 part
     in 32, and the ``budget``.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch import Plan, plan
+        >>> config = dict(num_tokens=256, max_seq_len=4096, dim=64, depth=2, causal=True)
+        >>> made = plan(config, batch_size=1, seq_len=4096, device="cuda", autocast="bf16")
+        >>> isinstance(made, Plan), made.fits("1GiB"), made.peak.phase
+        (True, True, 'backward')
     """
 
     timeline: Timeline
@@ -167,6 +183,14 @@ def plan(
     Raises:
         ValueError: an argument that makes no sense.
         NotImplementedError: a module whose shapes depend on its data; names the operation.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch import Transformer, plan
+        >>> config = dict(num_tokens=256, max_seq_len=4096, dim=64, depth=2, causal=True)
+        >>> made = plan(config, batch_size=1, seq_len=4096, device="cuda", budget="1GiB")
+        >>> made.fits()
+        True
+        >>> model = Transformer(**{**config, **made.settings})
     """
     types = _dtype(dtype, "dtype"), _dtype(autocast, "autocast")
     rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients
@@ -202,6 +226,12 @@ def max_seq_len(
     settings stay as they are: take them from ``plan(…, budget=…).settings`` for others. Found to within 1 part in 256,
     on the side that fits, one part in 128 of the budget left free, and from 4096 tokens on a multiple of 64; a
     Transformer with learned positions is not asked for more than it has.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch import max_seq_len
+        >>> config = dict(num_tokens=256, max_seq_len=1000, dim=64, depth=2, causal=True)
+        >>> max_seq_len(config, budget="8GiB", device="cuda")  # learned positions: no more than there are
+        1000
     """
     require(
         example_inputs is None or callable(example_inputs), "example_inputs", "a function of (batch, length)", "none"

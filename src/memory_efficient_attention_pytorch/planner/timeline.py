@@ -25,7 +25,13 @@ CATEGORIES = (
 
 
 class Operation(NamedTuple):
-    """Where an operation ran: the phase of the step, the path of the module ("" outside of all) and its name."""
+    """Where an operation ran: the phase of the step, the path of the module ("" outside of all) and its name.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.planner import Operation
+        >>> Operation("backward", "layers.3.1.fn", "aten.mm").describe()
+        'backward of layers.3.1.fn, aten.mm'
+    """
 
     phase: str
     module: str
@@ -39,7 +45,17 @@ class Operation(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """The operations of a step in order, what was live during each (bytes, a column per category), and the FLOPs."""
+    """The operations of a step in order, what was live during each (bytes, a column per category), and the FLOPs.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.planner import CATEGORIES, Timeline, plan
+        >>> config = dict(num_tokens=256, max_seq_len=1024, dim=64, depth=2, causal=True)
+        >>> timeline = plan(config, batch_size=1, seq_len=1024, device="cpu").timeline
+        >>> isinstance(timeline, Timeline), timeline.live.shape == (len(timeline.operations), len(CATEGORIES))
+        (True, True)
+        >>> int(timeline.totals[timeline.peak]) == sum(timeline.breakdown(timeline.peak).values())
+        True
+    """
 
     operations: list[Operation]
     live: NDArray[np.int64]

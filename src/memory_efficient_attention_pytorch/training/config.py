@@ -41,6 +41,11 @@ class TrainConfig:
 
     Raises ValueError, naming the key, what was expected and what came, for a value of the wrong type or out of range
     and for options that contradict each other.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.training import TrainConfig
+        >>> TrainConfig(data=("book.txt",), seq_len=8192).batch_size
+        8
     """
 
     data: tuple[str, ...] = _text(
@@ -142,6 +147,16 @@ def load_config(path: Path | str) -> TrainConfig:
 
     Raises ValueError if the file is missing, is no TOML, has an unknown key or a value that does not fit, or was
     written beside a run in a format that this version does not read.
+
+    Examples:
+        >>> import tempfile
+        >>> from pathlib import Path
+        >>> from memory_efficient_attention_pytorch.training import load_config
+        >>> with tempfile.TemporaryDirectory() as folder:
+        ...     path = Path(folder, "run.toml")
+        ...     written = path.write_text("dim = 256")
+        ...     load_config(path).dim
+        256
     """
     return TrainConfig(**read_values(path))
 

@@ -27,7 +27,14 @@ _FILES = ("config.toml", "tokenizer.json", "standard-input.txt", "metrics.jsonl"
 
 
 class LoadedRun(NamedTuple):
-    """A trained model in eval mode, its tokenizer and the configuration of its run."""
+    """A trained model in eval mode, its tokenizer and the configuration of its run.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.training import LoadedRun, load_run
+        >>> loaded = load_run(run, checkpoint="last")
+        >>> isinstance(loaded, LoadedRun), loaded.tokenizer.num_tokens == loaded.model.num_tokens
+        (True, True)
+    """
 
     model: Transformer
     tokenizer: Tokenizer
@@ -130,6 +137,12 @@ def load_run(path: Path | str, *, checkpoint: str = "best", device: str | torch.
         with a warning that says so, and the next one in that order is taken.
 
     Raises ValueError if `path` is no run directory, was written in another format, or holds no sound checkpoint.
+
+    Examples:
+        >>> from memory_efficient_attention_pytorch.training import load_run
+        >>> model, tokenizer, config = load_run(run)  # a directory that `mea train` wrote
+        >>> model.training
+        False
     """
     run = RunDirectory(path)
     config = run.load_config()
