@@ -1,0 +1,34 @@
+"""The examples run as they are, in small, and show what they say."""
+
+import runpy
+from pathlib import Path
+
+EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
+
+
+def run(name, *options):
+    return runpy.run_path(str(EXAMPLES / f"{name}.py"))["main"](list(options))
+
+
+def test_a_class_is_found_far_from_where_it_is_asked_for(capsys):
+    assert run("classify_bytes", "--tokens", "48", "--steps", "80", "--batch-size", "16") > 0.9
+    assert "MiB" in capsys.readouterr().out
+
+
+def test_a_reversible_network_keeps_the_same_at_any_depth(capsys):
+    first, last = run("own_modules", "--tokens", "128", "--dim", "16", "--depth", "1", "--steps", "25")
+    assert last < first / 2
+    kept = [line.split(":")[1] for line in capsys.readouterr().out.splitlines() if "kept for backward" in line]
+    stored, deeper, reversible, deeper_reversible = (float(text.split()[0]) for text in kept)
+    assert deeper > 1.5 * stored
+    assert deeper_reversible == reversible
+
+
+def test_a_loss_without_logits_takes_a_part_of_the_memory():
+    peaks = run("loss_in_your_loop", "--tokens", "1024", "--dim", "32", "--vocabulary", "16000", "--steps", "1")
+    assert peaks["linear_cross_entropy"] < peaks["cross_entropy"] / 4
+
+
+def test_packed_documents_are_as_each_by_itself(capsys):
+    assert run("packed_documents", "--lengths", "90", "25", "70", "--heads", "4", "--width", "16") < 1e-4
+    assert "3 documents in a row of 185 tokens" in capsys.readouterr().out
