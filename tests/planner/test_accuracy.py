@@ -38,8 +38,7 @@ def before(made):
     [
         ({"ff_chunks": 4, "head_chunks": 2}, False, 3000),
         ({"reversible": False, "window": 128}, False, 3000),
-        # Libraries of PyTorch 2.11 keep 5 MiB more in half precision, of however many tokens.
-        ({"exact": True}, True, 8000),
+        ({"exact": True}, True, 3000),
     ],
     ids=str,
 )
@@ -49,8 +48,8 @@ def test_the_peak_is_what_the_step_takes(changes, autocast, seq_len):
     made = plan(config, batch_size=1, seq_len=seq_len, **options)
     arguments = {"config": config, "seq_len": seq_len, "autocast": autocast}
     measured = before(made) + measure_peak(f"{__file__}:build", arguments, threads=THREADS).peak_bytes
-    assert -0.1 < made.peak_bytes / measured - 1 < 0.1
-    assert abs(made.peak_bytes - measured) < 0.05 * measured + 3 * MIB
+    # Libraries of PyTorch 2.11 keep 5 MiB more in half precision, of however many tokens.
+    assert abs(made.peak_bytes - measured) < 0.05 * measured + (6 if autocast else 3) * MIB
 
 
 def test_the_longest_sequence_runs_under_its_budget_and_a_longer_one_does_not():

@@ -6,9 +6,10 @@ import subprocess
 import sys
 
 import pytest
+import torch
 from accelerate.state import AcceleratorState
-from safetensors.torch import load_file
 
+from memory_efficient_attention_pytorch.training.parts import load_parts, shapes_in
 from memory_efficient_attention_pytorch.training.runs import start_run
 from tests.cli import train_command
 from tests.training.divided_runs import REFUSED, RESUMED, RUNS, config, quiet, run_all
@@ -38,7 +39,11 @@ def measured(run, name):
 
 
 def weights(run, step=4):
-    return load_file(run / f"checkpoints/step-{step:08d}/model.safetensors")
+    """Those of a checkpoint, whole, whoever wrote its parts."""
+    files = sorted((run / f"checkpoints/step-{step:08d}").glob("model*.safetensors"))
+    tensors = {name: torch.empty(shape, dtype=dtype) for name, (shape, dtype) in shapes_in(files).items()}
+    load_parts(files, tensors)
+    return tensors
 
 
 def off_by(one, other):

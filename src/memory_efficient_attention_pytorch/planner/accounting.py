@@ -82,7 +82,7 @@ class CpuAccounting(Accounting):
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
         name, tensors = operator_name(operation), [x for x in arguments if isinstance(x, Tensor)]
         half = any(tensor.dtype in (torch.bfloat16, torch.float16) for tensor in tensors)
-        if half and name in _KEPT:
+        if half and name in _KEPT and torch.backends.cpu.get_cpu_capability() != "AVX2":
             layout = tuple((tensor.shape, tensor.is_contiguous()) for tensor in tensors)
             self.kept[name, layout] = _KEPT[name]
         if name in _KEPT_IN_SINGLE:
@@ -119,7 +119,8 @@ _CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 _PRODUCT, _TILE_PRODUCT = "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise_"
 # What matrix products and the C library's heap keep once they have run.
 _RESIDENT = 2 * MIB
-# What oneDNN keeps of each shape and layout that it has compiled a kernel for, in half precision.
+# What oneDNN keeps of each shape and layout that it has compiled a kernel for, in half precision, which of x86
+# processors those without AVX-512 leave to PyTorch's own loops.
 _KEPT = {
     **dict.fromkeys(("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"), 540 * KIB),
     _CPU_ATTENTION: 1750 * KIB,
