@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import signal
 import time
 
 import pytest
@@ -138,3 +139,31 @@ def test_a_part_that_is_damaged_or_gone_is_named(here, uninterrupted, damage):
     assert len(said) == 1
     assert path.name in said[0]
     assert part.name in said[0]
+
+
+@pytest.mark.parametrize(
+    ("rank", "kill_at"), [(1, 10), (0, 32)], ids=["between the second's parts", "before the renaming"]
+)
+def test_a_process_killed_while_all_save_ends_the_others_and_the_run_goes_on(here, text, uninterrupted, rank, kill_at):
+    running = launch(here, 2, "train", *options(text, 2), "--shard", "--out=run", rank=rank, kill_at=kill_at)
+    assert running[rank].finish().status == -signal.SIGKILL
+    killed = time.monotonic()
+    other = running[1 - rank].finish()
+    assert time.monotonic() - killed < 30
+    assert other.status == 1, other.error
+    assert other.error.count(f"mea train: process {rank} of 2 (counted from 0) died") == 1
+    assert "Traceback" not in other.error
+    assert last(here / "run").state.step == 2
+    trained(here, 2, "--resume", "run")
+    assert contents(here / "run") == contents(uninterrupted / "two")
+    assert not list((here / "run/checkpoints").glob(".*"))
+
+
+def test_a_part_that_cannot_be_written_ends_all_with_a_line(here, text, uninterrupted):
+    limit = len(contents(uninterrupted / "two")["model-00002-of-00002.safetensors"]) + 1000
+    running = launch(here, 2, "train", *options(text, 2), "--shard", "--out=run", rank=1, file_limit=limit)
+    first, second = (each.finish() for each in running)
+    assert first.status == second.status == 1
+    [said] = [line for line in first.error.splitlines() if line.startswith("mea train: ")]  # accelerate has warnings
+    assert "cannot write to run (process 1: " in said
+    assert list((here / "run/checkpoints").iterdir()) == []

@@ -21,12 +21,19 @@ def make_display(*, quiet: bool) -> Callable[[bool], Callback]:
 
     def display(main: bool) -> Callback:
         if not main:
-            return Callback()
+            return Silent()
         if quiet:
             return Quiet()
         return Live() if sys.stdout.isatty() else Lines()
 
     return display
+
+
+class Silent(Callback):
+    """Says only that a process has died, which the main one may be."""
+
+    def abandoned(self, text: str) -> None:
+        print(f"mea train: {text}", file=sys.stderr, flush=True)
 
 
 class Quiet(Callback):

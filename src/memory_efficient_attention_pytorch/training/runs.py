@@ -25,6 +25,7 @@ from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
 from .tracking import Callback, MetricsFile, TensorBoardFile
 from .trainer import Trainer, learning_rate
+from .watch import watched
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -75,7 +76,7 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
     if config.tokenizer is not None:
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
     config = config.updated(text)
-    with _joined(config) as (accelerator, processes):
+    with _joined(config, make_display) as (accelerator, processes):
         config, memory, fit = _settle(accelerator, config, _num_tokens(config))
         path = Path(out) if out is not None else _on_main(accelerator, _next_number)
         run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
@@ -99,7 +100,7 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
             raise ValueError(
                 f"{key} is {getattr(before, key)!r} in {run.path} and cannot change on the way: start a new run for it"
             )
-    with _joined(config) as (accelerator, processes):
+    with _joined(config, make_display) as (accelerator, processes):
         num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
         config, memory, _ = _settle(accelerator, config, num_tokens, settled=True)
         return _train(accelerator, processes, run, config, memory, make_display, before=before)
@@ -311,11 +312,14 @@ def _division(config: TrainConfig, processes: int) -> str:
 
 
 @contextlib.contextmanager
-def _joined(config: TrainConfig) -> Iterator[tuple["Accelerator", ProcessMesh]]:
-    """This process as one of those that train together, for as long as the block takes."""
+def _joined(
+    config: TrainConfig, make_display: Callable[[bool], Callback]
+) -> Iterator[tuple["Accelerator", ProcessMesh]]:
+    """This process as one of those that train together, for as long as the block takes; if one dies, all end."""
     accelerator = _make_accelerator(config)
     try:
-        yield accelerator, ProcessMesh(accelerator, config)
+        with watched(accelerator, make_display(False).abandoned):
+            yield accelerator, ProcessMesh(accelerator, config)
     finally:
         accelerator.end_training()
 

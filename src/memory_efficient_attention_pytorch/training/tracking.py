@@ -69,6 +69,10 @@ class Callback:
     def notice(self, text: str) -> None:
         """Something the user should know, such as a damaged checkpoint that was passed over."""
 
+    def abandoned(self, text: str) -> None:
+        """Another process of the run has died and this one is about to end: `text` says which. Asked of a display that
+        is not the main one's."""
+
     def close(self) -> None:
         """Nothing more will come."""
 

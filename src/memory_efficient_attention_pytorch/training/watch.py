@@ -1,0 +1,130 @@
+"""A process that dies ends the others: each holds a connection to the first one, which the system closes with it."""
+
+import contextlib
+import os
+import secrets
+import socket
+import struct
+import threading
+import time
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING
+
+from .files import RunError
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
+
+_SECONDS_TO_END = 8.0
+"""What a process has to end by itself, as where all have met the same error, before it is ended."""
+
+_SECONDS_TO_HEAR = 2.0
+"""How much later than an error of communication the news may come that a process has died."""
+
+_DONE = struct.pack("!i", -1)
+
+
+@contextlib.contextmanager
+def watched(accelerator: "Accelerator", abandoned: Callable[[str], None]) -> Iterator[None]:
+    """Inside, a process that dies, or leaves with an error, ends all others within ten seconds with exit status 1.
+
+    It does not matter what they are waiting for: a thread of each hears of it. One of them calls `abandoned` first, with
+    a line that says which process it was: the first, or the second where the first died. A machine that vanishes is
+    noticed after 17 seconds. All processes have to enter.
+    """
+    if accelerator.num_processes == 1:
+        yield
+        return
+    watch = _Watch(accelerator, abandoned)
+    try:
+        yield
+    except RuntimeError as error:
+        if not isinstance(error, RunError) and watch.heard.wait(_SECONDS_TO_HEAR):
+            time.sleep(2 * _SECONDS_TO_END)  # it failed because another process is gone: its thread says so and ends it
+        watch.leave()
+        raise
+    except BaseException as error:
+        # Interrupted is an end that all have agreed on.
+        watch.leave(done=type(error).__name__ == "Interrupted")
+        raise
+    watch.leave(done=True)
+
+
+class _Watch:
+    def __init__(self, accelerator: "Accelerator", abandoned: Callable[[str], None]):
+        self.rank, self.world, self.abandoned = accelerator.process_index, accelerator.num_processes, abandoned
+        self.heard, self.left, self.lock = threading.Event(), threading.Event(), threading.Lock()
+        try:
+            self.peers = _connect(self.rank, self.world)
+        except OSError as error:
+            raise RunError(f"the processes do not reach the first one ({error})") from error
+        for peer in self.peers:
+            threading.Thread(target=self._attend, args=(peer,), daemon=True).start()
+
+    def leave(self, *, done: bool = False) -> None:
+        """Say goodbye where the work is done, and let go."""
+        self.left.set()
+        for connection in self.peers.values():
+            with contextlib.suppress(OSError):
+                if done:
+                    connection.sendall(_DONE)
+                connection.shutdown(socket.SHUT_RDWR)
+
+    def _attend(self, peer: int) -> None:
+        try:
+            message = self.peers[peer].recv(4, socket.MSG_WAITALL)
+        except OSError:
+            message = b""
+        if self.left.is_set() or message == _DONE:
+            return
+        lost = struct.unpack("!i", message)[0] if len(message) == 4 else peer
+        with self.lock:
+            if self.heard.is_set():
+                return
+            self.heard.set()
+        if self.rank == 0:
+            for connection in self.peers.values():
+                with contextlib.suppress(OSError):
+                    connection.sendall(message if len(message) == 4 else struct.pack("!i", lost))
+        if self.left.wait(_SECONDS_TO_END):
+            return
+        if self.rank == (1 if lost == 0 else 0):
+            self.abandoned(
+                f"process {lost} of {self.world} (counted from 0) died, so all end; the last checkpoint is kept: "
+                "go on with mea train --resume"
+            )
+        os._exit(1)
+
+
+def _connect(rank: int, world: int) -> dict[int, socket.socket]:
+    """The first process's connections to all others, and the others' to it. Strangers do not know the secret."""
+    from accelerate.utils import broadcast_object_list
+
+    given: list[tuple[int, bytes] | None] = [None]
+    found = {}
+    if rank:
+        broadcast_object_list(given)
+        assert given[0] is not None
+        port, secret = given[0]
+        found[0] = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+        found[0].sendall(secret + struct.pack("!i", rank))
+    else:
+        dual = socket.has_dualstack_ipv6()
+        family = socket.AF_INET6 if dual else socket.AF_INET
+        with socket.create_server(("", 0), family=family, dualstack_ipv6=dual, backlog=world) as server:
+            secret = secrets.token_bytes(16)
+            broadcast_object_list([(server.getsockname()[1], secret)])
+            server.settimeout(60)
+            while len(found) < world - 1:
+                connection, _ = server.accept()
+                connection.settimeout(60)
+                greeting = connection.recv(20, socket.MSG_WAITALL)
+                if secrets.compare_digest(greeting[:16], secret):
+                    found[struct.unpack("!i", greeting[16:])[0]] = connection
+    for connection in found.values():
+        connection.settimeout(None)
+        connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
+        for name, value in (("TCP_KEEPIDLE", 5), ("TCP_KEEPINTVL", 3), ("TCP_KEEPCNT", 4)):
+            if hasattr(socket, name):
+                connection.setsockopt(socket.IPPROTO_TCP, getattr(socket, name), value)
+    return found
