@@ -13,13 +13,13 @@ from memory_efficient_attention_pytorch.planner.workload import Workload, shorte
 BASE = {"num_tokens": 64, "dim": 32, "depth": 7, "heads": 4, "dim_head": 8, "causal": True, "ff_chunks": 4}
 
 
-def timelines(config, device="cpu", **options):
-    """Those of all depths needed, each run as it is."""
+def timelines(config, depths, device="cpu", **options):
+    """Those of some depths, each run as it is."""
     accounting = accounting_for(torch.device(device), threads=2)
     found = []
-    for depth in (2, 3, config["depth"]):
+    for depth in depths:
         workload = Workload({**config, "depth": depth}, batch_size=1, seq_len=200, **options)
-        tokens = torch.zeros(1, 200, dtype=torch.long, device="meta")
+        tokens = torch.zeros(1, 200 // workload.context, dtype=torch.long, device="meta")
         step = workload.step(workload.transformer(depth), (tokens,), {"labels": tokens})
         found.append(dry_run(step, accounting))
     return found
@@ -36,12 +36,16 @@ def timelines(config, device="cpu", **options):
         ({"keep_attention": "cpu", "dropout": 0.1}, "cuda", {}),
         ({"num_tokens": 9000, "tie_embeddings": True}, "cuda", {"optimizer": None}),
         ({"dropout": 0.1, "positions": "rotary", "kv_heads": 2}, "cpu", {"dtype": torch.bfloat16}),
+        ({}, "cpu", {"shards": 4}),
+        ({"head_chunks": 2, "window": 9}, "cpu", {"context": 2}),
+        ({"kv_heads": 1, "exact": True}, "cuda", {"context": 4, "shards": 4, "keep_gradients": False}),
     ],
     ids=str,
 )
 def test_depth_is_put_together_exactly(changes, device, options):
-    two, three, deep = timelines({**BASE, **changes}, device, **options)
-    made = at_depth(two, three, BASE["depth"])
+    few = 3 if "shards" in options else 2
+    shallow, deeper, deep = timelines({**BASE, **changes}, (few, few + 1, BASE["depth"]), device, **options)
+    made = at_depth(shallow, deeper, BASE["depth"] - few)
     assert made.operations == deep.operations
     np.testing.assert_array_equal(made.live, deep.live)
     assert made.flops == pytest.approx(deep.flops, rel=1e-12)
@@ -87,4 +91,4 @@ def test_operations_that_do_not_line_up_are_refused():
         return Timeline(operations, np.zeros((len(names), len(CATEGORIES)), dtype=np.int64), 0.0)
 
     with pytest.raises(ValueError, match="blocks are not alike"):
-        at_depth(made_of("a", "b", "c"), made_of("a", "x", "c", "d"), 5)
+        at_depth(made_of("a", "b", "c"), made_of("a", "x", "c", "d"), 3)

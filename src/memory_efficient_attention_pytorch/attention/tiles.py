@@ -318,6 +318,7 @@ class Tiled(Way):
             part.of_query(out)[:, :, here] = found
             for whole, of_row in zip(log_sum_exp, lse.rounded(), strict=False):
                 part.of_query(whole)[:, :, here] = of_row
+            del found, lse, of_row  # before the next row is computed
         return out, *log_sum_exp
 
     def rows(

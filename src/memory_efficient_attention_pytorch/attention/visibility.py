@@ -55,6 +55,10 @@ class Block(NamedTuple):
     queries: slice
     keys: slice
 
+    def __hash__(self) -> int:
+        # Slices have a hash of their own from Python 3.12 on.
+        return hash(tuple((part.start, part.stop) for part in self))
+
 
 class Row(NamedTuple):
     """A bucket of queries, how many scores window and causality leave to it, and its tiles in key order."""

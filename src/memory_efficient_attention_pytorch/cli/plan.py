@@ -58,6 +58,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         default=True,
         help="they exist when the step begins, as when accumulated; --no-…: as after zero_grad() (default: they do)",
     )
+    divided = "among which FSDP2 divides parameters, gradients and optimizer state (default: 1, whole)"
+    step.add_argument("--shards", type=int, default=1, metavar="PROCESSES", help=divided)
+    divided = "among which the tokens of each sequence are divided (default: 1); bytes are those of one process"
+    step.add_argument("--context", type=int, default=1, metavar="PROCESSES", help=divided)
     settings = parser.add_argument_group("settings, which a budget chooses where they are not given")
     add_options(settings, TransformerConfig, SETTINGS, {"exact": "under mixed precision"})
     asked = parser.add_argument_group("what is asked")
@@ -76,6 +80,8 @@ def run(args: argparse.Namespace) -> int:
         "device": args.device,
         "optimizer": None if args.optimizer == "none" else args.optimizer,
         "keep_gradients": args.keep_gradients,
+        "shards": args.shards,
+        "context": args.context,
     }
     return _run(args, step) if args.model is None else _run_model(args, step)
 
@@ -173,6 +179,9 @@ def _print(config: dict[str, Any], args: argparse.Namespace, made: "Plan", longe
     print(f"{kind} of {config['depth']} blocks, {config['dim']} wide, {config['heads']} heads of {config['dim_head']},")
     doing = "generating after" if args.generate else f"trained with {args.optimizer} on"
     print(f"{doing} {made.batch_size} × {made.seq_len:,} tokens, device {made.device}")
+    shared = [f"{what} over {n}" for what, n in (("parameters", args.shards), ("tokens", args.context)) if n > 1]
+    if shared:
+        print(f"on each of several processes: {', '.join(shared)}")
     print(f"\n{'needs at its peak':<22}{format_size(made.peak_bytes):>10}   in the {made.peak.describe()}")
     for category, nbytes in made.breakdown.items():
         print(f"  {category:<20}{format_size(nbytes):>10}{nbytes / made.peak_bytes:>7.0%}")

@@ -13,7 +13,7 @@ from ..planner import Plan
 
 GIB, MIB = 2**30, 2**20
 POINTS = 2000
-COLOURS = ("#08306b", "#2f6fde", "#a9c7ee", "#00a2c7", "#b45f06", "#f1c232", "#6aa84f", "#7f7f7f", "#c8c8c8")
+COLOURS = ("#08306b", "#2f6fde", "#a9c7ee", "#00a2c7", "#b45f06", "#f1c232", "#6aa84f", "#d5a6bd", "#7f7f7f", "#c8c8c8")
 
 
 def draw(plan: Plan, path: Path | str) -> Path:

@@ -67,6 +67,7 @@ class Ring(Way):
                 ):
                     for whole, of_row in zip((so_far.out, *so_far.lse), (found, *of_found), strict=True):
                         of.of_query(whole)[:, :, here] = of_row
+                    del found, of_found, of_row  # before the next row is computed
         lse, rest = everything.lse.rounded()
         return (out.to(v.dtype), lse, rest) if request.keeps_rest else (out.to(v.dtype), lse)
 

@@ -14,11 +14,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils._pytree import tree_leaves, tree_map_only
 
+from ..common.divided import within
 from ..common.dry_run import STAND_IN, watched_by
 from ..common.errors import require
 from ..torch_internals.fake import fake_tensors
 from .accounting import Accounting
 from .ledger import Ledger, Place
+from .processes import DividedTokens, ShardedParameters
 from .stand_in import standing_in
 from .timeline import Timeline
 
@@ -52,6 +54,8 @@ class Step:
     autocast: torch.dtype | None = None
     then: tuple[Any, ...] = ()
     keep_gradients: bool = True
+    shards: int = 1
+    context: tuple[int, int] | None = None
 
 
 def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> Timeline:
@@ -76,18 +80,24 @@ def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> 
         )
         ledger = Ledger(accounting, device, categorizer(model), every_part)
         ledger.follow(model)
+        sharded = ShardedParameters(model, list(model.layers), step.shards) if step.shards > 1 else None
+        entered.enter_context(within(DividedTokens(*step.context) if step.context else None))
         entered.enter_context(ledger)
         entered.enter_context(nullcontext() if planned == "cpu" else standing_in(planned))
         entered.enter_context(watched_by(ledger))
         ledger.learn_the_engine()
         autocast = torch.autocast("cpu", step.autocast, enabled=step.autocast is not None)
+        if sharded is not None:
+            sharded.charge_to(ledger)
         ledger.enter("parameters", [*model.parameters(), *model.buffers()])
         ledger.enter("streams", (leaf for leaf in tree_leaves((args, kwargs, then)) if isinstance(leaf, Tensor)))
         if step.loss is None:
             _infer(model, autocast, ledger, [args, then] if then else [args], kwargs)
         else:
-            optimizer = _set_up(model, step, ledger, at_once=planned == "cuda")
-            _train(model, step.loss, optimizer, autocast, ledger, args, kwargs)
+            trained = [p for p in (sharded.shards if sharded else model.parameters()) if p.requires_grad]
+            optimizer = _set_up(trained, step, ledger, at_once=planned == "cuda")
+            finish = sharded.finish if sharded else lambda: None
+            _train(model, step.loss, optimizer, autocast, ledger, args, kwargs, finish)
     return ledger.timeline()
 
 
@@ -99,6 +109,7 @@ def _train(
     ledger: Ledger,
     args: tuple[Any, ...],
     kwargs: Mapping[str, Any],
+    finish: Callable[[], None],
 ) -> None:
     ledger.start()
     with autocast:
@@ -109,6 +120,7 @@ def _train(
     del output
     with ledger.during("backward"):
         loss.backward()
+        finish()
     if optimizer is not None:
         with ledger.during("optimizer"):
             optimizer.step()
@@ -142,12 +154,11 @@ def _contents_asked_for(ledger: Ledger) -> Iterator[None]:
         ) from error
 
 
-def _set_up(model: nn.Module, step: Step, ledger: Ledger, at_once: bool) -> torch.optim.Optimizer | None:
+def _set_up(trained: list[nn.Parameter], step: Step, ledger: Ledger, at_once: bool) -> torch.optim.Optimizer | None:
     """Make what exists before a training step besides the model: the optimizer's state and, if kept, gradients.
 
     at_once: the device's optimizers update all parameters at once, unless told otherwise.
     """
-    trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     with ledger.during("gradients"):
         for parameter in trained:
             parameter.grad = torch.empty_like(parameter)

@@ -153,6 +153,8 @@ def plan(
     training: bool = True,
     threads: int | None = None,
     keep_gradients: bool = True,
+    shards: int = 1,
+    context: int = 1,
 ) -> Plan:
     """Plan a training step (forward, backward, optimizer) without running it: the real code runs on fake tensors.
 
@@ -177,6 +179,9 @@ def plan(
         threads: of the CPU's kernels, which keep buffers each, and by whose number attention chooses its tiles.
         keep_gradients: whether they exist when the step begins, as where they are accumulated over batches; False: they
             are made in backward, as after ``optimizer.zero_grad()``.
+        shards: processes among which FSDP2 divides parameters, gradients and optimizer state, gathered block by block.
+        context: processes among which ``distributed.ContextParallel`` divides the tokens of each sequence. Bytes are
+            those of the first process, batch and length those of the whole sequence.
 
     The step planned is any after the first: the optimizer's state exists when it begins.
 
@@ -193,7 +198,7 @@ def plan(
         >>> model = Transformer(**{**config, **made.settings})
     """
     types = _dtype(dtype, "dtype"), _dtype(autocast, "autocast")
-    rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients
+    rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients, shards, context
     workload = Workload(model_or_config, batch_size, seq_len, *rest)
     accounting = accounting_for(_device(device, model_or_config), threads)
     limit = None if budget is None else parse_size(budget)
@@ -219,6 +224,8 @@ def max_seq_len(
     training: bool = True,
     threads: int | None = None,
     keep_gradients: bool = True,
+    shards: int = 1,
+    context: int = 1,
 ) -> int:
     """The most tokens in a sequence for which the step's peak is within the budget; 0 if not even one fits.
 
@@ -237,7 +244,7 @@ def max_seq_len(
         example_inputs is None or callable(example_inputs), "example_inputs", "a function of (batch, length)", "none"
     )
     types = _dtype(dtype, "dtype"), _dtype(autocast, "autocast")
-    rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients
+    rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients, shards, context
     workload = Workload(model_or_config, batch_size, 1, *rest)
     accounting = accounting_for(_device(device, model_or_config), threads)
     return _longest(workload, accounting, parse_size(budget))

@@ -18,6 +18,7 @@ CATEGORIES = (
     "attention",
     "feed-forward",
     "loss",
+    "communication",
     "kernel workspace",
     "allocator",
 )
@@ -79,17 +80,18 @@ def as_row(live: Mapping[str, int]) -> list[int]:
     return [live.get(category, 0) for category in CATEGORIES]
 
 
-def at_depth(two: Timeline, three: Timeline, depth: int) -> Timeline:
-    """The timeline of ``depth`` equal blocks, given those of the same model with two and with three.
+def at_depth(shallow: Timeline, deeper: Timeline, repeats: int) -> Timeline:
+    """The timeline of ``repeats`` more equal blocks than ``shallow`` has, given that of one more.
 
-    A third block does two things: it inserts its operations, and it raises what is live before and after them by an
-    amount of its own. So do a fourth and all others. Nothing is assumed about what a block takes: should the
-    operations not line up like this, a ValueError says so.
+    Another block does two things: it inserts its operations, and it raises what is live before and after them by an
+    amount of its own. So do all after it. Nothing is assumed about what a block takes, but that of ``shallow``'s two
+    blocks, or three where one sees its neighbours, only the outer ones do something of their own. Should the operations
+    not line up like this, a ValueError says so.
     """
-    segments = [_stretch(*pair, depth) for pair in zip(_segments(two), _segments(three), strict=True)]
+    segments = [_stretch(*pair, repeats) for pair in zip(_segments(shallow), _segments(deeper), strict=True)]
     operations = [operation for segment, _ in segments for operation in segment]
     live = np.concatenate([rows for _, rows in segments])
-    return Timeline(operations, live, two.flops + (depth - 2) * (three.flops - two.flops))
+    return Timeline(operations, live, shallow.flops + repeats * (deeper.flops - shallow.flops))
 
 
 Segment = tuple[list[Operation], NDArray[np.int64]]
@@ -107,26 +109,25 @@ def _segments(timeline: Timeline) -> Iterator[Segment]:
 _PASSES = {"forward": 0, "loss": 0, "backward": 1, "optimizer": 2, "next token": 1}
 
 
-def _stretch(two: Segment, three: Segment, depth: int) -> Segment:
-    short, long = two[0], three[0]
+def _stretch(shallow: Segment, deeper: Segment, repeats: int) -> Segment:
+    short, long = shallow[0], deeper[0]
     added = len(long) - len(short)
     if not short and not long:
-        return two
-    # Equal blocks leave open where the third one stands. In the middle, so that the first and the last, which may do
+        return shallow
+    # Equal blocks leave open where the added one stands. In the middle, so that the first and the last, which may do
     # something of their own, remain what they are.
     place = (_common(short, long) + len(short) - _common(short[::-1], long[::-1])) // 2
     if added < 0 or _names(short) != _names(long[:place] + long[place + added :]):
-        raise ValueError("the blocks are not alike: a third one does more than add its own operations")
-    before = three[1][:place] - two[1][:place]
-    after = three[1][place + added :] - two[1][place:]
-    block = three[1][place : place + added]
+        raise ValueError("the blocks are not alike: another one does more than add its own operations")
+    before = deeper[1][:place] - shallow[1][:place]
+    after = deeper[1][place + added :] - shallow[1][place:]
+    block = deeper[1][place : place + added]
     # By how much one more block raises what is live just before the inserted operations, and just after them.
     first = before[-1] if len(before) else after[0]
     last = after[0] if len(after) else first
-    repeats = depth - 2
-    rows = [two[1][:place] + repeats * before]
+    rows = [shallow[1][:place] + repeats * before]
     rows += [block + (repeats - 1) * first + i * (last - first) for i in range(repeats)]
-    rows.append(two[1][place:] + repeats * after)
+    rows.append(shallow[1][place:] + repeats * after)
     return _renumbered(long, place, added, repeats), np.concatenate(rows)
 
 

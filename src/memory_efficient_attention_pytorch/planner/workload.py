@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from ..common.errors import require, require_positive_int
+from ..distributed.exchange import Layout
 from ..layers.cache import KVCache
 from ..models.transformer import Transformer
 from .accounting import Accounting
@@ -36,6 +37,8 @@ class Workload:
     loss_fn: Callable[[Any], Tensor] | None = None
     training: bool = True
     keep_gradients: bool = True
+    shards: int = 1
+    context: int = 1
 
     def __post_init__(self) -> None:
         kinds = "a Transformer's keywords or an nn.Module"
@@ -49,6 +52,10 @@ class Workload:
         else:
             expected = "the inputs of this module's forward, or a function of (batch_size, seq_len) that makes them"
             require(self.example_inputs is not None, "example_inputs", expected, None)
+        for name in ("shards", "context"):
+            require_positive_int(name, getattr(self, name))
+            fits = getattr(self, name) == 1 or (self.of_transformer and self.training)
+            require(fits, name, "1 for all but a Transformer's training step", getattr(self, name))
 
     @property
     def of_transformer(self) -> bool:
@@ -68,18 +75,25 @@ class Workload:
             assert isinstance(self.subject, nn.Module)
             args, kwargs = self._arguments()
             return dry_run(self.step(self.subject, args, kwargs), accounting)
-        tokens = torch.zeros(self.token_shape, dtype=torch.long, device="meta")
+        batch, length = self.token_shape
+        local = length if self.context == 1 else Layout(length, self.context).local
+        tokens = torch.zeros(batch, local, dtype=torch.long, device="meta")
 
         def at(depth: int) -> Timeline:
             given = {"labels": tokens} if self.training else {"cache": KVCache()}
             return dry_run(self.step(self.transformer(depth), (tokens,), given), accounting)
 
-        return at_depth(at(2), at(3), self._depth) if self._depth > 3 and self._uniform else at(self._depth)
+        few = 2 if self.shards == 1 else 3  # a sharded block gathers its neighbour's parameters
+        if self._depth > few + 1 and self._uniform:
+            return at_depth(at(few), at(few + 1), self._depth - few)
+        return at(self._depth)
 
     def step(self, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Step:
         loss = (self.loss_fn or _scalar_loss) if self.training else None
         then = (args[0][:, :1],) if self.of_transformer and not self.training else ()
-        return Step(model, loss, args, kwargs, self.optimizer, self.dtype, self.autocast, then, self.keep_gradients)
+        context = None if self.context == 1 else (self.token_shape[1], self.context)
+        rest = (self.optimizer, self.dtype, self.autocast, then, self.keep_gradients, self.shards, context)
+        return Step(model, loss, args, kwargs, *rest)
 
     @property
     def _depth(self) -> int:

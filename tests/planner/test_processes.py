@@ -1,0 +1,73 @@
+"""A step of one of several processes, of which none is there."""
+
+import pytest
+import torch.distributed as dist
+
+from memory_efficient_attention_pytorch import Transformer, max_seq_len, plan
+from memory_efficient_attention_pytorch.planner.timeline import CATEGORIES
+
+CONFIG = {"num_tokens": 256, "dim": 64, "depth": 4, "heads": 4, "dim_head": 16, "causal": True, "positions": "none"}
+STEP = {"batch_size": 1, "seq_len": 4096, "device": "cpu", "threads": 1}
+
+
+def parameter_bytes(depth=CONFIG["depth"]):
+    return 4 * sum(
+        parameter.numel() for parameter in Transformer(max_seq_len=1, **{**CONFIG, "depth": depth}).parameters()
+    )
+
+
+def test_what_is_sharded_is_divided_and_two_blocks_are_gathered():
+    made = plan(CONFIG, shards=4, **STEP)
+    at_first, whole = made.timeline.breakdown(0), parameter_bytes()
+    assert at_first["parameters"] == at_first["gradients"] == whole // 4
+    assert at_first["optimizer"] == pytest.approx(2 * whole // 4, abs=1000)
+    communication = made.timeline.live[:, CATEGORIES.index("communication")]
+    block = parameter_bytes(2) - parameter_bytes(1)
+    rest = parameter_bytes(1) - block
+    # In backward: this block's parameters, those that come for the one before, the gradients of the one after, the rest.
+    assert int(communication.max()) >= 3 * block + rest
+    assert int(communication.max()) <= 4 * block + 2 * rest
+
+
+@pytest.mark.parametrize("kv_heads", [1, 4], ids=["ring", "heads for tokens"])
+def test_activations_of_divided_tokens_are_divided(kv_heads):
+    """All stored, which is most of what a step takes, as it is measured of real processes."""
+
+    def activations(**changes):
+        stored = {**CONFIG, "reversible": False, "kv_heads": kv_heads, "ff_chunks": 1}
+        made = plan(stored, optimizer=None, **{**STEP, "seq_len": 16384, **changes})
+        at_peak = made.breakdown
+        return sum(at_peak[name] for name in ("streams", "attention", "feed-forward", "loss", "communication"))
+
+    alone = activations()
+    assert 2 * activations(context=2) < 1.1 * alone
+    assert 4 * activations(context=4) < 1.1 * alone
+
+
+def test_every_way_of_going_round_is_the_real_one():
+    """One key/value head goes round a ring; as many as heads are exchanged for tokens."""
+
+    def collectives(**changes):
+        made = plan({**CONFIG, **changes}, context=4, **STEP)
+        return {operation.name for operation in made.timeline.operations if operation.name.startswith("c10d.")}
+
+    assert "c10d._send_and_receive" in collectives(kv_heads=1)
+    assert "c10d.all_to_all_single" in collectives()
+
+
+def test_a_plan_for_several_processes_starts_none():
+    plan(CONFIG, shards=2, context=2, **STEP)
+    assert not dist.is_initialized()
+
+
+def test_more_processes_hold_longer_sequences():
+    options = {"budget": "30MiB", "device": "cpu", "threads": 1}
+    assert max_seq_len(CONFIG, context=4, shards=4, **options) > 2 * max_seq_len(CONFIG, **options)
+
+
+@pytest.mark.parametrize("name", ["shards", "context"])
+def test_what_only_training_steps_of_a_transformer_have(name):
+    with pytest.raises(ValueError, match=f"{name}: expected 1 for all but a Transformer's training step, got 2"):
+        plan(CONFIG, training=False, **STEP, **{name: 2})
+    with pytest.raises(ValueError, match=f"{name}: expected a positive"):
+        plan(CONFIG, **STEP, **{name: 0})
