@@ -1,7 +1,10 @@
 """The examples run as they are, in small, and show what they say."""
 
+import json
 import runpy
 from pathlib import Path
+
+import pytest
 
 EXAMPLES = Path(__file__).resolve().parents[2] / "examples"
 
@@ -32,3 +35,22 @@ def test_a_loss_without_logits_takes_a_part_of_the_memory():
 def test_packed_documents_are_as_each_by_itself(capsys):
     assert run("packed_documents", "--lengths", "90", "25", "70", "--heads", "4", "--width", "16") < 1e-4
     assert "3 documents in a row of 185 tokens" in capsys.readouterr().out
+
+
+def test_the_notebook_runs_and_shows_its_pictures(monkeypatch, tmp_path):
+    plt = pytest.importorskip("matplotlib.pyplot")
+    plt.switch_backend("agg")
+    cells = json.loads((EXAMPLES / "plan_train_plot.ipynb").read_text())["cells"]
+    stored = [output for cell in cells for output in cell.get("outputs", [])]
+    assert any("image/png" in output.get("data", {}) for output in stored)
+    assert not any(output["output_type"] == "error" for output in stored)
+    code = "\n".join("".join(cell["source"]) for cell in cells if cell["cell_type"] == "code")
+    small = code.replace("STEPS, SEQ_LEN = 60, 512", "STEPS, SEQ_LEN = 12, 64")
+    assert small != code
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    try:
+        exec(compile(small, "plan_train_plot.ipynb", "exec"), names)
+    finally:
+        plt.close("all")
+    assert names["losses"][-1] < names["losses"][0]

@@ -24,7 +24,7 @@ def test_what_is_sharded_is_divided_and_two_blocks_are_gathered():
     communication = made.timeline.live[:, CATEGORIES.index("communication")]
     block = parameter_bytes(2) - parameter_bytes(1)
     rest = parameter_bytes(1) - block
-    # In backward: this block's parameters, those that come for the one before, the gradients of the one after, the rest.
+    # In backward: this block's parameters, those for the one before, the gradients of the one after, and the rest.
     assert int(communication.max()) >= 3 * block + rest
     assert int(communication.max()) <= 4 * block + 2 * rest
 

@@ -28,9 +28,9 @@ _DONE = struct.pack("!i", -1)
 def watched(accelerator: "Accelerator", abandoned: Callable[[str], None]) -> Iterator[None]:
     """Inside, a process that dies, or leaves with an error, ends all others within ten seconds with exit status 1.
 
-    It does not matter what they are waiting for: a thread of each hears of it. One of them calls `abandoned` first, with
-    a line that says which process it was: the first, or the second where the first died. A machine that vanishes is
-    noticed after 17 seconds. All processes have to enter.
+    It does not matter what they are waiting for: a thread of each hears of it. One of them calls `abandoned` before it
+    ends, with a line that says which process it was: the first, or the second where the first died. A machine that
+    vanishes is noticed after 17 seconds. All processes have to enter.
     """
     if accelerator.num_processes == 1:
         yield
