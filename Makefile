@@ -3,7 +3,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 
-.PHONY: setup train test package docs test-torch bench gpu lint clean
+.PHONY: setup train test test-slow package docs test-torch bench gpu lint clean
 
 setup: $(STAMP)
 
@@ -32,6 +32,10 @@ package: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
+# What takes too long to be asked for with every change: a quarter of an hour.
+test-slow: setup
+	$(BIN)/python -m pytest -n auto -m slow
+
 # The tests with another PyTorch, in an environment of its own: make test-torch VERSION=2.11.0
 test-torch: TORCH := .venv-torch-$(VERSION)
 test-torch:
@@ -39,7 +43,7 @@ test-torch:
 	$(PYTHON) -m venv $(TORCH)
 	sed 's/^torch==.*/torch==$(VERSION)/' constraints.txt > $(TORCH)/constraints.txt
 	$(TORCH)/bin/pip install --quiet --constraint $(TORCH)/constraints.txt --editable '.[train,tensorboard,huggingface,docs,dev]'
-	$(TORCH)/bin/python -m pytest -n auto
+	$(TORCH)/bin/python -m pytest -n auto -m "not gpu"
 
 bench: setup
 	$(BIN)/mea bench

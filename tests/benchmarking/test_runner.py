@@ -24,6 +24,7 @@ def a_job(system, shape=SHAPE, experiment="compare"):
     return Job(experiment, 0, find_systems([system])[0], shape, repeats=1)
 
 
+@pytest.mark.slow
 def test_checkpointing_is_seen_to_take_less_memory_than_storing(tmp_path):
     settings = Settings(base=SHAPE, rounds=1, repeats=2, lengths=(), depths=(), vocabularies=(), threads=1)
     seen = []

@@ -23,7 +23,12 @@ pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::Deprec
 
 
 @pytest.mark.parametrize(
-    ("kind", "state", "length"), [("Llama", AS_IT_IS, 1500), ("GPT2", CHECKPOINTED, 2000), ("Gemma3", EFFICIENT, 3000)]
+    ("kind", "state", "length"),
+    [
+        ("Llama", AS_IT_IS, 1500),
+        ("GPT2", CHECKPOINTED, 2000),
+        pytest.param("Gemma3", EFFICIENT, 3000, marks=pytest.mark.slow),
+    ],
 )
 def test_the_peak_is_what_the_step_takes(kind, state, length):
     model = wider_model(kind, length)
@@ -73,6 +78,7 @@ def test_a_model_that_was_checkpointed_already_is_planned_so():
     assert list(make_memory_efficient(model).plan(seq_len=64).plans) == [CHECKPOINTED, EFFICIENT]
 
 
+@pytest.mark.slow
 def test_more_tokens_than_positions_are_refused_where_each_has_a_vector():
     model = small_model("GPT2", max_position_embeddings=100)
     report = make_memory_efficient(model)

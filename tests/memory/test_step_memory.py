@@ -67,6 +67,7 @@ def test_the_same_at_any_depth_head_count_and_width_and_with_every_feature(kwarg
     assert peak <= 5.77 + SLACK, f"{peak:.2f}"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "kwargs",
     [
@@ -101,7 +102,10 @@ COSTS = {
 }
 
 
-@pytest.mark.parametrize("what", COSTS)
+# Tiles by plain products take a minute each.
+@pytest.mark.parametrize(
+    "what", [pytest.param(what, marks=[pytest.mark.slow] if what.startswith("tiles") else []) for what in COSTS]
+)
 def test_what_costs_more(what):
     kwargs, figure = COSTS[what]
     _, peak = step(**{**MANY_PIECES, **kwargs})

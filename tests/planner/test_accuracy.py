@@ -52,6 +52,7 @@ def test_the_peak_is_what_the_step_takes(changes, autocast, seq_len):
     assert abs(made.peak_bytes - measured) < 0.05 * measured + (6 if autocast else 3) * MIB
 
 
+@pytest.mark.slow
 def test_the_longest_sequence_runs_under_its_budget_and_a_longer_one_does_not():
     config, budget = {**CONFIG, "ff_chunks": 8, "head_chunks": 2, "window": 256}, 120 * MIB
     options = {"optimizer": "sgd", "device": "cpu", "threads": THREADS}

@@ -152,6 +152,7 @@ def test_the_longest_sequence_fits_and_a_longer_one_does_not():
     assert not planned(seq_len=longest + longest // 30).fits(budget)
 
 
+@pytest.mark.slow
 def test_learned_positions_bound_the_longest_sequence():
     assert max_seq_len({**CONFIG, "max_seq_len": 100}, budget="8GiB", device="cpu") == 100
     relative = {**CONFIG, "max_seq_len": 100, "positions": "rotary"}
@@ -311,6 +312,7 @@ def test_reversal_under_mixed_precision_is_exact():
     assert settings["exact"] is True
 
 
+@pytest.mark.slow
 def test_what_does_not_fit_comes_with_advice_that_holds():
     lean = {**CONFIG, "depth": 1, "reversible": True, "ff_chunks": 16, "head_chunks": 4, "loss_chunk_size": 64}
     hopeless = planned(lean, batch_size=4, seq_len=2048, budget="14MiB")
@@ -324,6 +326,7 @@ def test_what_does_not_fit_comes_with_advice_that_holds():
     assert "parameters, gradients and optimizer state alone take" in tiny.advice
 
 
+@pytest.mark.slow
 def test_where_neither_batch_nor_length_helps_a_smaller_depth_may():
     deep = {**CONFIG, "depth": 60}
     refused = planned(deep, seq_len=64, budget=planned(depth_of(20), seq_len=64).peak_bytes)

@@ -29,6 +29,7 @@ def test_what_is_sharded_is_divided_and_two_blocks_are_gathered():
     assert int(communication.max()) <= 4 * block + 2 * rest
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kv_heads", [1, 4], ids=["ring", "heads for tokens"])
 def test_activations_of_divided_tokens_are_divided(kv_heads):
     """All stored, which is most of what a step takes, as it is measured of real processes."""
@@ -60,6 +61,7 @@ def test_a_plan_for_several_processes_starts_none():
     assert not dist.is_initialized()
 
 
+@pytest.mark.slow
 def test_more_processes_hold_longer_sequences():
     options = {"budget": "30MiB", "device": "cpu", "threads": 1}
     assert max_seq_len(CONFIG, context=4, shards=4, **options) > 2 * max_seq_len(CONFIG, **options)

@@ -74,6 +74,7 @@ def test_a_built_model_is_planned_as_its_configuration_is():
     assert len(shortened(model, 2).layers) == 2
 
 
+@pytest.mark.slow
 def test_blocks_that_differ_are_all_run():
     accounting = accounting_for(torch.device("cpu"), threads=2)
     with torch.device("meta"):

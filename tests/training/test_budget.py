@@ -84,6 +84,7 @@ def test_settings_are_chosen_saved_and_kept(train, here):
     assert [getattr(after, name) for name in SETTINGS] == [getattr(saved, name) for name in SETTINGS]
 
 
+@pytest.mark.slow
 def test_without_a_budget_the_fastest_settings_that_fit_in_what_is_free(monkeypatch):
     free = {"bytes": 16 << 30}
     monkeypatch.setattr(budget, "available_memory", lambda device: free["bytes"])
@@ -129,6 +130,7 @@ def test_where_a_device_does_not_tell_what_is_free_activations_are_rebuilt(monke
     assert "is not known" in words
 
 
+@pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_what_would(train, here):
     shape = ("--batch-size=16", "--seq-len=2048", "--depth=2", "--heads=2")
     budget = f"{leanest(train('16MiB', *shape)) / MIB - 14:.0f}MiB"
@@ -147,6 +149,7 @@ def test_what_cannot_fit_is_refused_with_what_would(train, here):
         memory_lines(train(*changes, "--steps=1"))
 
 
+@pytest.mark.slow
 def test_what_the_user_gave_is_not_overridden(train, here):
     start, _ = memory_lines(train("8GiB", "--reversible", "--keep-attention=cpu", "--head-chunks=4", "--steps=1"))
     assert "chosen: reversible, in one piece" in start

@@ -110,6 +110,7 @@ def test_two_processes_learn_what_one_does_with_two_batches(text, tmp_path):
     assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
 
 
+@pytest.mark.slow
 def test_a_sharded_model_learns_what_a_whole_one_does_and_goes_on_in_one_process(text, tmp_path):
     """Three windows of validation in batches of one: the second process has fewer, and takes part all the same."""
     last = {"steps": 6, "final_learning_rate": 1.0}
