@@ -80,7 +80,7 @@ def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> 
         )
         ledger = Ledger(accounting, device, categorizer(model), every_part)
         ledger.follow(model)
-        sharded = ShardedParameters(model, list(model.layers), step.shards) if step.shards > 1 else None
+        sharded = ShardedParameters(model, step.shards) if step.shards > 1 else None
         entered.enter_context(within(DividedTokens(*step.context) if step.context else None))
         entered.enter_context(ledger)
         entered.enter_context(nullcontext() if planned == "cpu" else standing_in(planned))

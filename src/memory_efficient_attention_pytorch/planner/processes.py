@@ -54,19 +54,19 @@ def _part(parameter: nn.Parameter, size: int) -> nn.Parameter:
 
 
 class ShardedParameters:
-    """What FSDP2 (``torch.distributed.fsdp.fully_shard``) does with memory, applied to each block and to the rest.
+    """What FSDP2 (``torch.distributed.fsdp.fully_shard``) does with memory, applied to each of a Transformer's ``layers`` and to the rest.
 
     Parameters are gathered into one tensor and copied out for a forward or backward pass through their unit, in
     backward while the unit before is computed; forward keeps that tensor until the next unit's has come. Gradients are
     copied into one tensor, which lives until the next unit's gradients are there, and each process keeps its part.
     """
 
-    def __init__(self, model: nn.Module, blocks: list[nn.Module], size: int) -> None:
+    def __init__(self, model: nn.Module, size: int) -> None:
         self._size, self._order, self._units = size, list[_Unit](), list[_Unit]()
         self._arrived: Tensor | None = None
         self._leaving: Tensor | None = None
         known: set[nn.Parameter] = set()
-        for module in (*blocks, model):
+        for module in (*model.get_submodule("layers").children(), model):
             parameters = [parameter for parameter in module.parameters() if parameter not in known]
             known.update(parameters)
             self._units.append(unit := _Unit(parameters, size))
