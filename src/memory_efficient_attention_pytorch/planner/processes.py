@@ -54,7 +54,7 @@ def _part(parameter: nn.Parameter, size: int) -> nn.Parameter:
 
 
 class ShardedParameters:
-    """What FSDP2 (``torch.distributed.fsdp.fully_shard``) does with memory, applied to each of a Transformer's ``layers`` and to the rest.
+    """What FSDP2 (``torch.distributed.fsdp.fully_shard``) does with memory, by a Transformer's blocks and the rest.
 
     Parameters are gathered into one tensor and copied out for a forward or backward pass through their unit, in
     backward while the unit before is computed; forward keeps that tensor until the next unit's has come. Gradients are
