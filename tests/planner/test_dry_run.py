@@ -316,7 +316,8 @@ def test_devices_add_what_their_allocators_and_kernels_take():
     assert workspace(torch.ops.aten.logsumexp, head_major) - nothing == head_major.nbytes
 
 
-def test_the_cpu_copies_what_is_of_another_dtype_and_keeps_kernels_by_shape():
+def test_the_cpu_copies_what_is_of_another_dtype_and_keeps_kernels_by_shape(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
     cpu = accounting_for(CPU, threads=2)
     single, half = torch.empty(100, 100), torch.empty(100, 100, dtype=torch.bfloat16)
     add, total, product = torch.ops.aten.add_.Tensor, torch.ops.aten.sum.dim_IntList, torch.ops.aten.mm.default
@@ -332,3 +333,5 @@ def test_the_cpu_copies_what_is_of_another_dtype_and_keeps_kernels_by_shape():
     first, again, other = (kept(cpu, rows) for rows in (50, 50, 60))
     assert nothing < first == again < other
     assert kept(cpu.anew(), 60) == first
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # PyTorch's own loops
+    assert kept(cpu.anew(), 60) == nothing

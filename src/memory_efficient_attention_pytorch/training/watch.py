@@ -106,7 +106,8 @@ def _connect(rank: int, world: int) -> dict[int, socket.socket]:
         broadcast_object_list(given)
         assert given[0] is not None
         port, secret = given[0]
-        found[0] = socket.create_connection((os.environ["MASTER_ADDR"], port), timeout=60)
+        # Processes that no launcher gave an address have met in a file: on one machine.
+        found[0] = socket.create_connection((os.environ.get("MASTER_ADDR", "localhost"), port), timeout=60)
         found[0].sendall(secret + struct.pack("!i", rank))
     else:
         dual = socket.has_dualstack_ipv6()
