@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING
 
 from .files import RunError
+from .interruption import Interrupted
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -44,8 +45,7 @@ def watched(accelerator: "Accelerator", abandoned: Callable[[str], None]) -> Ite
         watch.leave()
         raise
     except BaseException as error:
-        # Interrupted is an end that all have agreed on.
-        watch.leave(done=type(error).__name__ == "Interrupted")
+        watch.leave(done=isinstance(error, Interrupted))  # an end that all have agreed on
         raise
     watch.leave(done=True)
 
@@ -85,7 +85,7 @@ class _Watch:
         if self.rank == 0:
             for connection in self.peers.values():
                 with contextlib.suppress(OSError):
-                    connection.sendall(message if len(message) == 4 else struct.pack("!i", lost))
+                    connection.sendall(struct.pack("!i", lost))
         if self.left.wait(_SECONDS_TO_END):
             return
         if self.rank == (1 if lost == 0 else 0):
