@@ -49,7 +49,8 @@ def test_the_peak_is_what_the_step_takes(changes, autocast, seq_len):
     arguments = {"config": config, "seq_len": seq_len, "autocast": autocast}
     measured = before(made) + measure_peak(f"{__file__}:build", arguments, threads=THREADS).peak_bytes
     # Libraries of PyTorch 2.11 keep 5 MiB more in half precision, of however many tokens.
-    assert abs(made.peak_bytes - measured) < 0.05 * measured + (6 if autocast else 3) * MIB
+    more = 5 * MIB if autocast and torch.__version__.startswith("2.11.") else 0
+    assert abs(made.peak_bytes + more - measured) < 0.05 * measured + 3 * MIB
 
 
 @pytest.mark.slow
