@@ -32,7 +32,7 @@ package: setup
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 
-# What takes too long to be asked for with every change: a quarter of an hour.
+# What takes too long to be asked for with every change.
 test-slow: setup
 	$(BIN)/python -m pytest -n auto -m slow
 

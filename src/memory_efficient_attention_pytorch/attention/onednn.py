@@ -1,4 +1,4 @@
-"""Attention tiles whose products oneDNN adds in place, for CPUs on which MKL leaves AVX-512 unused.
+"""Attention tiles whose products oneDNN adds in place, for CPUs on which MKL leaves AVX-512 unused, and for dropout.
 
 PyTorch's fused CPU kernel multiplies with MKL inside. A tile here is the same arithmetic by whole-tile operators: the
 products reach twice MKL's rate, and powers of two take a quarter of the time of ``exp``, so scores are kept in units of
@@ -70,7 +70,7 @@ class OneDnn(Way):
             return "a function of the caller's would be called for each head, and by one thread"
         if request.visibility.document_ids is not None and min(request.d, request.e) < WIDE:
             return "what documents hide would be found for each head, which products as narrow do not pay for"
-        # Of the fused kernel's tiles nothing is dropped: against plain products this is faster on any CPU.
+        # The fused kernel drops nothing of a tile, and beside plain products this is faster without AVX-512, too.
         return None if request.dropout or products.onednn_is_faster() else "MKL is as fast on this CPU"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
