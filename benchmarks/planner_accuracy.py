@@ -5,7 +5,6 @@
   python benchmarks/planner_accuracy.py --operators   what single operators allocate for themselves
   python benchmarks/planner_accuracy.py --limits      the longest sequence within a budget, run under that budget
   python benchmarks/planner_accuracy.py --models      models of transformers, before and after make_memory_efficient
-  python benchmarks/planner_accuracy.py --processes   each of 2 and 4 processes that share parameters, tokens or both
 
 A measurement is the rise of a fresh process's high-water resident set during the step, added to the bytes of what
 exists before it (parameters, gradients, optimizer state), which are known exactly.
@@ -19,23 +18,19 @@ import json
 import platform
 import statistics
 import sys
-import tempfile
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
-from datetime import date, timedelta
+from datetime import date
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
-from memory_efficient_attention_pytorch.distributed import ContextParallel
 from memory_efficient_attention_pytorch.planner import format_size, max_seq_len, parse_size, plan
 from memory_efficient_attention_pytorch.planner.dry_run import OPTIMIZERS
 from memory_efficient_attention_pytorch.planner.plan import DTYPES
@@ -106,27 +101,6 @@ LIMITED: list[tuple[str, dict[str, Any]]] = [
     ("500MB", {"depth": 2, "reversible": False, "positions": "alibi", "window": 256}),
     ("600MiB", {"dim": 512, "heads": 8, "positions": "none", "window": 512, "autocast": "bf16", "exact": True}),
     ("400MiB", {"num_tokens": 16000, "depth": 2, "positions": "none", "window": 512, "batch_size": 2}),
-]
-
-
-# None of these was looked at when an allowance was set. Ring and exchange of heads are chosen as by "auto".
-PROCESSES: list[dict[str, Any]] = [
-    {"shards": 2},
-    {"shards": 2, "dim": 512, "heads": 8, "depth": 3},
-    {"shards": 4, "depth": 8, "seq_len": 2048},
-    {"shards": 4, "num_tokens": 8000, "reversible": False},
-    {"shards": 2, "num_tokens": 16000, "tie_embeddings": True, "positions": "rotary"},
-    {"context": 2, "seq_len": 8192},
-    {"context": 2, "seq_len": 8192, "window": 512},
-    {"context": 2, "seq_len": 8192, "kv_heads": 2, "positions": "rotary"},
-    {"context": 2, "seq_len": 8192, "reversible": False, "head_chunks": 1},
-    {"context": 4, "seq_len": 16384},
-    {"context": 4, "seq_len": 16384, "kv_heads": 1},
-    {"context": 4, "seq_len": 12000, "window": 1024, "positions": "rotary"},
-    {"context": 4, "seq_len": 16384, "keep_attention": True, "ff_chunks": 8},
-    {"context": 2, "shards": 2, "seq_len": 8192},
-    {"context": 4, "shards": 4, "seq_len": 16384, "dim": 512, "heads": 8, "depth": 2},
-    {"context": 4, "shards": 4, "seq_len": 16384, "kv_heads": 1, "positions": "rotary"},
 ]
 
 
@@ -299,15 +273,6 @@ REPORT_HEAD = (
     "configurations was looked at when the allowances for kernels were set.",
     "",
 )
-PROCESSES_HEAD = (
-    "# What the planner predicted for one of several processes and what was measured",
-    "",
-    f"Made by `python benchmarks/planner_accuracy.py --processes` on {MACHINE}, one thread for each process.",
-    "The figures are the peak of a training step with parameters, gradients and optimizer state, of the process that",
-    "takes most, over gloo. `shards`: parameters divided by FSDP2, block by block. `context`: tokens divided by",
-    "ContextParallel, the way chosen by itself.",
-    "",
-)
 MODELS_HEAD = (
     "# Models of transformers: what the planner predicted and what was measured",
     "",
@@ -392,63 +357,6 @@ def models() -> Iterator[str]:
             yield row
 
 
-def split_process(config: dict[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
-    """What is the step's, among so many processes, and what the model's."""
-    whole = {"shards": 1, "context": 1, **BASE, **config}
-    return {name: whole.pop(name) for name in ("batch_size", "seq_len", "shards", "context")}, whole
-
-
-def build_process(config: dict[str, Any], rank: int, store: str) -> Callable[[], None]:
-    """One process of a group and its step; the target of ``measure_peak``."""
-    how, keywords = split_process(config)
-    world = max(how["shards"], how["context"])
-    found = dist.FileStore(store, world)
-    dist.init_process_group("gloo", store=found, rank=rank, world_size=world, timeout=timedelta(minutes=5))
-    torch.manual_seed(0)
-    model = Transformer(max_seq_len=how["seq_len"], **keywords)
-    if how["shards"] > 1:
-        from torch.distributed.fsdp import fully_shard
-
-        mesh = dist.device_mesh.init_device_mesh("cpu", (world,))
-        for part in (*model.layers, model):
-            fully_shard(part, mesh=mesh, reshard_after_forward=True)
-    context = ContextParallel(dist.group.WORLD, averaged=how["shards"] > 1) if how["context"] > 1 else None
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
-    tokens = torch.randint(keywords["num_tokens"], (how["batch_size"], how["seq_len"]))
-
-    def step(length: int) -> None:
-        x = tokens[:, :length]
-        if context is None:
-            model(x, labels=x).backward()
-        else:
-            x, labels = context.shard(x, x)
-            with context:
-                loss = model(x, labels=labels)
-            loss.backward()
-            if not context.averaged:
-                context.reduce_gradients(model)
-        optimizer.step()
-
-    step(64)  # loads what PyTorch loads on first use, and makes gradients and the optimizer's state
-    dist.barrier()
-    return lambda: step(how["seq_len"])
-
-
-def compare_processes(config: dict[str, Any]) -> Row:
-    how, keywords = split_process(config)
-    made = plan(keywords, device="cpu", threads=1, **how)
-    before = sum(made.timeline.breakdown(0)[part] for part in STATE)
-    world = max(how["shards"], how["context"])
-    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(world) as pool:
-
-        def measured(rank: int) -> Any:
-            arguments = {"config": config, "rank": rank, "store": str(Path(directory, "store"))}
-            return measure_peak(f"{__file__}:build_process", arguments, threads=1)
-
-        every = list(pool.map(measured, range(world)))
-    return Row(config, made.peak_bytes, before + max(m.peak_bytes for m in every), every[0].seconds)
-
-
 def write(name: str, *lines: str) -> None:
     print(*lines, sep="\n")
     RESULTS.mkdir(parents=True, exist_ok=True)
@@ -518,6 +426,22 @@ def measure_operators() -> None:
             print(f"{name:<44}{dtype:<8}{format_size(size):>10}{beyond}", flush=True)
 
 
+def compare_all(
+    configs: list[dict[str, Any]], compared: Callable[[dict[str, Any]], Row], only: list[int] | None
+) -> list[Row]:
+    """A row for each configuration, or those whose numbers are asked for, printed as it comes."""
+    rows = []
+    for number, config in enumerate(configs):
+        if only and number not in only:
+            continue
+        rows.append(row := compared(config))
+        difference = (row.predicted_bytes - row.measured_bytes) / 2**20
+        print(
+            f"{number:2} {row.error:+6.1%} {difference:+7.1f} MiB {row.seconds:5.1f} s  {describe(config)}", flush=True
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--calibrate", action="store_true")
@@ -525,7 +449,6 @@ def main() -> None:
     parser.add_argument("--only", type=int, nargs="+", help="numbers of configurations; nothing is written")
     parser.add_argument("--limits", action="store_true")
     parser.add_argument("--models", action="store_true")
-    parser.add_argument("--processes", action="store_true")
     arguments = parser.parse_args()
     if arguments.operators:
         measure_operators()
@@ -536,22 +459,10 @@ def main() -> None:
     if arguments.limits:
         write("limits.md", *LIMITS_HEAD, *limits())
         return
-    configs = PROCESSES if arguments.processes else CALIBRATION if arguments.calibrate else REPORTED
-    measured = compare_processes if arguments.processes else compare
-    rows = []
-    for number, config in enumerate(configs):
-        if arguments.only and number not in arguments.only:
-            continue
-        rows.append(row := measured(config))
-        difference = (row.predicted_bytes - row.measured_bytes) / 2**20
-        print(
-            f"{number:2} {row.error:+6.1%} {difference:+7.1f} MiB {row.seconds:5.1f} s  {describe(config)}", flush=True
-        )
+    configs = CALIBRATION if arguments.calibrate else REPORTED
+    rows = compare_all(configs, compare, arguments.only)
     if arguments.only or arguments.calibrate:
         print(*table(rows), sep="\n")
-        return
-    if arguments.processes:
-        write("processes.md", *PROCESSES_HEAD, *table(rows))
         return
     write("report.md", *REPORT_HEAD, *table(rows))
     (RESULTS / "results.json").write_text(json.dumps([asdict(row) for row in rows], indent=1) + "\n")
