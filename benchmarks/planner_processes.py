@@ -24,7 +24,7 @@ from memory_efficient_attention_pytorch.benchmarking.measure import Measurement,
 from memory_efficient_attention_pytorch.distributed import ContextParallel
 from memory_efficient_attention_pytorch.planner import plan
 
-# None of these was looked at when an allowance was set. Ring and exchange of heads are chosen as by "auto".
+# Ring and exchange of heads are chosen as by "auto".
 PROCESSES: list[dict[str, Any]] = [
     {"shards": 2},
     {"shards": 2, "dim": 512, "heads": 8, "depth": 3},
