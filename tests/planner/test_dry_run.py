@@ -10,6 +10,7 @@ from torch.utils.checkpoint import checkpoint
 from memory_efficient_attention_pytorch import Transformer, dot_product_attention
 from memory_efficient_attention_pytorch.attention import onednn
 from memory_efficient_attention_pytorch.common import products
+from memory_efficient_attention_pytorch.planner import accounting
 from memory_efficient_attention_pytorch.planner.accounting import Accounting, accounting_for
 from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
 
@@ -335,3 +336,24 @@ def test_the_cpu_copies_what_is_of_another_dtype_and_keeps_kernels_by_shape(monk
     assert kept(cpu.anew(), 60) == first
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX2")  # PyTorch's own loops
     assert kept(cpu.anew(), 60) == nothing
+
+
+def test_tile_registers_need_packed_keys_and_more_kernels_for_ragged_lengths(monkeypatch):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: "AVX512")
+    forward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    backward = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+
+    def taken(tokens, amx, threads=1, dtype=torch.bfloat16):
+        monkeypatch.setattr(accounting, "has_amx", lambda: amx)
+        q = torch.empty(1, 2, tokens, 64, dtype=dtype)
+        cpu = accounting_for(CPU, threads=threads)
+        workspace = cpu.workspace(forward, (q, q, q), {})
+        cpu.workspace(backward, (q, q, q, q, q, q[..., 0]), {})
+        return workspace, sum(cpu.kept.values())
+
+    for tokens in (512, 600, 1024):
+        assert taken(tokens, True)[0] - taken(tokens, False)[0] == 2 * (2 * tokens * 64 * 2)
+        assert taken(tokens, True, dtype=torch.float32) == taken(tokens, False, dtype=torch.float32)
+    more = [taken(tokens, True)[1] - taken(tokens, False)[1] for tokens in (500, 600, 1024, 3000)]
+    assert more[0] == more[2] == 0 < more[1] == more[3]
+    assert taken(600, True, threads=4)[1] - taken(600, False, threads=4)[1] > more[1]

@@ -85,12 +85,16 @@ class CpuAccounting(Accounting):
         if half and name in _KEPT and torch.backends.cpu.get_cpu_capability() != "AVX2":
             layout = tuple((tensor.shape, tensor.is_contiguous()) for tensor in tensors)
             self.kept[name, layout] = _KEPT[name]
+            if name == _CPU_ATTENTION + "_backward" and has_amx() and _is_ragged(tensors[2].shape[-2]):
+                self.kept[name, "ragged"] = _RAGGED + (self.threads - 1) * _RAGGED_PER_THREAD
         if name in _KEPT_IN_SINGLE:
             self.kept[name, tuple(tensor.shape for tensor in tensors)] = _KEPT_IN_SINGLE[name]
         if name == _TILE_PRODUCT:
             self.kept[name] = _TILE_BUFFERS * self.threads
         taken = self.threads * _BUFFERS[name][half] if name in _BUFFERS else 0
-        if name == _CPU_ATTENTION + "_backward":
+        if name == _CPU_ATTENTION and half and has_amx():
+            taken += tensors[1].nbytes + tensors[2].nbytes  # packed anew
+        elif name == _CPU_ATTENTION + "_backward":
             taken += 0 if tensors[0].transpose(1, 2).is_contiguous() else tensors[0].nbytes
         elif name == _PRODUCT:
             taken += 0 if tensors[0].is_contiguous() else tensors[0].nbytes
@@ -113,6 +117,13 @@ def operator_name(operation: Any) -> str:
     return str(operation.name()).partition(".")[0]
 
 
+@functools.cache
+def has_amx() -> bool:
+    """Whether the processor multiplies half-precision matrices in tile registers, which PyTorch 2.11 does not tell."""
+    capabilities: dict[str, Any] = getattr(torch.cpu, "get_capabilities", dict)()
+    return bool(capabilities.get("amx_bf16"))
+
+
 _COPIED = ("all_gather", "reduce_scatter")
 _CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 # oneDNN's, which not every build has.
@@ -126,6 +137,8 @@ _KEPT = {
     _CPU_ATTENTION: 1750 * KIB,
     _CPU_ATTENTION + "_backward": 2150 * KIB,
 }
+# With AMX, what attention's backward keeps besides, by thread, of lengths that are no multiple of its blocks.
+_BLOCK, _RAGGED, _RAGGED_PER_THREAD = 512, 8 * MIB, 4 * MIB
 # The same of each shape in single precision.
 _KEPT_IN_SINGLE = {_PRODUCT: 590 * KIB, _TILE_PRODUCT: 170 * KIB}
 # What oneDNN's products of attention tiles keep per thread.
@@ -136,6 +149,10 @@ _BUFFERS = {
     _CPU_ATTENTION + "_backward": (950 * KIB, 1600 * KIB),
     **dict.fromkeys(("aten::mm", "aten::addmm", "aten::addmm_"), (0, 1250 * KIB)),
 }
+
+
+def _is_ragged(length: int) -> bool:
+    return length > _BLOCK and length % _BLOCK > 0
 
 
 def _converted(tensors: list[Tensor]) -> int:

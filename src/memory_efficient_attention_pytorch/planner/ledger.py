@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -85,6 +85,7 @@ class Ledger(TorchDispatchMode):
         self._refusals = () if kinds is None else kinds.refusals
         self._graph, self._holders = graph(), holders()
         self._learning, self._unshared = True, set[tuple[int, ...]]()
+        self._accepted = set[tuple[Any, ...]]()
         self._places = [Place("setup")]
         # Places that nodes of the autograd graph were made in, by their first sequence number.
         self._made_from: list[int] = [0]
@@ -221,7 +222,7 @@ class Ledger(TorchDispatchMode):
         if func is aten.add.Tensor:
             func, args = self._as_the_engine_adds(func, args)
         try:
-            result = func(*args, **kwargs)
+            result = self._result(func, args, kwargs)
         except self._refusals as error:
             raise NotImplementedError(
                 f"{func} in {place.module or 'the ' + place.phase} cannot be run dry: the shape of its result, or a "
@@ -234,6 +235,16 @@ class Ledger(TorchDispatchMode):
         workspace = self._accounting.workspace(func, args, kwargs)
         self._note(place, str(func), workspace)
         return result
+
+    def _result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What the operation returns; of one in place, once it has accepted such arguments, that is the first."""
+        if kwargs or not _in_place(func) or not isinstance(args[0], Tensor):
+            return func(*args, **kwargs)
+        key = func, *((x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in args)
+        if key not in self._accepted:
+            func(*args)
+            self._accepted.add(key)
+        return args[0]
 
     def _note(self, place: Place, name: str, workspace: int) -> None:
         self._operations.append(Operation(self.phase, place.module, name))
@@ -283,11 +294,9 @@ class Ledger(TorchDispatchMode):
             self._made_in.append(self._place())
 
     def _charge(self, tensor: Tensor, category: str) -> None:
-        if tensor.device != self._device:
-            return
         storage = tensor.untyped_storage()
         key = id(storage)  # the same object for as long as the storage lives
-        if key in self._storages:
+        if key in self._storages or tensor.device != self._device:
             return
         held = _Held(
             weakref.ref(storage, partial(self._discharge, key)), category, storage.nbytes(), self._threads_at_work
@@ -301,6 +310,13 @@ class Ledger(TorchDispatchMode):
     def _count(self, held: _Held, sign: int) -> None:
         self._live[held.category] += sign * held.times * held.nbytes
         self._live["allocator"] += sign * held.times * self._accounting.rounding(held.nbytes)
+
+
+@cache
+def _in_place(func: Any) -> bool:
+    """Whether the operation writes into its first argument, leaves its shape as it is and returns it."""
+    name = operator_name(func)
+    return name.endswith("_") and not name.endswith("__") and torch.Tag.inplace_view not in func.tags
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:
