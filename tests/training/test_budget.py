@@ -130,6 +130,73 @@ def test_where_a_device_does_not_tell_what_is_free_activations_are_rebuilt(monke
     assert "is not known" in words
 
 
+@pytest.fixture
+def alone(monkeypatch):
+    """Decides within a budget on a device where nothing else takes memory; returns what `mea train` would."""
+    monkeypatch.setattr(budget, "memory_now", lambda device: 0)
+    monkeypatch.setattr(budget, "memory_peak", lambda device: 0)
+
+    def decide(config, bytes_, processes, **more):
+        config = dataclasses.replace(config, memory_budget=str(bytes_))
+        return budget.within_budget(config, torch.device("cpu"), 256, processes=processes, **more)
+
+    return decide
+
+
+WIDE = TrainConfig(
+    **{"dim": 256, "depth": 2, "heads": 4, "dim_head": 64, "seq_len": 64, "batch_size": 1, "reversible": True},
+    **{"head_chunks": 1, "ff_chunks": 1, "keep_attention": False, "loss_chunk_size": 32, "precision": "fp32"},
+)
+LONG = dataclasses.replace(WIDE, dim=32, dim_head=8, seq_len=8192, batch_size=4)
+NOISE = 8 * MIB  # by which processes differ
+
+
+def peak(alone, config, processes, **division):
+    """What a process takes at its peak where the work is divided like this."""
+    return alone(dataclasses.replace(config, **division), 1 << 40, processes)[1].predicted
+
+
+def test_processes_share_the_model_and_then_the_tokens_where_nothing_fits_otherwise(alone):
+    whole = peak(alone, LONG, 4, shard=False, context_parallel=1)
+    chosen, memory = alone(LONG, whole + NOISE, 4)
+    assert (chosen.shard, chosen.context_parallel, chosen.accumulation) == (False, 1, 1)
+    assert "divided" not in memory.choice
+    half = peak(alone, LONG, 4, shard=False, context_parallel=2, accumulation=2)
+    assert half < 0.8 * whole
+
+    chosen, memory = alone(LONG, half + NOISE, 4)
+    assert (chosen.shard, chosen.context_parallel) == (False, 2)
+    assert chosen.accumulation == 2, "a step has as many windows as before"
+    assert memory.predicted == half
+    words = "; divided among the processes, since nothing fits otherwise (context_parallel 2, accumulation 2)"
+    assert words in memory.choice
+
+    # A run that goes on keeps what it has, and may take all that is allowed.
+    again, _ = alone(chosen, half, 4, settled=True)
+    assert again == dataclasses.replace(chosen, memory_budget=again.memory_budget)
+    # One process is told how many would do.
+    config = dataclasses.replace(LONG, shard=False)
+    with pytest.raises(ValueError, match="or 2 processes with --context-parallel 2 would fit"):
+        alone(config, half + NOISE, 1)
+
+
+def test_a_model_is_sharded_before_its_tokens_are_divided(alone):
+    whole, sharded = (peak(alone, WIDE, 2, shard=shard, context_parallel=1) for shard in (False, True))
+    assert sharded < 0.8 * whole
+    chosen, memory = alone(WIDE, sharded + NOISE, 2)
+    assert (chosen.shard, chosen.context_parallel, chosen.accumulation) == (True, 1, 1)
+    assert memory.choice.endswith("since nothing fits otherwise (shard on)")
+    with pytest.raises(ValueError, match="the leanest settings take"):  # what was given stays
+        alone(dataclasses.replace(WIDE, shard=False, context_parallel=1), sharded + NOISE, 2)
+
+
+def test_what_is_free_on_a_cpu_is_shared_by_its_processes(monkeypatch):
+    monkeypatch.setattr(budget, "available_memory", lambda device: 8 << 30)
+    monkeypatch.setattr(budget, "memory_now", lambda device: 0)
+    config = dataclasses.replace(WIDE, memory_budget="auto")
+    assert budget.within_budget(config, torch.device("cpu"), 256, processes=4)[0].memory_budget == "2048MiB"
+
+
 @pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_what_would(train, here):
     shape = ("--batch-size=16", "--seq-len=2048", "--depth=2", "--heads=2")

@@ -2,6 +2,8 @@
 
 import contextlib
 import dataclasses
+import functools
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -16,6 +18,9 @@ from .plot import drawn
 from .resources import memory_now, memory_peak, resolve, return_freed_blocks, trim_heap, warm_up
 from .trainer import adamw
 
+Division = dict[str, Any]
+"""The keys of a TrainConfig that say how the processes of a run share its step."""
+
 _MIB = 1 << 20
 _BESIDE = 16 * _MIB
 """What a run holds in RAM beside its steps: batches, records, pictures, checkpoints, what accelerate keeps."""
@@ -23,6 +28,8 @@ _NOISE = 8 * _MIB
 """By how much the memory of a process differs from one start to the next."""
 _KEPT_FREE = 8
 """Without a budget one part in so many of what is free stays so, for what others begin and what the allocator holds."""
+_DOUBLINGS = 3
+"""How often the number of processes is doubled in search of one with which a step fits."""
 _HELD_BYTES = 64 << 10
 """Blocks smaller than this may be held when they are freed: few, so that what is live is what the process has."""
 
@@ -79,29 +86,36 @@ def within_budget(
     """The configuration with the fastest settings that keep a training step within its budget, for each process.
 
     Settings that it has stay as they are, and all of them where they are `settled`, as in a run that goes on; a budget
-    of "auto" becomes a size. Call `prepare` before. Raises ValueError, with the changes that would make it fit, where
-    nothing does.
+    of "auto" becomes a size. Several processes share the model, and then the tokens, only where nothing fits otherwise.
+    Call `prepare` before. Raises ValueError, with the changes that would make it fit, where nothing does.
     """
-    resolved = resolve(config, device)
-    keywords = model_keywords(resolved, num_tokens)
-    for name in () if settled else _open(config):
-        del keywords[name]
     before = memory_now(device)
-    budget = _budget(config, device, before)
-    # DistributedDataParallel sends gradients in buckets that together are as large as they are.
-    buckets = _parameter_bytes(resolved, num_tokens) if processes > 1 else 0
-    standing = before + buckets + (_BESIDE if device.type == "cpu" else 0)
-    made = _planned(keywords, resolved, device, budget - standing)
+    budget = _budget(config, device, before, processes)
+    beside = before + (_BESIDE if device.type == "cpu" else 0)
+    # Another process, or this run when it goes on, may itself take a little more than this one.
+    room = budget - beside - (0 if settled else _NOISE)
+
+    def divided(division: Division, number: int = processes) -> _Step:
+        return _Step(config.updated(division), device, num_tokens, number, settled)
+
+    def fits(division: Division, number: int = processes) -> bool:
+        step = divided(division, number)
+        return step.leanest + step.buckets <= room
+
+    *others, last = [{}] if settled else _divisions(config, processes)
+    division = next(filter(fits, others), last)
+    step = divided(division)
+    made, standing = step.planned(room - step.buckets), beside + step.buckets
     if not made.fits():
-        # Another process may itself take a little more than this one: what is proposed leaves room for that.
-        made = _planned(keywords, resolved, device, budget - standing - _NOISE)
-        raise ValueError(_refusal(made, budget, standing))
-    chosen = resolved.updated(made.settings)
+        enough = "" if settled or room <= 0 else _enough_processes(config, processes, fits)
+        raise ValueError(_refusal(made, budget, standing, enough))
+    chosen = step.config.updated(made.settings)
     if config.memory_budget == "auto":
         chosen = chosen.updated({"memory_budget": f"{budget // _MIB}MiB"})
     # What was in use for a moment before, such as for tokenising, belongs to the process's peak too.
     predicted = max(standing + made.peak_bytes, memory_peak(device))
-    return chosen, Memory(_kind(device), budget, before, predicted, _choice(chosen, made.options, standing))
+    choice = _choice(chosen, made.options, standing) + _divided(config, division)
+    return chosen, Memory(_kind(device), budget, before, predicted, choice)
 
 
 def fastest_that_fits(
@@ -112,46 +126,114 @@ def fastest_that_fits(
     For a run without a budget. Settings that it has stay as they are. What does not fit is not refused, since nobody
     set a limit: the leanest settings are taken. Where a device does not tell what is free, those of `resolve`.
     """
-    resolved = resolve(config, device)
-    keywords = model_keywords(resolved, num_tokens)
-    given = {name: value for name, value in keywords.items() if name not in _open(config)}
-    if given == keywords:
-        return resolved, ""
+    step = _Step(config, device, num_tokens, processes)
+    if not step.leanest_settings:
+        return step.config, ""
     try:
-        free = available_memory(device)
+        free = _free(device, processes)
     except NotImplementedError:
-        return resolved, f"how much is free on {device} is not known, so reversal and small pieces"
-    # Processes on a CPU share what is free.
-    free //= processes if device.type == "cpu" else 1
-    buckets = _parameter_bytes(resolved, num_tokens) if processes > 1 else 0
-    mixed_precision = resolved.precision != "fp32"
-    leanest: dict[str, Any] = {}
-    for candidate in candidates(given, config.batch_size, config.seq_len, mixed_precision, device.type == "cuda"):
-        leanest |= candidate.changes
-    least = _planned(given | leanest, resolved, device).peak_bytes
-    room = free - free // _KEPT_FREE - buckets
-    if least > room:
-        words = f"the leanest settings take {format_size(least)} where {format_size(free)} is free: it may run out"
-        return resolved.updated(leanest), words
-    made = _planned(given, resolved, device, room)
+        return step.config, f"how much is free on {device} is not known, so reversal and small pieces"
+    room = free - free // _KEPT_FREE - step.buckets
+    if step.leanest > room:
+        least = format_size(step.leanest)
+        words = f"the leanest settings take {least} where {format_size(free)} is free: it may run out"
+        return step.config.updated(step.leanest_settings), words
+    made = step.planned(room)
     words = f"{format_size(made.peak_bytes)} for a step, the fastest settings that fit in the {format_size(free)} free"
-    if made.peak_bytes > least:
-        words += f" ({made.options[-1].name}; the leanest would take {format_size(least)}: see --memory-budget)"
-    return resolved.updated(made.settings), words
+    if made.peak_bytes > step.leanest:
+        words += f" ({made.options[-1].name}; the leanest would take {format_size(step.leanest)}: see --memory-budget)"
+    return step.config.updated(made.settings), words
 
 
-def _planned(keywords: dict[str, Any], config: TrainConfig, device: torch.device, room: int | None = None) -> Plan:
-    """The run's own step, the settings that its model's keywords leave open chosen for `room` bytes, if given."""
-    return plan(
-        keywords,
-        batch_size=config.batch_size,
-        seq_len=config.seq_len,
-        autocast=None if config.precision == "fp32" else config.precision,
-        device=device,
-        optimizer=lambda parameters: adamw(parameters, config),
-        keep_gradients=config.accumulation > 1,
-        budget=None if room is None else max(1, room),
-    )
+class _Step:
+    """The step of one of a run's processes, of which the configuration may leave settings open.
+
+    config: with every choice made that was left to the machine.
+    """
+
+    def __init__(
+        self, config: TrainConfig, device: torch.device, num_tokens: int, processes: int, settled: bool = False
+    ) -> None:
+        self.config, self.device, self.processes = resolve(config, device), device, processes
+        keywords = model_keywords(self.config, num_tokens)
+        left_open = () if settled else _open(config)
+        self.given = {name: value for name, value in keywords.items() if name not in left_open}
+        # DistributedDataParallel sends gradients in buckets that together are as large as they are.
+        replicated = processes > 1 and not self.config.shard
+        self.buckets = _parameter_bytes(self.config, num_tokens) if replicated else 0
+
+    @functools.cached_property
+    def leanest_settings(self) -> dict[str, Any]:
+        """Of those left open."""
+        config, mixed_precision = self.config, self.config.precision != "fp32"
+        offload = self.device.type == "cuda"
+        found = candidates(self.given, config.batch_size, config.seq_len, mixed_precision, offload)
+        return {name: value for candidate in found for name, value in candidate.changes.items()}
+
+    @functools.cached_property
+    def leanest(self) -> int:
+        """The bytes at its peak with these."""
+        return self._plan(self.given | self.leanest_settings, None).peak_bytes
+
+    def planned(self, room: int) -> Plan:
+        """With the fastest settings for so many bytes."""
+        return self._plan(self.given, max(1, room))
+
+    def _plan(self, keywords: dict[str, Any], room: int | None) -> Plan:
+        config = self.config
+        return plan(
+            keywords,
+            batch_size=config.batch_size,
+            seq_len=config.seq_len,
+            autocast=None if config.precision == "fp32" else config.precision,
+            device=self.device,
+            optimizer=lambda parameters: adamw(parameters, config),
+            keep_gradients=config.accumulation > 1,
+            budget=room,
+            shards=self.processes if config.shard else 1,
+            context=config.context_parallel or 1,
+        )
+
+
+def _divisions(config: TrainConfig, processes: int) -> list[Division]:
+    """How the processes may share a step, those that send less first; what the configuration says stays.
+
+    The fewer windows are at work where the tokens of each are divided, the more batches are accumulated, so that a step
+    has as many.
+    """
+    if processes == 1 or config.precision == "fp16":
+        return [{}]
+    shards = [False, True] if config.shard is None else [config.shard]
+    if config.context_parallel is not None:
+        return [{"shard": shard, "context_parallel": config.context_parallel} for shard in shards]
+    return [
+        {"shard": shard, "context_parallel": size, "accumulation": config.accumulation * size}
+        for size in range(1, processes + 1)
+        if processes % size == 0
+        for shard in shards
+    ]
+
+
+def _enough_processes(config: TrainConfig, processes: int, fits: Callable[[Division, int], bool]) -> str:
+    """How many processes would do, by doubling, and with which options; empty where none would."""
+    for number in [processes << more for more in range(1, _DOUBLINGS + 1)]:
+        division = _divisions(config, number)[-1]
+        if division and number <= config.seq_len and fits(division, number):
+            sharded = "--shard " if division["shard"] else ""
+            return f"{number} processes with {sharded}--context-parallel {division['context_parallel']}"
+    return ""
+
+
+def _divided(config: TrainConfig, division: Division) -> str:
+    """What was decided about the processes, in words."""
+    changed = {name: value for name, value in division.items() if value != (getattr(config, name) or _WHOLE[name])}
+    if not changed:
+        return ""
+    shown = ", ".join(f"{name} {_shown(value)}" for name, value in changed.items())
+    return f"; divided among the processes, since nothing fits otherwise ({shown})"
+
+
+_WHOLE = {"shard": False, "context_parallel": 1, "accumulation": 1}
 
 
 def _open(config: TrainConfig) -> list[str]:
@@ -164,12 +246,17 @@ def _open(config: TrainConfig) -> list[str]:
     return found
 
 
-def _budget(config: TrainConfig, device: torch.device, before: int) -> int:
+def _free(device: torch.device, processes: int) -> int:
+    """What is free for one process: those on a CPU share it."""
+    return available_memory(device) // (processes if device.type == "cpu" else 1)
+
+
+def _budget(config: TrainConfig, device: torch.device, before: int, processes: int) -> int:
     assert config.memory_budget is not None
     if config.memory_budget != "auto":
         return parse_size(config.memory_budget, "memory_budget")
     try:
-        return before + available_memory(device)
+        return before + _free(device, processes)
     except NotImplementedError as error:
         raise ValueError(f"memory_budget: {error}") from error
 
@@ -186,7 +273,7 @@ def _choice(chosen: TrainConfig, options: tuple[Option, ...], standing: int) -> 
     return f"chosen: {taken.name}, since the next faster way, {faster[-1].name}, takes {more} ({shown})"
 
 
-def _refusal(made: Plan, budget: int, standing: int) -> str:
+def _refusal(made: Plan, budget: int, standing: int, processes: str) -> str:
     options = {"batch_size": "--batch-size", "seq_len": "--seq-len", "depth": "--depth"}
     remedies = dict(made.remedies)
     if "seq_len" in remedies:
@@ -196,6 +283,7 @@ def _refusal(made: Plan, budget: int, standing: int) -> str:
     changes = [f"{options[name]} {size}" for name, size in remedies.items() if name in options]
     enough = standing + made.remedies["budget"] + _NOISE
     changes.append(f"--memory-budget {-(-enough // _MIB)}MiB")
+    changes += [processes] if processes else []
     return (
         f"memory_budget: the leanest settings take {format_size(standing + made.peak_bytes)} of the "
         f"{format_size(budget)} allowed, {format_size(standing)} of it before there is a model: "

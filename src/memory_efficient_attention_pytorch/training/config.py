@@ -17,9 +17,15 @@ FORMAT = 1
 
 
 def _option(
-    default: Any, help: str, group: str, low: float | None = None, choices: tuple[str, ...] = (), metavar: str = ""
+    default: Any,
+    help: str,
+    group: str,
+    low: float | None = None,
+    choices: tuple[str, ...] = (),
+    metavar: str = "",
+    unset: str = "",
 ) -> Any:
-    metadata = knob(help, low=low, choices=choices) | {"group": group, "metavar": metavar}
+    metadata = knob(help, low=low, choices=choices, unset=unset) | {"group": group, "metavar": metavar}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -97,17 +103,22 @@ class TrainConfig:
         choices=("auto", "fp32", "bf16", "fp16"),
     )
     device: str = _optimisation("auto", "auto: the accelerator if there is one", choices=("auto", "cpu"))
-    shard: bool = _optimisation(
-        False, "divide weights, gradients and averages among the processes (FSDP2), gathered block by block"
+    shard: bool | None = _optimisation(
+        None,
+        "divide weights, gradients and averages among the processes (FSDP2), gathered block by block",
+        unset="where a memory budget asks for it",
     )
-    context_parallel: int = _optimisation(
-        1, "processes that divide the tokens of each window among them; the others take other windows", low=1
+    context_parallel: int | None = _optimisation(
+        None,
+        "processes that divide the tokens of each window among them; the others take other windows",
+        low=1,
+        unset="1, or more where a memory budget asks for it",
     )
     memory_budget: str | None = _optimisation(
         None,
         "memory the process may take, 8GiB, 8GB, 8000M or auto (what is free): the fastest settings that fit are "
-        "chosen among reversible, exact, keep-attention, head-chunks, ff-chunks and loss-chunk-size where they are not "
-        "given",
+        "chosen among reversible, exact, keep-attention, head-chunks, ff-chunks and loss-chunk-size and, with several "
+        "processes, shard and context-parallel, where they are not given",
         metavar="SIZE",
     )
     seed: int = _optimisation(0, "seed of weights, batches, dropout and the validation split", low=0)
@@ -285,12 +296,8 @@ def _check_combination(config: TrainConfig) -> None:
         raise ValueError(f"rotary positions need an even dim_head, got {config.dim_head}")
     if config.exact and config.reversible is False:
         raise ValueError("exact and no reversible contradict each other: exact says how reversal rebuilds activations")
-    for name in ("shard", "context_parallel"):
-        if getattr(config, name) == getattr(TrainConfig, name):
-            continue
-        if config.memory_budget is not None:
-            raise ValueError(f"{name} and memory_budget do not go together yet: the planner counts one process only")
-        if config.precision == "fp16":
+    for name, divides in {"shard": config.shard, "context_parallel": (config.context_parallel or 1) > 1}.items():
+        if divides and config.precision == "fp16":
             raise ValueError(f"{name} goes with precision fp32 and bf16, got fp16")
     if config.memory_budget not in (None, "auto"):
         from ..common.sizes import parse_size

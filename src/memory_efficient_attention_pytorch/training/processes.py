@@ -16,14 +16,10 @@ class ProcessMesh:
     """``data`` groups of ``context_parallel`` processes each: a group has its own windows, and shares their tokens.
 
     Gradients are averaged over all processes, by DDP or FSDP2, so that of a group's loss counts once for each.
-
-    Raises:
-        ValueError: the processes cannot be divided so.
     """
 
     def __init__(self, accelerator: "Accelerator", config: TrainConfig) -> None:
-        processes, size = accelerator.num_processes, config.context_parallel
-        _check(processes, config)
+        processes, size = accelerator.num_processes, config.context_parallel or 1
         self.data_size, self.data_rank = processes // size, accelerator.process_index // size
         self.context: ContextParallel | None = None
         if size > 1:
@@ -45,9 +41,9 @@ class ProcessMesh:
         return nullcontext() if self.context is None else self.context
 
 
-def _check(processes: int, config: TrainConfig) -> None:
+def check_division(processes: int, config: TrainConfig) -> None:
     """Raise ValueError where so many processes cannot do what the configuration asks of them."""
-    size = config.context_parallel
+    size = config.context_parallel or 1
     if processes == 1 and config.shard:
         raise ValueError("shard divides the model among processes and there is one: start several with torchrun")
     if processes == 1 and size > 1:

@@ -40,8 +40,8 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     reversible = config.reversible is not False
     itemsize = 4 if precision == "fp32" else 2
     shape = {**dataclasses.asdict(config), "reversible": reversible}
-    divided = config.context_parallel > 1
-    tokens = Layout(config.seq_len, config.context_parallel).local if divided else config.seq_len
+    context = config.context_parallel or 1
+    tokens = Layout(config.seq_len, context).local if context > 1 else config.seq_len
     pieces = pieces_chosen(shape, config.batch_size, tokens, itemsize, device.type, torch.get_num_threads())
     return config.updated(
         {
@@ -51,6 +51,8 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
             "keep_attention": config.keep_attention or False,
             "ff_chunks": config.ff_chunks or pieces["ff_chunks"],
             "head_chunks": config.head_chunks or pieces["head_chunks"],
+            "shard": config.shard or False,
+            "context_parallel": context,
         }
     )
 

@@ -18,7 +18,7 @@ from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
 from .files import ElsewhereError, RunError, write_atomically
 from .model import build_model
-from .processes import ProcessMesh
+from .processes import ProcessMesh, check_division
 from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
@@ -76,12 +76,12 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
     if config.tokenizer is not None:
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
     config = config.updated(text)
-    with _joined(config, make_display) as (accelerator, processes):
+    with _joined(config, make_display) as accelerator:
         config, memory, fit = _settle(accelerator, config, _num_tokens(config))
         path = Path(out) if out is not None else _on_main(accelerator, _next_number)
         run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
         options: dict[str, Any] = {"fit": fit, "refused": lambda: run.unmake(made)}
-        return _train(accelerator, processes, run, config, memory, make_display, **options)
+        return _train(accelerator, run, config, memory, make_display, **options)
 
 
 def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Callable[[bool], Callback]) -> Outcome:
@@ -100,10 +100,10 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
             raise ValueError(
                 f"{key} is {getattr(before, key)!r} in {run.path} and cannot change on the way: start a new run for it"
             )
-    with _joined(config, make_display) as (accelerator, processes):
+    with _joined(config, make_display) as accelerator:
         num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
         config, memory, _ = _settle(accelerator, config, num_tokens, settled=True)
-        return _train(accelerator, processes, run, config, memory, make_display, before=before)
+        return _train(accelerator, run, config, memory, make_display, before=before)
 
 
 def _as_before(before: TrainConfig, now: TrainConfig, key: str) -> bool:
@@ -136,10 +136,12 @@ def _settle(
             return_freed_blocks()
         return config, None, fit
     prepare(device)
-    return *_on_main(
+    config, memory = _on_main(
         accelerator,
         lambda: within_budget(config, device, num_tokens, processes=processes, settled=settled),
-    ), ""
+    )
+    accelerator.gradient_accumulation_steps = config.accumulation
+    return config, memory, ""
 
 
 def _num_tokens(config: TrainConfig) -> int:
@@ -159,7 +161,6 @@ def latest_run() -> Path:
 
 def _train(
     accelerator: "Accelerator",
-    processes: ProcessMesh,
     run: RunDirectory,
     config: TrainConfig,
     memory: Memory | None,
@@ -172,7 +173,7 @@ def _train(
     """before: the configuration of a run that goes on. fit: what is said of the memory that its settings take. refused:
     called where it turns out that it cannot be trained.
     """
-    main = accelerator.is_main_process
+    main, processes = accelerator.is_main_process, ProcessMesh(accelerator, config)
     with contextlib.ExitStack() as stack:
         try:
             display = make_display(main)
@@ -304,7 +305,7 @@ def describe(
 
 def _division(config: TrainConfig, processes: int) -> str:
     """What the processes divide among them, in words."""
-    size = config.context_parallel
+    size = config.context_parallel or 1
     words = f"{processes} processes"
     if size > 1:
         words += f" ({processes // size} x {size}: windows x tokens)"
@@ -312,14 +313,13 @@ def _division(config: TrainConfig, processes: int) -> str:
 
 
 @contextlib.contextmanager
-def _joined(
-    config: TrainConfig, make_display: Callable[[bool], Callback]
-) -> Iterator[tuple["Accelerator", ProcessMesh]]:
+def _joined(config: TrainConfig, make_display: Callable[[bool], Callback]) -> Iterator["Accelerator"]:
     """This process as one of those that train together, for as long as the block takes; if one dies, all end."""
     accelerator = _make_accelerator(config)
     try:
         with watched(accelerator, make_display(False).abandoned):
-            yield accelerator, ProcessMesh(accelerator, config)
+            check_division(accelerator.num_processes, config)
+            yield accelerator
     finally:
         accelerator.end_training()
 
