@@ -1,10 +1,14 @@
 """A step of one of several processes, of which none is there."""
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from memory_efficient_attention_pytorch import Transformer, max_seq_len, plan
+from memory_efficient_attention_pytorch.planner.accounting import accounting_for
+from memory_efficient_attention_pytorch.planner.dry_run import dry_run
 from memory_efficient_attention_pytorch.planner.timeline import CATEGORIES
+from memory_efficient_attention_pytorch.planner.workload import Workload
 
 CONFIG = {"num_tokens": 256, "dim": 64, "depth": 4, "heads": 4, "dim_head": 16, "causal": True, "positions": "none"}
 STEP = {"batch_size": 1, "seq_len": 4096, "device": "cpu", "threads": 1}
@@ -54,6 +58,20 @@ def test_every_way_of_going_round_is_the_real_one():
 
     assert "c10d._send_and_receive" in collectives(kv_heads=1)
     assert "c10d.all_to_all_single" in collectives()
+
+
+@pytest.mark.parametrize("changes", [{}, {"window": 700}, {"causal": False}], ids=str)
+def test_a_few_turns_of_the_ring_stand_for_all(changes):
+    workload = Workload({**CONFIG, "kv_heads": 1, **changes}, 1, 16384, context=8)
+    tokens = torch.zeros(1, 2048, dtype=torch.long, device="meta")
+    step = workload.step(workload.transformer(1), (tokens,), {"labels": tokens})
+    few, all_ = (dry_run(step, accounting_for(torch.device("cpu"), 1), every_part=every) for every in (False, True))
+    assert few.totals.max() == all_.totals.max()
+    assert few.flops == pytest.approx(all_.flops, rel=0.1), (
+        "turns are weighed by blocks, of which causality hides parts"
+    )
+    if not changes:
+        assert len(few.operations) < len(all_.operations) / 2
 
 
 def test_a_plan_for_several_processes_starts_none():

@@ -48,7 +48,8 @@ class AllToAll(Way):
         for turn, own in self._turns(request):
             found = self.within.forward(own, *(self._to_heads(x, turn) for x in (q, k, v)))
             for x, total in zip(found, results, strict=True):
-                for target, part in self._to_tokens(x, total, turn):
+                # A block's output comes in the compute dtype; nothing is to be added to it, and fewer bytes travel.
+                for target, part in self._to_tokens(x.to(total.dtype), total, turn):
                     target.copy_(part)
         return results
 

@@ -213,14 +213,15 @@ class ContextParallel:
     def _exchange_is_less(self, request: AttentionRequest) -> bool:
         """By the elements sent per token: heads once out and back, or keys and values p − 1 times.
 
-        A window's keys are needed from two neighbours alone.
+        Causality spares a quarter of that, and a window's keys are needed from two neighbours alone.
         """
-        width = request.d + request.e
-        exchanged = (request.h + max(request.kv, self.size)) * width * (self.size - 1) / self.size
-        visible = request.visibility
-        near = sum(self.layout.chunk if side is None else side for side in (visible.left, visible.right))
-        steps = min(self.size - 1, 2 * near / self.layout.local) if None not in (visible.left, visible.right) else None
-        return exchanged < request.kv * width * (self.size - 1 if steps is None else steps)
+        exchanged = (request.h + max(request.kv, self.size)) * (self.size - 1) / self.size
+        sides = (request.visibility.left, request.visibility.right)
+        steps = (self.size - 1) * (0.75 if 0 in sides else 1.0)
+        near = [side for side in sides if side is not None]
+        if len(near) == 2:
+            steps = min(steps, 2 * sum(near) / self.layout.local)
+        return exchanged < request.kv * steps
 
 
 def _broadcast(told: list[int], *, group: dist.ProcessGroup) -> None:

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import NamedTuple
 
 import torch
@@ -21,6 +21,7 @@ from ..attention.request import AttentionRequest
 from ..attention.tiles import Found, LogSumExp, Tiled
 from ..attention.visibility import Block
 from ..attention.way import BackwardInputs, Way
+from ..common.dry_run import each
 from .exchange import Layout, Transfer
 
 SLICE = {"cpu": 2**19}
@@ -111,22 +112,36 @@ class Ring(Way):
         """Slice by slice the keys and values that this process needs, its own first; empty where none came."""
         turns = self._turns(request, k, v)
         coming: Transfer | None = None
-        for turn, following in zip(turns, [*turns[1:], None], strict=True):
-            place = turn.got or slice(0, 0)
+        expected = turns[0]
+        for turn, following in each([*zip(turns, [*turns[1:], None], strict=True)], size=partial(self._work, request)):
+            if turn is not expected:  # a dry run has left some out
+                coming = self._exchange(turn, k, v)
             tensors = self._own(turn.got, k, v) if coming is None else coming.wait()
             coming = None
-            if following is not None and following.step:
-                to, source = ((self.rank + s) % self.layout.size for s in (following.step, -following.step))
-                shapes = self._shapes(following.got, k, v)
-                coming = Transfer(self.group, to, self._own(following.given, k, v), source, shapes, like=k)
-            yield turn, Part(place, *(tensors or (k[:, :, :0], v[:, :, :0])))
+            if following is not None:
+                expected, coming = following, self._exchange(following, k, v)
+            yield turn, Part(turn.got or slice(0, 0), *(tensors or (k[:, :, :0], v[:, :, :0])))
+
+    def _exchange(self, turn: Turn, k: Tensor, v: Tensor) -> Transfer | None:
+        """Begin a turn's transfers; None where the keys are this process's own."""
+        if turn.step == 0:
+            return None
+        to, source = ((self.rank + step) % self.layout.size for step in (turn.step, -turn.step))
+        return Transfer(self.group, to, self._own(turn.given, k, v), source, self._shapes(turn.got, k, v), like=k)
+
+    def _work(self, request: AttentionRequest, pair: tuple[Turn, Turn | None]) -> int:
+        """Of a turn, roughly: the scores of the blocks in which some are seen."""
+        total = 1
+        for _, block in self._pairs(request, pair[0].got or slice(0, 0)):
+            total += (block.queries.stop - block.queries.start) * (block.keys.stop - block.keys.start)
+        return total
 
     def _turns(self, request: AttentionRequest, k: Tensor, v: Tensor) -> list[Turn]:
         per_token = sum(x.shape[0] * x.shape[1] * x.shape[3] for x in (k, v)) * k.element_size()
         buckets = SLICE.get(request.device_type, SLICE_ELSEWHERE) // max(1, per_token * request.k_bucket_size)
         visible = request.visibility
         sides = (visible.left, visible.right)
-        return turns(self.layout, self.rank, sides, max(1, buckets) * request.k_bucket_size)
+        return turns(self.layout, self.rank, sides, request.k_bucket_size, max(1, buckets))
 
     def _own(self, place: slice | None, *tensors: Tensor) -> list[Tensor]:
         """A slice of this process's part, in the same memory."""
@@ -151,33 +166,47 @@ Sides = tuple[int | None, int | None]
 
 
 @lru_cache(maxsize=256)
-def turns(layout: Layout, rank: int, sides: Sides, longest: int) -> list[Turn]:
-    """Who sends what to whom when: as many turns in a step for all processes, so that messages between two of them
-    come in the order in which they are expected."""
+def turns(layout: Layout, rank: int, sides: Sides, bucket: int, most: int) -> list[Turn]:
+    """Who sends what to whom when, in slices of at most so many buckets: as many turns in a step for all processes, so
+    that messages between two of them come in the order in which they are expected."""
     own = [Turn(0, part, None) for part in needed(layout, rank, rank, sides)]
     found = own or [Turn(0, None, None)]
     for step in range(1, layout.size):
-        each = [_slices(layout, to, (to - step) % layout.size, sides, longest) for to in range(layout.size)]
-        got, given = each[rank], each[(rank + step) % layout.size]
-        for number in range(max(1, *map(len, each))):
-            found.append(Turn(step, *(of[number] if number < len(of) else None for of in (got, given))))
+        each = [needed(layout, to, (to - step) % layout.size, sides) for to in range(layout.size)]
+        count = max(1, *(len(_slices(parts, most * bucket)) for parts in each))
+        got, given = (_spread(each[to], count, bucket) for to in (rank, (rank + step) % layout.size))
+        found += [Turn(step, *slices) for slices in zip(got, given, strict=True)]
     return found
 
 
-def _slices(layout: Layout, rank: int, source: int, sides: Sides, longest: int) -> Sequence[slice]:
-    parts = needed(layout, rank, source, sides)
+def _spread(parts: Sequence[slice], count: int, bucket: int) -> list[slice | None]:
+    """Slices of whole buckets, evenly over so many turns. Under causality fewer keys are each seen by more queries:
+    processes, which wait for one another in each turn, then have as much to do in each."""
+    tokens = sum(part.stop - part.start for part in parts)
+    length = -(-tokens // (count * bucket)) * bucket
+    while len(slices := _slices(parts, length)) > count:
+        length += bucket
+    found: list[slice | None] = [None] * count
+    for number, part in enumerate(slices):
+        found[number * count // len(slices)] = part
+    return found
+
+
+def _slices(parts: Sequence[slice], longest: int) -> list[slice]:
     starts = [(start, part.stop) for part in parts for start in range(part.start, part.stop, longest)]
     return [slice(start, min(start + longest, stop)) for start, stop in starts]
 
 
 def needed(layout: Layout, rank: int, source: int, sides: Sides) -> list[slice]:
     """What process ``rank`` may see, by window and causality, of the chunks of ``source``."""
-    found = []
+    found: list[slice] = []
     for chunk in layout.chunks(source):
+        # Of its two chunks of queries the earlier sees the earlier keys; between the two there may be some for neither.
         seen = [_seen(sides, queries, chunk) for queries in layout.chunks(rank)]
-        seen = [part for part in seen if part.start < part.stop]
-        if seen:
-            found.append(slice(min(part.start for part in seen), max(part.stop for part in seen)))
+        first, *others = [part for part in seen if part.start < part.stop] or [slice(0, 0)]
+        if others and others[0].start <= first.stop:
+            first, others = slice(first.start, max(first.stop, others[0].stop)), []
+        found += [part for part in (first, *others) if part.start < part.stop]
     return found
 
 
