@@ -44,11 +44,31 @@ KINDS: dict[str, dict[str, Any]] = {
     "Cohere": {"logit_scale": 0.25},
 }
 CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+# Decoders beside those: the configuration, and what is left of them and why.
+FIXED = "{}ForCausalLM has no exchangeable attention"
+DROPOUTS = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+MORE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
+    "Apertus": ({"rope_parameters": {"rope_type": "default", "rope_theta": 1e4}}, {"MLPs": "none was recognised"}),
+    "Cohere2": ({"logit_scale": 0.25, **SLIDING}, {}),
+    "Exaone4": (SLIDING, {}),
+    "Gemma": ({}, {}),
+    "Glm4": ({}, {}),
+    "Ministral": (SLIDING, {}),
+    "Nemotron": ({}, {}),
+    "Olmo3": (SLIDING, {}),
+    "Phi": (DROPOUTS, {}),
+    "SmolLM3": ({"no_rope_layers": [1, 0]}, {}),
+    "StableLm": ({}, {}),
+    "Starcoder2": ({"sliding_window": 6, "residual_dropout": 0.0, "embedding_dropout": 0.0}, {}),
+    "Falcon": ({}, {"attention": FIXED.format("Falcon")}),
+    "GPTJ": ({"rotary_dim": 8, **DROPOUTS}, {"attention": FIXED.format("GPTJ")}),
+    "Mpt": ({}, {"attention": FIXED.format("Mpt"), "MLPs": "none was recognised"}),
+}
 
 
 def small_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Any:
-    own = {**SMALL, **KINDS[kind], **options}
-    if kind == "GPT2":
+    own = {**SMALL, **(MORE[kind][0] if kind in MORE else KINDS[kind]), **options}
+    if kind in ("GPT2", "Falcon", "GPTJ", "Mpt"):  # these have the widths of old ones
         own = {k: v for k, v in own.items() if k not in ("num_key_value_heads", "head_dim", "intermediate_size")}
     if kind == "GptOss":
         own["experts_implementation"] = "eager"  # the others have no fp64

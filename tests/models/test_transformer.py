@@ -298,6 +298,39 @@ def test_other_settings_are_attentions():
         build(q_bucket=3)
 
 
+@pytest.mark.parametrize("kwargs", CONFIGURATIONS, ids=str)
+def test_embeddings_may_come_in_the_place_of_tokens(kwargs):
+    """The same loss, logits and gradients, that of the embeddings included, which stay what they were."""
+    x, labels, mask = batch()
+    model = build(**kwargs)
+    embedded = model.token_emb(x).detach().requires_grad_()
+    before, weights = embedded.detach().clone(), [p for n, p in model.named_parameters() if n != "token_emb.weight"]
+    loss = with_seed(lambda: model(x, labels=labels, mask=mask))
+    truth = torch.autograd.grad(loss, [*weights, model.token_emb.weight])
+    found = with_seed(lambda: model(embedded, labels=labels, mask=mask))
+    *ours, of_embedded = torch.autograd.grad(found, [*weights, embedded])
+    assert_same((found, *ours), (loss, *truth[:-1]), 1e-9)
+    if not kwargs.get("tie_embeddings"):  # whose weight has a gradient as the head as well
+        summed = torch.zeros_like(truth[-1]).index_add_(0, x.flatten(), of_embedded.flatten(0, 1))
+        assert_same((summed,), truth[-1:], 1e-9)
+    model.eval()
+    with torch.no_grad():
+        assert_same((model(embedded, mask=mask),), (model(x, mask=mask),), 0.0)
+        if model.causal and kwargs.get("window") is None:
+            cache = KVCache()
+            parts = [model(piece, cache=cache) for piece in embedded.split([9, 12], 1)]
+            assert_same((torch.cat(parts, 1),), (model(x),), 1e-9)
+    assert embedded.detach().equal(before)
+
+
+@pytest.mark.parametrize("kind", [(2, 5, 15), (2, 16), (2, 5, 16, 1)], ids=str)
+def test_other_shapes_than_embeddings_are_refused(kind):
+    with pytest.raises(ValueError, match=r"x: expected .* or embeddings \(batch, tokens, 16\), got torch.float64"):
+        build()(torch.zeros(kind, dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"labels: expected a number for each token of x, \(2, 5\)"):
+        build()(torch.zeros(2, 5, 16, dtype=torch.float64), labels=torch.zeros(2, 4, dtype=torch.long))
+
+
 def test_no_logits_and_no_stored_layers():
     """Each storage of the step at its largest is a stream's, never one of all hidden values or all logits."""
     model = build(torch.float32, num_tokens=512, max_seq_len=256, ff_chunks=8, head_chunks=4, loss_chunk_size=16)

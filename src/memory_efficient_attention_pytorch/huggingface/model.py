@@ -6,8 +6,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoConfig, AutoModelForCausalLM, Cache, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers import AutoConfig, AutoModelForCausalLM, GenerationMixin, PreTrainedConfig, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 from transformers.utils.generic import can_return_tuple
 
 from ..common.divided import refuse_divided
@@ -88,6 +90,7 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: MemoryEfficientConfig) -> None:
         super().__init__(config)
+        require(not config.tie_word_embeddings, "tie_word_embeddings", "False; tie_embeddings ties them here", True)
         self.net = Transformer(**config.transformer_keywords())
         self._loaded = any(parameter.is_meta for parameter in self.parameters())  # its weights come from a file
         self.post_init()
@@ -105,7 +108,9 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
     def _init_weights(self, module: nn.Module) -> None:
         """Of weights that a file lacks. Else the Transformer's layers are initialised as they are made."""
         reset: Any = getattr(module, "reset_parameters", None)
-        if self._loaded and reset is not None:
+        if self._loaded and module is self.net.token_emb:
+            self.net.initialise_embedding()
+        elif self._loaded and reset is not None:
             reset()
 
     def get_input_embeddings(self) -> nn.Module:
@@ -121,6 +126,11 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
     def set_output_embeddings(self, value: nn.Module) -> None:
         self.net.to_logits[1] = value
 
+    @staticmethod
+    def create_masks_for_generate(attention_mask: Tensor | None = None, **ignored: Any) -> Tensor | None:
+        """The padding alone, where transformers would make a mask of four dimensions for a cache of fixed size."""
+        return attention_mask
+
     @can_return_tuple  # type: ignore[untyped-decorator]
     def forward(
         self,
@@ -128,10 +138,12 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         position_ids: Tensor | None = None,
         past_key_values: Cache | None = None,
+        inputs_embeds: Tensor | None = None,
         labels: Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | Tensor = 0,
         num_items_in_batch: Tensor | int | None = None,
+        ignore_index: int = -100,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Return the loss alone if labels are given, which are shifted here, else the logits.
@@ -139,42 +151,54 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         Args:
             input_ids: ``(b, n)``. attention_mask: ``(b, tokens in the cache + n)``, 0 at padding.
             position_ids: those that follow from the mask, as generation gives them.
-            past_key_values: a cache of transformers (without gradients); labels: ``(b, n)``, −100 for none.
+            past_key_values: a cache of transformers, growing or of fixed size (without gradients).
+            inputs_embeds: ``(b, n, dim)``, in the place of input_ids.
+            labels: ``(b, n)``, ignore_index for none. Or as the keyword shift_labels, shifted already.
+            use_cache: True returns a cache that grows where none is given.
             num_items_in_batch: what the sum of losses is divided by, where not by the number of labels.
 
         Raises:
-            ValueError: other positions, labels with a cache, or what it does not give: attention weights, hidden
-                states, and embeddings in the place of tokens.
+            ValueError: other positions, a cache with labels or gradients, or what it does not give: attention weights
+                and hidden states.
             NotImplementedError: tokens that are divided over processes, which ``net`` takes.
         """
         refuse_divided("MemoryEfficientForCausalLM (not its net)")
-        for name in ("inputs_embeds", "output_attentions", "output_hidden_states"):
-            asked = kwargs.get(name) is not None and kwargs[name] is not False
-            require(not asked, name, "none: tokens come in, and logits or a loss go out", "one")
-        require(input_ids is not None, "input_ids", "tokens (b, n)", None)
-        assert input_ids is not None
+        for name in ("output_attentions", "output_hidden_states"):
+            asked = kwargs.get(name)
+            asked = getattr(self.config, name, False) if asked is None else asked
+            require(not asked, name, "False: tokens come in, and logits or a loss go out", asked)
+        x = input_ids if inputs_embeds is None else inputs_embeds
+        expected = "tokens (b, n), or inputs_embeds (b, n, dim) in their place"
+        require(x is not None, "input_ids", expected, "neither")
+        require(input_ids is None or inputs_embeds is None, "input_ids", expected, "both")
+        assert x is not None
         flat = attention_mask is None or attention_mask.dim() == 2
-        require(flat, "attention_mask", "(b, tokens), as caches that grow have it", attention_mask)
+        require(flat, "attention_mask", "(b, tokens), of padding alone", getattr(attention_mask, "shape", None))
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        self._check_positions(position_ids, mask, before, input_ids)
-        if labels is not None:
+        self._check_positions(position_ids, mask, before, x)
+        shift_labels: Tensor | None = kwargs.get("shift_labels")  # no argument, which Trainer would take for labels
+        if labels is not None or shift_labels is not None:
             require(past_key_values is None, "labels", "none with a cache", "both")
-            labels = nn.functional.pad(labels, (0, 1), value=-100)[:, 1:]
-            loss = self.net(input_ids, labels=labels, mask=mask)
+            if labels is not None and shift_labels is None:
+                shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
+            assert shift_labels is not None
+            loss = self.net(x, labels=shift_labels, mask=mask, ignore_index=ignore_index)
             if num_items_in_batch is not None:
-                loss = loss * (labels != -100).sum() / num_items_in_batch
+                loss = loss * (shift_labels != ignore_index).sum() / num_items_in_batch
             return CausalLMOutputWithPast(loss=loss)
-        cache = None if past_key_values is None or torch.is_grad_enabled() else _Behind(past_key_values, before)
-        logits = self.net(input_ids, mask=mask, cache=cache)
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache()
+        cache = None if past_key_values is None else _Behind(past_key_values, before)
+        logits = self.net(x, mask=mask, cache=cache)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) and logits_to_keep else slice(None)
         logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept]
-        return CausalLMOutputWithPast(logits=logits, past_key_values=None if cache is None else past_key_values)
+        return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
-    def _check_positions(self, given: Tensor | None, mask: Tensor | None, before: int, input_ids: Tensor) -> None:
+    def _check_positions(self, given: Tensor | None, mask: Tensor | None, before: int, x: Tensor) -> None:
         if given is None:
             return
-        total = before + input_ids.shape[1]
+        total = before + x.shape[1]
         seen = torch.ones(1, total, dtype=torch.bool, device=given.device) if mask is None else mask
         expected = (torch.arange(total, device=given.device) - seen.int().argmax(1, keepdim=True))[:, before:]
         same = (given == expected) | ~seen[:, before:]
@@ -193,10 +217,14 @@ class _Behind(KVCache):
     def extend(self, layer: nn.Module, k: Tensor, v: Tensor, left: int | None = None) -> tuple[Tensor, Tensor]:
         keys, values = self.cache.update(k, v, self.asked)
         self.asked += 1
-        keys, values = (t[:, :, : self.length + k.shape[2]] for t in (keys, values))  # of a cache of fixed size
+        total = self.length + k.shape[2]
+        require(keys.shape[2] >= total, "past_key_values", "a cache that keeps every token", type(self.cache).__name__)
+        keys, values = (t[:, :, :total] for t in (keys, values))  # of a cache of fixed size
         first = 0 if left is None else max(0, keys.shape[2] - left - k.shape[2])
         return keys[:, :, first:], values[:, :, first:]
 
 
 AutoConfig.register(MemoryEfficientConfig.model_type, MemoryEfficientConfig, exist_ok=True)
 AutoModelForCausalLM.register(MemoryEfficientConfig, MemoryEfficientForCausalLM, exist_ok=True)
+# Where Trainer looks up by name whose labels to shift before it smooths them; of models registered alone it knows none.
+MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MemoryEfficientConfig.model_type, MemoryEfficientForCausalLM.__name__)

@@ -60,7 +60,7 @@ class Transformer(nn.Module):
         super().__init__()
         dim, depth, num_tokens = config.dim, config.depth, config.num_tokens
         self.causal, self.loss_chunk_size = config.causal, config.loss_chunk_size
-        self.num_tokens, self.max_seq_len = num_tokens, config.max_seq_len
+        self.num_tokens, self.max_seq_len, self.dim = num_tokens, config.max_seq_len, dim
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = nn.Embedding(config.max_seq_len, dim) if config.positions == "learned" else None
         self.rotary = RotaryEmbedding(config.dim_head) if config.positions == "rotary" else None
@@ -77,8 +77,7 @@ class Transformer(nn.Module):
         norm, tied = nn.LayerNorm(dim), config.tie_embeddings
         self.to_logits = nn.Sequential(norm) if tied else nn.Sequential(norm, nn.Linear(dim, num_tokens))
         if tied:
-            # Logits of unit variance at the start, where an embedding's usual N(0, 1) would give √dim times that.
-            nn.init.normal_(self.token_emb.weight, std=dim**-0.5)
+            self.initialise_embedding()
         self.register_load_state_dict_pre_hook(_drop_upstream_duplicates)
 
     def forward(
@@ -92,7 +91,7 @@ class Transformer(nn.Module):
         """Logits, or the mean cross-entropy in nats when ``labels`` are given.
 
         Args:
-            x: token numbers ``(b, n)``, of any integer dtype.
+            x: token numbers ``(b, n)`` of any integer dtype, or what stands in their embeddings' place ``(b, n, dim)``.
             labels: integers ``(b, n)``, what each position shall predict; ``ignore_index`` counts for nothing.
             mask: bool ``(b, n)``, True = a token, False = padding, which is not attended to; with a cache ``(b, tokens
                 in the cache + n)``. A row's positions start at its first token, so padding on the left changes nothing.
@@ -106,7 +105,7 @@ class Transformer(nn.Module):
             ValueError: a wrong shape or dtype, a token outside the vocabulary, too many tokens for learned positions.
         """
         self._check(x, labels, mask, cache)
-        x, labels = x.long(), None if labels is None else labels.long()
+        x, labels = x if x.is_floating_point() else x.long(), None if labels is None else labels.long()
         if callable(mask):
             mask = mask_function(mask)  # what one layer finds out of its tiles serves all
         head: Any = self.to_logits[1] if len(self.to_logits) > 1 else None
@@ -119,6 +118,11 @@ class Transformer(nn.Module):
         hidden = self.to_logits(self._through(self.layers, *self._embed(x, mask, cache)))
         logits = nn.functional.linear(hidden, self._tied_weight(x)) if head is None else hidden
         return logits if labels is None else _mean_cross_entropy(logits, labels, ignore_index)
+
+    def initialise_embedding(self) -> None:
+        """Draw the token embeddings anew: N(0, 1), or where they are tied what gives logits of unit variance."""
+        std = self.dim**-0.5 if len(self.to_logits) == 1 else 1.0
+        nn.init.normal_(self.token_emb.weight, std=std)
 
     def _tied_weight(self, x: Tensor) -> Tensor:
         weight = self.token_emb.weight
@@ -152,7 +156,7 @@ class Transformer(nn.Module):
     def _embed(self, x: Tensor, mask: Mask | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
         """The input of the first block ``(b, n, dim)``, and the blocks' keywords."""
         try:
-            tokens = self.token_emb(x)
+            tokens = x if x.is_floating_point() else self.token_emb(x)
         except IndexError:
             came = f"{int(x.min())} to {int(x.max())}"
             raise ValueError(f"x: expected tokens from 0 to {self.num_tokens - 1}, got {came}") from None
@@ -191,12 +195,14 @@ class Transformer(nn.Module):
         return (positions - divided.gather(mask).int().argmax(dim=1, keepdim=True)).clamp(min=0)
 
     def _check(self, x: Tensor, labels: Tensor | None, mask: Mask | None, cache: KVCache | None) -> None:
-        integers = not x.is_floating_point() and x.dtype != torch.bool
-        require(x.dim() == 2 and integers, "x", "integers of shape (batch, tokens)", f"{x.dtype} {tuple(x.shape)}")
+        embedded = x.is_floating_point() and x.dim() == 3 and x.shape[2] == self.dim
+        fits = embedded or (x.dim() == 2 and _is_integer(x))
+        expected = f"integers of shape (batch, tokens), or embeddings (batch, tokens, {self.dim})"
+        require(fits, "x", expected, f"{x.dtype} {tuple(x.shape)}")
         if labels is not None:
-            require(labels.shape == x.shape, "labels", f"the shape of x, {tuple(x.shape)}", tuple(labels.shape))
-            integers = not labels.is_floating_point() and labels.dtype != torch.bool
-            require(integers, "labels", "an integer dtype", labels.dtype)
+            expected = f"a number for each token of x, {tuple(x.shape[:2])}"
+            require(labels.shape == x.shape[:2], "labels", expected, tuple(labels.shape))
+            require(_is_integer(labels), "labels", "an integer dtype", labels.dtype)
         if callable(mask):
             require(cache is None, "mask", "a tensor beside a cache, which may drop keys", "a function")
         elif mask is not None:
@@ -207,6 +213,10 @@ class Transformer(nn.Module):
         if cache is not None:
             require(self.causal, "cache", "none with a model that is not causal", "one")
             require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
+
+
+def _is_integer(x: Tensor) -> bool:
+    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
 
 
 def pieces_chosen(
