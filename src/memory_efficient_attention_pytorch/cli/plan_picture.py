@@ -13,7 +13,7 @@ from ..planner import Plan
 
 GIB, MIB = 2**30, 2**20
 POINTS = 2000
-COLOURS = ("#08306b", "#2f6fde", "#a9c7ee", "#00a2c7", "#b45f06", "#f1c232", "#6aa84f", "#d5a6bd", "#7f7f7f", "#c8c8c8")
+COLOURS = ("#27498a", "#2f6fde", "#a9c7ee", "#00a2c7", "#b45f06", "#f1c232", "#6aa84f", "#d5a6bd", "#7f7f7f", "#c8c8c8")
 
 
 def draw(plan: Plan, path: Path | str) -> Path:
@@ -22,33 +22,40 @@ def draw(plan: Plan, path: Path | str) -> Path:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    from matplotlib.figure import Figure
-
+    figure = picture(plan)
     path = Path(path)
-    unit, name = (GIB, "GiB") if plan.peak_bytes >= GIB else (MIB, "MiB")
-    figure = Figure(figsize=(11, 5), layout="constrained")
-    figure.suptitle(f"{format_size(plan.peak_bytes)} at the peak, in the {plan.peak.describe()}", fontsize=11)
-    over_time, at_peak = figure.subplots(1, 2, width_ratios=(3, 1))
-    _timeline(over_time, plan, unit, name)
-    _peak(at_peak, plan, unit)
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
     return partial.replace(path)
 
 
+def picture(plan: Plan, size: tuple[float, float] = (11, 5)) -> Any:
+    """The picture as a figure of matplotlib's, of ``size`` in inches and in the colours of its settings."""
+    from matplotlib.figure import Figure
+
+    unit, name = (GIB, "GiB") if plan.peak_bytes >= GIB else (MIB, "MiB")
+    figure = Figure(figsize=size, layout="constrained")
+    figure.suptitle(f"{format_size(plan.peak_bytes)} at the peak:\n{plan.peak.describe()}", fontsize=11)
+    over_time, at_peak = figure.subplots(1, 2, width_ratios=(3, 1))
+    _timeline(over_time, plan, unit, name)
+    _peak(at_peak, plan, unit)
+    return figure
+
+
 def _timeline(axes: Any, plan: Plan, unit: int, name: str) -> None:
     rows, places = _thinned(plan)
     axes.stackplot(places, rows.T / unit, colors=COLOURS)  # told apart by the bars beside it
     phases = [operation.phase for operation in plan.timeline.operations]
+    ink = axes.xaxis.label.get_color()
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(phases), 1) if "loss" not in (a, b) and a != b)]
     for start in starts:
-        axes.axvline(start, color="black", linewidth=0.6, alpha=0.5)
+        axes.axvline(start, color=ink, linewidth=0.6, alpha=0.5)
         axes.annotate(f" {phases[start]}", (start, 1), xycoords=("data", "axes fraction"), va="bottom", fontsize=9)
     if plan.budget is not None:
         axes.axhline(plan.budget / unit, color="#b00020", linestyle="--")
         axes.annotate(f" budget {format_size(plan.budget)}", (0, plan.budget / unit), va="bottom", color="#b00020")
-    axes.plot(plan.timeline.peak, plan.peak_bytes / unit, "k.", markersize=7)
+    axes.plot(plan.timeline.peak, plan.peak_bytes / unit, ".", color=ink, markersize=7)
     axes.set_xlim(0, len(phases))
     axes.set_ylim(0)
     axes.set_xlabel("operations of a training step")
