@@ -368,16 +368,14 @@ MODEL: dict[str, Any] = {
     "positions": "rotary",
 }
 TOKENS_EACH = 16384
-DEVICES: dict[tuple[int, int], tuple[int | None, ...]] = {
-    (8, 8): (None, 8, 1),
-    (64, 64): (None, 8),
-    (1024, 64): (None, 8),
-    (1024, 1024): (None, 8),
+DEVICES: dict[tuple[int, int], tuple[int, ...]] = {
+    (8, 8): (32, 8, 1),
+    (64, 64): (32, 8),
+    (1024, 64): (32, 8),
+    (1024, 1024): (32, 8),
 }
-"""All devices and how many of them share a sequence, and in how many groups heads are taken: as the layers choose, one
-for each key/value head, all at once. Parameters are divided among all devices."""
-TOO_SLOW_TO_PLAN = 256
-"""Devices of a sequence: the planner goes through every turn of the ring, a matter of ten minutes and more."""
+"""All devices and how many of them share a sequence, and in how many groups heads are taken: each head by itself, as the
+layers choose, all at once. Parameters are divided among all devices."""
 
 
 def call_of(processes: int, kv_heads: int = MODEL["kv_heads"], **changes: Any) -> Call:
@@ -417,9 +415,9 @@ def hidden_table(machine: Machine) -> str:
 def devices_table(machine: Machine, planned: Sequence[dict[str, Any]]) -> str:
     rows = []
     known = {(plan["devices"], plan["context"], plan["head_chunks"], plan["way"]): plan for plan in planned}
-    depth, chosen = MODEL["depth"], max(plan["head_chunks"] for plan in planned)
-    for devices, context, number in _to_plan():
-        call, groups = call_of(context), number or chosen
+    depth = MODEL["depth"]
+    for devices, context, groups in _to_plan():
+        call = call_of(context)
         for way in ("ring", "all_to_all"):
             if way == "all_to_all" and not can_exchange(call.in_groups(groups)):
                 continue
@@ -445,21 +443,21 @@ def tables(machine: Machine, planned: Sequence[dict[str, Any]]) -> str:
     return "\n\n".join(parts)
 
 
-def _to_plan() -> list[tuple[int, int, int | None]]:
+def _to_plan() -> list[tuple[int, int, int]]:
     return [(*devices, groups) for devices, numbers in DEVICES.items() for groups in numbers]
 
 
-def plan_one(devices: int, context: int, groups: int | None) -> dict[str, Any]:
+def plan_one(devices: int, context: int, groups: int) -> dict[str, Any]:
     """The planner's figures for one of so many devices, among which parameters are divided too."""
     begun = time.perf_counter()
-    config = MODEL | ({} if groups is None else {"head_chunks": groups})
+    config = MODEL | {"head_chunks": groups}
     sizes = {"batch_size": 1, "seq_len": TOKENS_EACH * context, "shards": devices, "context": context}
     made = plan(config, device="cuda", autocast="bf16", **sizes)
     names = {operation.name for operation in made.timeline.operations}
     return {
         "devices": devices,
         "context": context,
-        "head_chunks": groups or made.settings.get("head_chunks", 1),
+        "head_chunks": groups,
         "way": "all_to_all" if "c10d.all_to_all_single" in names else "ring",
         "peak_bytes": made.peak_bytes,
         "breakdown": made.breakdown,
@@ -503,9 +501,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def write_planned() -> None:
     plans = []
     for devices, context, groups in _to_plan():
-        if context < TOO_SLOW_TO_PLAN:
-            plans.append(plan_one(devices, context, groups))
-            print(plans[-1], flush=True)
+        plans.append(plan_one(devices, context, groups))
+        print(plans[-1], flush=True)
     record = {"model": MODEL, "tokens_of_each": TOKENS_EACH, "machine": describe_machine("cpu")}
     record |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "plans": plans}
     PLANNED.parent.mkdir(parents=True, exist_ok=True)

@@ -66,6 +66,11 @@ def test_groups_of_heads(batch, tokens, heads, kv_heads, device, threads, expect
     assert head_chunks(batch, (tokens, tokens), (heads, kv_heads), 64, 4, device, threads) == expected
 
 
+@pytest.mark.parametrize(("heads", "kv_heads", "expected"), [(8, 8, 4), (8, 1, 1), (8, 2, 2), (6, 2, 2)])
+def test_heads_that_share_keys_stay_together_where_these_are_sent(heads, kv_heads, expected):
+    assert head_chunks(1, (8192, 8192), (heads, kv_heads), 64, 4, "cpu", threads=2, divided=True) == expected
+
+
 def test_keys_of_a_context_count():
     assert head_chunks(1, (16, 8192), (8, 8), 64, 4) == 8
     assert head_chunks(1, (16, 16), (8, 8), 64, 4) == 1

@@ -51,12 +51,14 @@ def head_chunks(
     itemsize: int,
     device_type: str = "cpu",
     threads: int = 1,
+    divided: bool = False,
     may_hold: Callable[[int, int], bool] = any_number,
 ) -> int:
     """Number of head groups. The working set of a group is its queries, keys, values, output and their cotangents.
 
     tokens: queries and keys. heads: of queries, and of keys and values. On a CPU a group holds at least as many heads ×
-    batch as there are threads, which are busy with one each. may_hold: whether a group may be of so many.
+    batch as there are threads, which are busy with one each. divided: tokens are, over processes, to which each group
+    sends its keys and values: those that share some stay together. may_hold: whether a group may be of so many.
     """
 
     def working(groups: int) -> int:
@@ -66,7 +68,8 @@ def head_chunks(
     if working(1) <= WHOLE:
         return 1
     busy = threads if device_type == "cpu" else 1
-    sizes = {n: (heads[0] // n, max(1, heads[1] // n)) for n in splits(*heads)}
+    most = heads[1] if divided else heads[0]
+    sizes = {n: (heads[0] // n, max(1, heads[1] // n)) for n in splits(*heads) if n <= most}
     allowed = [n for n, held in sizes.items() if n == 1 or (held[0] * batch >= busy and may_hold(*held))]
     return next((n for n in allowed if working(n) <= PIECE.get(device_type, WHOLE)), allowed[-1])
 
@@ -95,7 +98,9 @@ def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], d
     counts = (whole_tokens(x.shape[1]), whole_tokens(seen.shape[1]))
     divided = active()
     may_hold = any_number if divided is None else divided.may_hold
-    return head_chunks(len(x), counts, heads, dim_head, *_kind(x), dry_run.num_threads(), may_hold)
+    itemsize, kind = _kind(x)
+    threads, sent = dry_run.num_threads(), divided is not None
+    return head_chunks(len(x), counts, heads, dim_head, itemsize, kind, threads, sent, may_hold)
 
 
 def _may_be_cut(*inputs: Tensor) -> bool:

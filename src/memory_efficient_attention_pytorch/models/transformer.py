@@ -220,15 +220,24 @@ def _is_integer(x: Tensor) -> bool:
 
 
 def pieces_chosen(
-    config: Mapping[str, Any], batch: int, tokens: int, itemsize: int, device_type: str, threads: int
+    config: Mapping[str, Any],
+    batch: int,
+    tokens: int,
+    itemsize: int,
+    device_type: str,
+    threads: int,
+    divided: bool = False,
 ) -> dict[str, int]:
-    """The ``head_chunks`` and ``ff_chunks`` that a Transformer with these keywords chooses for such an input."""
+    """The ``head_chunks`` and ``ff_chunks`` that a Transformer with these keywords chooses for such an input.
+
+    divided: its tokens are, over processes.
+    """
     of: Any = SimpleNamespace(**{name: config.get(name, getattr(TransformerConfig, name, None)) for name in KNOBS})
     if not of.reversible:
         return {"head_chunks": 1, "ff_chunks": 1}
     counts = ((tokens, tokens), (of.heads, of.kv_heads or of.heads))
     return {
-        "head_chunks": head_chunks(batch, *counts, of.dim_head, itemsize, device_type, threads),
+        "head_chunks": head_chunks(batch, *counts, of.dim_head, itemsize, device_type, threads, divided),
         "ff_chunks": feed_forward_chunks(batch, tokens, of.ff_mult * of.dim, itemsize, device_type),
     }
 

@@ -262,7 +262,9 @@ def _pieces(workload: Workload, accounting: Accounting) -> dict[str, int]:
     if not isinstance(subject, Mapping) or not workload.training:
         return {}
     itemsize = (workload.autocast or workload.dtype or torch.float32).itemsize
-    chosen = pieces_chosen(subject, *workload.token_shape, itemsize, accounting.device.type, accounting.threads)
+    batch, length = workload.token_shape
+    kind, threads, divided = accounting.device.type, accounting.threads, workload.context > 1
+    chosen = pieces_chosen(subject, batch, length, itemsize, kind, threads, divided)
     return {name: number for name, number in chosen.items() if subject.get(name) is None}
 
 

@@ -10,7 +10,6 @@ import numpy as np
 import torch
 from torch import nn
 
-from ..distributed.exchange import Layout
 from ..models.transformer import pieces_chosen
 from .config import TrainConfig
 
@@ -41,8 +40,8 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
     itemsize = 4 if precision == "fp32" else 2
     shape = {**dataclasses.asdict(config), "reversible": reversible}
     context = config.context_parallel or 1
-    tokens = Layout(config.seq_len, context).local if context > 1 else config.seq_len
-    pieces = pieces_chosen(shape, config.batch_size, tokens, itemsize, device.type, torch.get_num_threads())
+    threads, divided = torch.get_num_threads(), context > 1
+    pieces = pieces_chosen(shape, config.batch_size, config.seq_len, itemsize, device.type, threads, divided)
     return config.updated(
         {
             "precision": precision,
