@@ -1,8 +1,5 @@
 """A mask as a function of indices: FlexAttention's meaning, tile by tile, each tile classified once."""
 
-import re
-from pathlib import Path
-
 import pytest
 import torch
 from torch import Tensor
@@ -241,13 +238,6 @@ def test_without_contents_every_tile_may_be_partial():
         dot_product_attention(q, k, v, mask=mask, backend="tiled", **tiles(32, 32)).sum().backward()
         assert q.grad.shape == q.shape
         assert not mask.kept
-
-
-def test_the_page_about_masks_runs_as_it_is_written():
-    page = Path(__file__).parents[2].joinpath("docs/masks.md").read_text()
-    blocks = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
-    assert len(blocks) >= 4
-    exec("\n".join(blocks), {})
 
 
 def tiles(q: int, k: int) -> dict[str, int]:

@@ -14,7 +14,7 @@ PACKAGE = "memory_efficient_attention_pytorch"
 DOCS = Path(__file__).parents[2] / "docs"
 PUBLIC = [
     (module, name)
-    for module in ("", ".distributed", ".huggingface", ".planner", ".training")
+    for module in ("", ".distributed", ".huggingface", ".planner", ".recompute", ".training")
     for name in importlib.import_module(PACKAGE + module).__all__
 ]
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import Chunked, ReversibleSequence
-from memory_efficient_attention_pytorch.recompute.pieces import ChunkBranch
+from memory_efficient_attention_pytorch.recompute.pieces import Branch, ChunkBranch, apply_piecewise
 from tests import reference
 from tests.agreement import assert_same, difference, gradients, products, with_seed
 from tests.branches import TokenMLP
@@ -284,3 +284,29 @@ def test_a_branch_is_added_and_taken_off_again_while_it_is_differentiated():
     out = with_seed(lambda: chunk_by_chunk(truth_x), 3)
     truth = torch.autograd.grad(out, (truth_x, *module.parameters()), cotangent)
     assert_same((gradient, *found), truth, 1e-5)
+
+
+class Rows(Branch):
+    """One piece for each row of the batch."""
+
+    single_piece = False
+
+    def slices(self, x):
+        return [(slice(i, i + 1),) for i in range(len(x))]
+
+
+class Halves(Branch):
+    """Two pieces that read all of x and add to all of the output."""
+
+    single_piece, overlapping = False, True
+
+    def slices(self, x):
+        return [(...,), (...,)]
+
+
+@pytest.mark.parametrize(("kind", "times"), [(Branch, 1), (Rows, 1), (Halves, 2)])
+def test_a_branch_from_outside_of_the_library_has_the_output_and_gradients_of_its_module(kind, times):
+    module, x = TokenMLP(), torch.randn(3, 13, 8, requires_grad=True)
+    wanted = (x, *module.parameters())
+    ours, truth = apply_piecewise(kind(module, {}), x), times * module(x)
+    assert_same((ours, *gradients(ours, wanted)), (truth, *gradients(truth, wanted)), 1e-5)

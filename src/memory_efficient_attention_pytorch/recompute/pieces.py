@@ -32,10 +32,36 @@ Add = Callable[[Index, Tensor], None]
 class Branch:
     """A module, after its norm if it has one, bound to its keyword arguments, as pieces over slices of its input.
 
+    A module offers pieces by a method ``as_branch(x, kwargs, norm=None)`` that returns one of these, and that
+    :class:`ReversibleSequence`, :class:`PreNorm` and the planner ask for. It has to stand in for ``forward``, which
+    pieces do not call. Dropout, autocast, buffers and keyword arguments are taken care of; they reach each piece whole.
+    A subclass says by :meth:`slices` where the pieces are, and sets
+
+    - ``single_piece``: all of it at once (the default, True). False where there are several pieces.
+    - ``overlapping``: several pieces add to the same slice of the output (False).
+
+    Args:
+        module: maps a slice of x to what is added to the same slice of the output. Not the one whose ``as_branch`` this
+            is, if its ``forward`` goes through :func:`apply_piecewise`.
+        kwargs: its keyword arguments.
+        norm: applied to each slice before it.
+
     ``inputs`` are the tensors besides x that may be differentiated: those among the keyword arguments (nested ones
     too), then the parameters. They are handed to an autograd Function, which keeps them; the branch itself keeps
-    only buffers, which its modules may change in forward. ``overlapping``: several pieces add to the same slice
-    of the output. ``single_piece``: all of it at once.
+    only buffers, which its modules may change in forward.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memory_efficient_attention_pytorch.recompute import Branch, apply_piecewise
+        >>> class EachSequence(Branch):
+        ...     single_piece = False
+        ...     def slices(self, x):
+        ...         return [(slice(i, i + 1),) for i in range(len(x))]
+        >>> x = torch.randn(4, 8, 100, requires_grad=True)
+        >>> apply_piecewise(EachSequence(nn.Conv1d(8, 8, 3, padding=1), {}), x).sum().backward()
+        >>> x.grad.shape
+        torch.Size([4, 8, 100])
     """
 
     overlapping = False
@@ -74,12 +100,17 @@ class Branch:
         return found
 
     def slices(self, x: Tensor) -> Sequence[Index]:
-        """The slices of x, and of the output, that the pieces read and add to."""
+        """The slices of x, and of the output, that the pieces read and add to: tuples that index it."""
         return [(...,)]
 
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
-        """An uninitialised output for pieces, of which ``value`` is the first."""
-        return torch.empty_like(value)
+        """An output to which the pieces, of which ``value`` is the first, are copied, or added where they overlap.
+
+        Of several pieces it has the shape of x; others are for a subclass to say.
+        """
+        if self.overlapping:
+            return torch.zeros_like(x, dtype=value.dtype)
+        return torch.empty_like(value) if self.single_piece else torch.empty_like(x, dtype=value.dtype)
 
     def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
         """Compute every piece once and pass it to ``add(index, value)``."""
@@ -211,7 +242,16 @@ def refuse_sharded(module: nn.Module) -> None:
 
 
 def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
-    """The branch's output for x; only x, and results kept on request, are stored for backward. Differentiable once."""
+    """The branch's output for x; only x, and results kept on request, are stored for backward. Differentiable once.
+
+    Examples:
+        >>> import torch
+        >>> from torch import nn
+        >>> from memory_efficient_attention_pytorch.recompute import Branch, apply_piecewise
+        >>> layer, x = nn.Linear(8, 8), torch.randn(2, 8)
+        >>> torch.equal(apply_piecewise(Branch(layer, {}), x), layer(x))
+        True
+    """
     out: Tensor = _Piecewise.apply(branch, Replay(x), x, *branch.bound())
     return out
 
