@@ -374,8 +374,8 @@ DEVICES: dict[tuple[int, int], tuple[int, ...]] = {
     (1024, 64): (32, 8),
     (1024, 1024): (32, 8),
 }
-"""All devices and how many of them share a sequence, and the groups of heads: one each, as the layers choose, all at once.
-Parameters are divided among all devices."""
+"""All devices, among which parameters are divided, and how many of them share a sequence; numbers of groups of heads:
+one for each head, as the layers choose, and one."""
 
 
 def call_of(processes: int, kv_heads: int = MODEL["kv_heads"], **changes: Any) -> Call:
