@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from ..common.dry_run import num_threads
 from ..torch_internals import attention_kernels
 from .products import Products
 from .request import IMMODERATE, AttentionRequest
@@ -12,11 +13,14 @@ from .way import OF_SCORE, BackwardInputs
 
 
 class CpuKernel(Tiled):
-    """Tiles by the fused CPU kernel. It never holds the scores, so one part covers the whole batch."""
+    """Tiles by the fused CPU kernel. It never holds the scores, so without a bias one part covers the whole batch."""
 
     name = "cpu_kernel"
     merit = "PyTorch's fused kernel computes each tile, in linear memory"
-    elements = 2**62
+
+    def elements(self, request: AttentionRequest) -> int:
+        # A bias differs by head: it is made for as many as are computed at once, so that it stays in the cache.
+        return 2**62 if request.bias is None else request.tile_scores * num_threads()
 
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if request.device_type != "cpu":
@@ -43,11 +47,14 @@ class CpuKernel(Tiled):
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         dtype = scores.request.compute_dtype
-        added, level = scores.relative(dtype, scores.visible)
+        visible = scores.visible
+        added, level = scores.relative(dtype, visible)
         out, lse = kernel.forward(*unit_stride(q, k, v), attn_mask=added, scale=scores.request.scale)
-        if added is not None:
-            # The kernel leaves a finite log-sum-exp on a row that sees nothing here.
-            lse = lse.masked_fill((added == float("-inf")).all(dim=-1), float("-inf"))
+        # The kernel leaves a finite log-sum-exp on a row that sees nothing here.
+        if level is not None:
+            lse = lse.masked_fill(level.squeeze(-1) == float("-inf"), float("-inf"))
+        elif visible is not None:
+            lse = lse.masked_fill(~visible.any(dim=-1), float("-inf"))
         return out.to(dtype), LogSumExp.of(lse, *(() if level is None else (level.squeeze(-1),)))
 
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:

@@ -295,13 +295,13 @@ TileGradients = tuple[Tensor, Tensor, Tensor, Tensor | None]
 
 
 class Tiled(Way):
-    """A way that computes each tile by itself.
-
-    elements: how many scores may exist at once; None: as many as stay in the device's cache.
-    """
+    """A way that computes each tile by itself."""
 
     backend = "tiled"
-    elements: int | None = None
+
+    def elements(self, request: AttentionRequest) -> int | None:
+        """How many scores may exist at once; None: as many as stay in the device's cache."""
+        return None
 
     @abstractmethod
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
@@ -327,7 +327,7 @@ class Tiled(Way):
         """Row by row of a part: its queries among those at hand, their output and log-sum-exp, merged with what was
         found ``before`` for other keys."""
         first_query, first_key = request.held.queries.start, request.held.keys.start
-        for part in parts(request, self.elements, alike=(self.name, q, k, v)):
+        for part in parts(request, self.elements(request), alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
             for row in part.rows(request):
                 here = shifted(row.queries, first_query)
@@ -355,7 +355,7 @@ class Tiled(Way):
         # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
         dtype, bias_gradient = request.compute_dtype, given.bias_gradient
         first_query, first_key = request.held.queries.start, request.held.keys.start
-        for part in parts(request, self.elements, alike=(self.name, *given.tensors)):
+        for part in parts(request, self.elements(request), alike=(self.name, *given.tensors)):
             keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
             for row in part.rows(request):
                 queries = shifted(row.queries, first_query)

@@ -74,7 +74,9 @@ class AlibiBias(nn.Module):
 
     def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
         """Positions ``(i,)`` and ``(j,)`` → ``(h, i, j)`` in fp32, of the ``heads`` asked for."""
-        distance = (query_positions.int()[:, None] - key_positions.int()[None, :]).abs()
+        # Exact in fp32 up to 2**24 tokens apart, and several times as fast as in integers.
+        queries, keys = ((positions - key_positions[:1]).float() for positions in (query_positions, key_positions))
+        distance = (queries[:, None] - keys).abs_()
         return -self.slopes(query_positions.device)[heads, None, None] * distance
 
     def slopes(self, device: torch.device | None = None) -> Tensor:
