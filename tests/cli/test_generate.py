@@ -289,11 +289,11 @@ def test_no_prompt_on_a_terminal(runs, capsys, monkeypatch):
     [
         (lambda run: (run / "config.toml").unlink(), "is not a run directory: it has no config.toml"),
         (lambda run: replace(run, "dim = 16", "dim = 18"), "are not those of the model in the run's config.toml"),
-        (lambda run: replace(run, "format = 1", "format = 99"), "is of format 99 and this version reads format 1"),
+        (lambda run: replace(run, "format = 1", "format = 99"), "has format 99 and this version reads format 1"),
         (lambda run: replace(run, "depth = 2", "depht = 2"), "unknown key 'depht'"),
         (
             lambda run: (run / "checkpoints/step-00000001/model.safetensors").write_bytes(b""),
-            "holds no sound checkpoint",
+            "holds no intact checkpoint",
         ),
     ],
     ids=["no config", "other shape", "other format", "unknown key", "damaged"],

@@ -151,7 +151,7 @@ def test_options_from_toml_with_the_command_line_going_first(mea, text, here):
     more = mea("train", "--resume", "runs/1", "--steps", "3", "--quiet")
     assert more.status == 0, more.error
     assert [record["step"] for record in records(run) if "loss" in record] == [1, 2, 3]
-    refused(mea("train", "--resume", "runs/1", "--dim", "32"), "dim is 16 in runs/1 and cannot change on the way")
+    refused(mea("train", "--resume", "runs/1", "--dim", "32"), "dim is 16 in runs/1 and cannot change within a run")
     refused(mea("train", "--out", "runs/1"), "runs/1 is not empty", "mea train --resume runs/1")
     refused(
         mea("train", "--resume", "runs/1", "--steps", "4", "--batch-size", "3"), "took 4 windows a step", "now take 6"

@@ -197,7 +197,7 @@ def test_the_same_command_goes_on(here, text, uninterrupted):
     assert end_of(here / "mine") == end_of(uninterrupted)
     result = mea(here, "train", *command, "--resume", "mine", "--seed=1")
     assert result.status == 2
-    assert "seed is 0 in mine and cannot change on the way" in result.error
+    assert "seed is 0 in mine and cannot change within a run" in result.error
     result = mea(here, "train", *command, "--resume", "--data", "run.toml")
     assert result.status == 2
     assert "data is " in result.error
@@ -207,7 +207,7 @@ def test_a_learning_rate_that_jumps_is_told(here, text):
     trained(here, *options(text, steps=6), "--warmup-steps=1")
     said = trained(here, "--resume", "--steps=12")
     # Half of the way from 3e-3 down to a tenth of it.
-    assert "the learning rate goes on at 0.0017, where the run as it was would have come to 0.0003: --steps" in said
+    assert "the learning rate goes on at 0.0017, where the unchanged run would be at 0.0003: --steps" in said
     assert "learning rate goes on" not in trained(here, "--resume")
     running = Mea(here, "train", "--resume", "--steps=100000")
     wait_for_step(here / "runs/1", running, step=20)

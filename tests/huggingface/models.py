@@ -99,7 +99,7 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
         "RobertaForSequenceClassification",
         "RobertaConfig",
         {**WORDS, **UNDROPPED},
-        {"MLPs": "none was recognised", "loss": "it has no language model's head"},
+        {"MLPs": "none was recognised", "loss": "it has no language model head"},
     ),
     "ModernBERT": (
         "ModernBertForMaskedLM",
@@ -111,31 +111,31 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
         "ViTForImageClassification",
         "ViTConfig",
         {**IMAGES, **UNDROPPED, "num_labels": 3},
-        {"loss": "it has no language model's head"},
+        {"loss": "it has no language model head"},
     ),
     "SigLIP": (
         "SiglipModel",
         "SiglipConfig",
         {"text_config": WORDS, "vision_config": IMAGES},
-        {"loss": "it has no language model's head"},
+        {"loss": "it has no language model head"},
     ),
     "Mixtral": (
         "MixtralForCausalLM",
         "MixtralConfig",
         {**EXPERTS, "num_local_experts": 4, "output_router_logits": True, "router_aux_loss_coef": 0.1},
-        {f"model.layers.{i}.mlp": "a mixture of experts: tokens are routed, not cut" for i in (0, 1)},
+        {f"model.layers.{i}.mlp": "a mixture of experts: tokens are routed, not chunked" for i in (0, 1)},
     ),
     "Qwen 2 MoE": (
         "Qwen2MoeForCausalLM",
         "Qwen2MoeConfig",
         {**EXPERTS, "num_experts": 4, "shared_expert_intermediate_size": 24, "output_router_logits": True},
-        {f"model.layers.{i}.mlp": "a mixture of experts: tokens are routed, not cut" for i in (0, 1)},
+        {f"model.layers.{i}.mlp": "a mixture of experts: tokens are routed, not chunked" for i in (0, 1)},
     ),
     "Qwen 3 MoE": (
         "Qwen3MoeForCausalLM",
         "Qwen3MoeConfig",
         {**EXPERTS, "num_experts": 4, "mlp_only_layers": [0]},
-        {"model.layers.1.mlp": "a mixture of experts: tokens are routed, not cut"},
+        {"model.layers.1.mlp": "a mixture of experts: tokens are routed, not chunked"},
     ),
 }
 

@@ -48,7 +48,7 @@ def test_processes_that_share_a_sequence_find_what_one_finds(found):
 def test_what_would_mean_something_else_is_refused(found):
     world, directory = found
     parts = [
-        "a model whose loss make_memory_efficient left",
+        "a model whose loss make_memory_efficient left unchanged",
         "LlamaForCausalLM, whose attention",
         "use_cache: expected",
     ]

@@ -68,7 +68,7 @@ def test_a_report_prints_what_was_planned_and_the_model_stays_what_it_is():
         report.plan(seq_len=16)
     del model
     gc.collect()
-    with pytest.raises(ValueError, match="still there"):
+    with pytest.raises(ValueError, match="still alive"):
         report.plan(seq_len=16)
 
 
@@ -137,7 +137,7 @@ def test_mistakes_beside_a_directory_are_told_in_a_line(tmp_path, capsys, monkey
     (tmp_path / "config.json").write_text("{")
     assert "config.json" in told("--model", str(tmp_path), "--seq-len", "8")
     experts = directory(tmp_path / "b", "GptOss")
-    assert "cannot be run dry" in told("--model", experts, "--seq-len", "8")
+    assert "cannot be dry-run" in told("--model", experts, "--seq-len", "8")
     for name in [name for name in sys.modules if name.startswith("memory_efficient_attention_pytorch.huggingface")]:
         monkeypatch.delitem(sys.modules, name)
     monkeypatch.setitem(sys.modules, "transformers", None)

@@ -255,14 +255,14 @@ def test_data_dependent_code_is_refused_by_name():
             return super().forward(x) if x.max() > 0 else x
 
     for module, operation in ((Chooses(4, 4), "index.Tensor"), (Asks(4, 4), "_local_scalar_dense.default")):
-        with pytest.raises(NotImplementedError, match=f"aten.{operation} in inner cannot be run dry"):
+        with pytest.raises(NotImplementedError, match=f"aten.{operation} in inner cannot be dry-run"):
             dry_run(Step(nn.Sequential(OrderedDict(inner=module)), mean, (torch.zeros(3, 4),)), plain())
 
     class Reads(nn.Linear):
         def forward(self, x):
             return super().forward(x) * x.numpy().sum()
 
-    with pytest.raises(NotImplementedError, match=r"Tensor.numpy in the forward cannot be run dry"):
+    with pytest.raises(NotImplementedError, match=r"Tensor.numpy in the forward cannot be dry-run"):
         dry_run(Step(Reads(4, 4), mean, (torch.zeros(3, 4),)), plain())
 
 

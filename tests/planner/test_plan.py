@@ -383,7 +383,7 @@ def test_nonsense_in_the_model_is_refused():
         planned({"num_tokens": 4, "dim": 4})
     with pytest.raises(ValueError, match="example_inputs: expected the inputs"):
         plan(nn.Linear(2, 2))
-    with pytest.raises(ValueError, match="loss_fn: expected a function that makes a scalar"):
+    with pytest.raises(ValueError, match="loss_fn: expected a function that turns"):
         plan(nn.Linear(2, 2), example_inputs=torch.zeros(3, 2))
     with pytest.raises(ValueError, match="budget: expected a size such as 8GiB"):
         planned().fits()

@@ -71,7 +71,7 @@ def test_defaults_left_out_are_taken(tmp_path):
         ("validation_fraction = 1", "validation_fraction must lie between 0 and 1"),
         ("dropout = 1", "dropout must be below 1"),
         ("final_learning_rate = 2", "final_learning_rate is a part of the peak"),
-        (f"format = {FORMAT + 1}", f"is of format {FORMAT + 1} and this version reads format {FORMAT}"),
+        (f"format = {FORMAT + 1}", f"has format {FORMAT + 1} and this version reads format {FORMAT}"),
     ],
 )
 def test_mistakes_are_named(tmp_path, text, says):

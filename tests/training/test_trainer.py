@@ -219,7 +219,7 @@ def test_a_run_without_a_sound_checkpoint_cannot_be_loaded(text, tmp_path):
     outcome.run.checkpoints.find().files("model")[0].write_bytes(b"")
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        with pytest.raises(ValueError, match="holds no sound checkpoint"):
+        with pytest.raises(ValueError, match="holds no intact checkpoint"):
             load_run(tmp_path / "run")
 
 

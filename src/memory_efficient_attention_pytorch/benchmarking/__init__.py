@@ -1,1 +1,1 @@
-"""Memory and time of a training step, ours beside common alternatives."""
+"""Measure memory and time of a training step, ours beside common alternatives."""

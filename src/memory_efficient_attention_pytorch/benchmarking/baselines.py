@@ -1,7 +1,7 @@
-"""The Transformer a user writes with PyTorch alone: what ours is compared with.
+"""The Transformer that a user would write with PyTorch alone, to compare ours with.
 
-Deliberately plain. It has the parameters of ours (the same projections, biases, norms and embeddings) in one residual
-stream, attention through ``scaled_dot_product_attention``, and PyTorch's own checkpointing.
+Deliberately plain. It has the same parameters as ours (projections, biases, norms and embeddings) in one residual
+stream, attention by ``scaled_dot_product_attention``, and PyTorch's own checkpointing.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from .shape import Shape
 
 
 class SdpaAttention(nn.Module):
-    """Causal multi-head attention, (batch, tokens, dim) in and out."""
+    """Computes causal multi-head attention, (batch, tokens, dim) in and out."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -34,7 +34,7 @@ class SdpaAttention(nn.Module):
 
 
 class SdpaLayer(nn.Module):
-    """x + attention(norm(x)), then x + feedforward(norm(x))."""
+    """Computes x + attention(norm(x)), then x + feedforward(norm(x))."""
 
     def __init__(self, shape: Shape) -> None:
         super().__init__()
@@ -51,7 +51,7 @@ class SdpaLayer(nn.Module):
 
 
 class SdpaTransformer(nn.Module):
-    """A pre-norm causal Transformer with learned positions; ``forward(tokens, labels)`` gives the mean loss.
+    """A pre-norm causal Transformer with learned positions; ``forward(tokens, labels)`` returns the mean loss.
 
     Args:
         shape: what to build.
@@ -70,7 +70,7 @@ class SdpaTransformer(nn.Module):
         self.to_logits = nn.Sequential(nn.LayerNorm(shape.dim), nn.Linear(shape.dim, shape.num_tokens))
 
     def forward(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """tokens, labels (b, n) int64 → the mean cross-entropy, a scalar."""
+        """Return the mean cross-entropy, a scalar, of tokens and labels (b, n), int64."""
         x = self.token_emb(tokens) + self.pos_emb(torch.arange(tokens.shape[1], device=tokens.device))
         for layer in self.layers:
             x = checkpoint(layer, x, use_reentrant=False) if self.checkpoint_layers else layer(x)

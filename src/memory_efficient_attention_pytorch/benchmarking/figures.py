@@ -1,4 +1,4 @@
-"""The pictures of a comparison: memory and time against length and depth, and the plane of the two."""
+"""Plot a comparison: memory and time against length and depth, and against each other."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ MARKERS = "osD^vPX*<>hp"
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
-    """Write the figures for which there are at least two points as PNG into ``folder`` and return their paths.
+    """Write all figures that have at least two points as PNG into ``folder`` and return their paths.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -53,7 +53,7 @@ def _mib(run: Run) -> float:
 
 
 def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
-    """How each of a comparison's systems looks in all of its figures: ours in blues and thick, the others not."""
+    """Return the line style of each system in all figures: ours thick and blue, others thin and of other colours."""
     known = {system.name for system in SYSTEMS if system.ours}
     blues, greys = cycle(OURS), cycle(OTHERS)
     return {
@@ -65,7 +65,7 @@ def styles(names: Iterable[str]) -> dict[str, dict[str, Any]]:
 
 
 def _lines(axes: Any, results: Results, axis: str, quantity: Callable[[Run], float], across: str, up: str) -> bool:
-    """One line for each system; logarithmic over lengths, so that slopes are exponents. False: too few points."""
+    """Draw a line per system, logarithmic over lengths, so that slopes are exponents. False: too few points."""
     lines = {name: points for name, points in series(results, axis, quantity).items() if points}
     values = sorted({value for points in lines.values() for value, _ in points})
     if len(values) < 2:
@@ -85,7 +85,7 @@ def _lines(axes: Any, results: Results, axis: str, quantity: Callable[[Run], flo
 
 
 def _plane(axes: Any, results: Results) -> bool:
-    """Time across, memory up: below and to the left is better. Lines through the reference split the plane."""
+    """Draw memory against time, where lower left is better, with lines through the reference. False: too few points."""
     rows = [(row, row.figures) for row in compared(results) if row.figures is not None]
     if len(rows) < 2:
         return False
@@ -105,7 +105,7 @@ def _plane(axes: Any, results: Results) -> bool:
 
 
 def _plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis 1, 2, 5, 10, ... and not by powers."""
+    """Label a logarithmic axis 1, 2, 5, 10, ..., not in powers."""
     from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
 
     axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))

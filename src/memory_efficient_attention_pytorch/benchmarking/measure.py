@@ -1,4 +1,4 @@
-"""The memory a training step really takes, measured in a process of its own."""
+"""Measure the memory of a training step in a process of its own."""
 
 from __future__ import annotations
 
@@ -23,17 +23,17 @@ from ..training.resources import trim_heap, warm_up
 _CHILD = f"from {__name__} import _run_child; _run_child()"
 _RESULT = "measured-peak:"
 _ONEDNN = "could not create a primitive"
-"""What oneDNN says of anything that keeps it from compiling a kernel; under a limit, that it got no memory for it."""
+"""oneDNN's message for any failure to compile a kernel; under a memory limit it means lack of memory."""
 _OUT_OF_MEMORY = ("OutOfMemoryError", "can't allocate memory", "MemoryError", "std::bad_alloc", _ONEDNN)
 
 
 @dataclass(frozen=True)
 class Measurement:
-    """What one call of a step took, in bytes and seconds.
+    """Bytes and seconds of one call of a step.
 
     ``peak_bytes`` is the high-water mark above ``held_bytes``: what the step needed beyond what existed before it.
-    ``held_bytes`` is what building (model, gradients, inputs) added to a process that has PyTorch loaded and warm.
-    ``reserved_bytes`` is address space that the step took and never touched: no memory, but a limit counts it.
+    ``held_bytes`` is what building (model, gradients, inputs) added to a process with PyTorch loaded and warmed up.
+    ``reserved_bytes`` is address space that the step reserved and never touched: not memory, but a limit counts it.
     """
 
     peak_bytes: int
@@ -57,23 +57,24 @@ def measure_peak(
 ) -> Measurement:
     """Measure a step in a fresh process: the resident set's high-water mark, or CUDA's ``max_memory_allocated``.
 
-    On the CPU the allocator's mmap threshold is fixed at 64 KiB: left alone, glibc raises it as blocks are freed and
-    keeps what it should return, and the same step then reads up to three times as much.
+    On the CPU the allocator's mmap threshold is fixed at 64 KiB: by default glibc raises it as blocks are freed and
+    keeps memory that it should return, so that the same step may seem to take up to three times as much.
 
     Args:
         target: ``"package.module:function"`` or ``"path/to/file.py:function"``. The function is called with
-            ``arguments``, builds what exists before the step (``zero_grads`` gives a model its gradients) and returns
-            a callable without arguments: the step to measure. What that callable returns is kept until the reading.
+            ``arguments``, builds what exists before the step (``zero_grads`` allocates a model's gradients) and returns
+            a callable without arguments: the step to measure. Its return value is kept until the peak has been read.
         arguments: JSON-serialisable keywords of the function.
         device: ``"cpu"`` (Linux only, since it reads ``/proc``) or a CUDA device.
         threads: CPU threads of the step; PyTorch's own default if not given.
-        limit_bytes: enforce this many bytes for the step, above what was built: an allocation beyond them fails. On
-            the CPU the system limits address space, ``reserved_bytes`` included.
+        limit_bytes: limit the step to this many bytes above what was built; an allocation beyond that fails. On the
+            CPU the system limits address space, ``reserved_bytes`` included.
         timeout: seconds after which the process is killed.
 
     Raises:
         MemoryError: the step did not fit in the device or in ``limit_bytes``.
-        RuntimeError: the function or the step failed in another way; carries what the process said.
+        RuntimeError: the function or the step failed in another way; contains the process's stderr.
+        subprocess.TimeoutExpired: ``timeout`` has passed.
     """
     request = {
         "target": target,
@@ -102,7 +103,7 @@ def zero_grads(model: nn.Module) -> nn.Module:
     """Give every trainable parameter a gradient of zeros that occupies its memory, and return the model."""
     for parameter in model.parameters():
         if parameter.requires_grad:
-            # zeros come from untouched pages, which are not resident until something is written to them.
+            # torch.zeros returns untouched pages, which are not resident until written to.
             parameter.grad = torch.empty_like(parameter).fill_(0)
     return model
 
@@ -111,7 +112,7 @@ def _run_child() -> None:
     request = json.load(sys.stdin)
     if request["threads"]:
         torch.set_num_threads(request["threads"])
-    build = _load(request["target"])  # before the gauge: what importing takes is not the model's
+    build = _load(request["target"])  # before the gauge, since imports are not part of the model
     warm_up(request["device"])
     device = torch.device(request["device"])
     gauge: _CudaGauge | _ResidentSet = _CudaGauge(device) if device.type == "cuda" else _ResidentSet()
@@ -150,7 +151,7 @@ def _from_file(module: str) -> Any:
 
 
 class _CudaGauge:
-    """Bytes that the caching allocator has handed out, above those when the gauge was made."""
+    """Reads the bytes allocated by CUDA's caching allocator, above those when the gauge was made."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -176,13 +177,13 @@ class _CudaGauge:
 
 
 class _ResidentSet:
-    """The resident set of this process and its high-water mark, above what it was when the gauge was made."""
+    """Reads this process's resident set and its high-water mark, above the size when the gauge was made."""
 
     def __init__(self) -> None:
         self.base = _process_bytes("VmRSS")
 
     def limit(self, limit_bytes: int) -> None:
-        # VmData is private writable address space: what the allocator was asked for, touched or not.
+        # VmData is private writable address space: all that was allocated, touched or not.
         allowed = _process_bytes("VmData") + limit_bytes
         resource.setrlimit(resource.RLIMIT_DATA, (allowed, allowed))
 
@@ -200,17 +201,17 @@ class _ResidentSet:
 
 
 def _process_bytes(field: str) -> int:
-    """A size from this process's status, after returning to the system what the C library's heap does not use."""
+    """Read a size from this process's status, after returning the C library's unused heap to the system."""
     trim_heap()
     status = Path("/proc/self/status")
     if not status.exists():
-        raise RuntimeError("CPU memory is measured from /proc, which Linux alone has")
+        raise RuntimeError("CPU memory is measured from /proc, which only Linux has")
     sizes = dict(line.split(":", 1) for line in status.read_text().splitlines())
     return int(sizes[field].split()[0]) * 1024
 
 
 def _unlimited_bytes() -> int:
-    """Address space that no limit on data counts: what is shared or cannot be written to, a library's code say."""
+    """Return the address space that a limit on data does not count: shared or read-only, such as libraries' code."""
     total = 0
     for line in Path("/proc/self/maps").read_text().splitlines():
         addresses, permissions = line.split(maxsplit=2)[:2]

@@ -1,4 +1,4 @@
-"""A comparison in words and tables: Markdown, for the terminal, the results' folder and the README."""
+"""Report a comparison as Markdown text and tables, for the terminal, the results' folder and the README."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ _KEPT = "The allocator returns freed blocks of 4 MiB at once and may keep smalle
 
 
 def comparison(results: Results, elsewhere: Sequence[Results] = ()) -> str:
-    """How it was measured and the table of all systems at the compared shape.
+    """Return how it was measured, and the table of all systems at the compared shape.
 
-    elsewhere: what was measured in the same way on other machines, whose tables follow.
+    elsewhere: results measured in the same way on other machines, whose tables follow.
     """
     parts = [method(results), _comparison_table(results)]
     for other in elsewhere:
@@ -40,7 +40,7 @@ def _place(results: Results) -> str:
 
 
 def method(results: Results) -> str:
-    """What was run where, when and with what, in a paragraph."""
+    """Return a paragraph on what was run where, when and with which versions."""
     settings = results.settings
     shape, rounds = settings.base, settings.rounds
     allocator = _KEPT if settings.keep_freed else _RETURNED
@@ -57,7 +57,7 @@ def method(results: Results) -> str:
 
 
 def full(results: Results, figures: Sequence[str] = (), elsewhere: Sequence[Results] = ()) -> str:
-    """``comparison``, then the figures and tables over length, depth and vocabulary, and what was left out and why."""
+    """Return ``comparison``, figures, tables over length, depth and vocabulary, and what was left out and why."""
     parts = [comparison(results, elsewhere), *(f"![{Path(name).stem.replace('-', ' ')}]({name})" for name in figures)]
     sweeps: list[tuple[str, str, Callable[[Run], float], str]] = [
         ("Memory in MiB, by sequence length", "seq_len", lambda run: peak(run) / MIB, ".0f"),
@@ -75,7 +75,7 @@ def full(results: Results, figures: Sequence[str] = (), elsewhere: Sequence[Resu
 
 
 def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A Markdown table whose columns also line up as text; the first is aligned left, the others right."""
+    """Return a Markdown table whose columns line up as text; the first is aligned left, the others right."""
     widths = [max(len(line[i]) for line in [headings, *rows]) for i in range(len(headings))]
 
     def line(cells: Sequence[str]) -> str:
@@ -87,16 +87,19 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
 
 def between_markers(path: Path, markers: tuple[str, str] = (BEGIN, END)) -> str:
-    """What stands between the markers of a Markdown file, without the empty lines around it.
+    """Return the text between the markers of a Markdown file, without the empty lines around it.
 
     Raises:
-        ValueError: the file does not have the two markers, once each and in order.
+        ValueError: the file does not have both markers once each, in order.
     """
     return _split_at_markers(path, *markers)[1].strip("\n")
 
 
 def rewrite(path: Path, block: str, markers: tuple[str, str] = (BEGIN, END)) -> bool:
-    """Put ``block`` between the markers of a Markdown file; True if that changed it. Raises as ``between_markers``."""
+    """Put ``block`` between the markers of a Markdown file; return whether that changed it.
+
+    Raises ValueError as ``between_markers`` does.
+    """
     before, former, after = _split_at_markers(path, *markers)
     renewed = f"\n\n{block}\n\n"
     if renewed != former:

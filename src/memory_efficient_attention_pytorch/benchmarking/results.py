@@ -1,4 +1,4 @@
-"""The results of a comparison, with machine, versions and date, as one JSON file."""
+"""Store the results of a comparison, with machine, versions and date, in one JSON file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ OUTCOMES = ("measured", "out_of_memory", "too_slow", "failed")
 class Run:
     """One system at one shape in one round. ``outcome`` is one of ``OUTCOMES``; ``note`` says why it is not measured.
 
-    ``seconds`` are the timed steps after the first; a run so long that only its first step was taken has just that.
+    ``seconds`` are those of the timed steps after the first; a run so long that it had only one step has that step's.
     """
 
     experiment: str
@@ -52,7 +52,7 @@ class Run:
 
 @dataclass
 class Results:
-    """All runs of one comparison and what they were made with."""
+    """All runs of one comparison, with date, machine, versions and settings."""
 
     date: str
     machine: dict[str, Any]
@@ -71,7 +71,7 @@ class Results:
         """Read a saved file.
 
         Raises:
-            ValueError: the file is not one, or of a later format.
+            ValueError: the file is not such a file, or has another format.
         """
         content = json.loads(path.read_text())
         if not isinstance(content, dict) or content.pop("format", None) != FORMAT:
@@ -86,7 +86,7 @@ class Results:
 
 
 def begin(settings: Settings, systems: Sequence[System]) -> Results:
-    """Results without runs yet, dated now."""
+    """Return results without runs, dated now."""
     versions = {
         "python": platform.python_version(),
         "torch": torch.__version__,
@@ -104,7 +104,7 @@ def begin(settings: Settings, systems: Sequence[System]) -> Results:
 
 
 def describe_machine(device: str) -> dict[str, Any]:
-    """Processor, cores usable, memory, system, and the CUDA device if one is used. No host name."""
+    """Return processor, usable cores, memory, system, and the CUDA device if one is used. No host name."""
     machine: dict[str, Any] = {
         "processor": processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
@@ -120,7 +120,7 @@ def describe_machine(device: str) -> dict[str, Any]:
 
 
 def processor() -> str:
-    """The processor's name, and its family and model, since chips of one name differ in kind."""
+    """Return the processor's name, family and model, since different chips may share a name."""
     info = Path("/proc/cpuinfo")
     if not info.exists():
         return platform.processor() or "unknown"

@@ -1,4 +1,4 @@
-"""Runs a comparison: each system in a fresh process, in turn, with progress and the time left."""
+"""Run a comparison: each system in a fresh process, in turn, with progress and the time left."""
 
 from __future__ import annotations
 
@@ -20,14 +20,14 @@ from .results import Results, Run, begin
 from .schedule import Forecast, Job, Settings, schedule
 from .systems import System
 
-MEMORY_SHARE = 0.9  # of what is available; beyond it an allocation fails, before the machine itself runs out
+MEMORY_SHARE = 0.9  # of available memory; beyond it an allocation fails, before the machine itself runs out
 MEMORY_INFO = Path("/proc/meminfo")
-STOP_AFTER = 4  # times the step limit, for a run that takes longer than could be foreseen
+STOP_AFTER = 4  # times the step limit, for a run that takes longer than forecast
 
 
 @dataclass(frozen=True)
 class Progress:
-    """A run has ended: how many are done, of how many, and the seconds expected for the rest (None: not known yet)."""
+    """A finished run, the number of runs done and in all, and the seconds expected for the rest (None: unknown)."""
 
     run: Run
     done: int
@@ -41,9 +41,9 @@ def compare(
     output: Path,
     on_progress: Callable[[Progress], None] = lambda progress: None,
 ) -> Results:
-    """Run everything ``settings`` ask for and return it; ``output`` (JSON) is rewritten after every run.
+    """Run everything that ``settings`` ask for and return the results; ``output`` (JSON) is rewritten after every run.
 
-    Systems that do not fit the memory, would take too long or fail are part of the results.
+    Runs that do not fit in memory, take too long or fail are part of the results.
 
     Raises:
         ValueError: memory cannot be measured on ``settings.device`` here.
@@ -65,7 +65,7 @@ def compare(
 
 
 def run_job(job: Job, settings: Settings, expected_seconds: float | None = None, earlier: Sequence[Run] = ()) -> Run:
-    """Run one job in a fresh process, unless it is expected to be beyond the limits."""
+    """Run one job in a fresh process, unless it is expected to exceed the limits."""
 
     def ended(outcome: str, note: str = "", **readings: Any) -> Run:
         return Run(job.experiment, job.round, job.system.name, job.shape, outcome, note, **readings)
@@ -118,10 +118,10 @@ def _measure(job: Job, settings: Settings) -> tuple[Measurement, dict[str, Any]]
 def _require_measurable(device: str) -> None:
     kind = device.partition(":")[0]
     if kind == "cuda":
-        require(torch.cuda.is_available(), "device", "one that is there", f"{device} without a usable CUDA device")
+        require(torch.cuda.is_available(), "device", "an available device", f"{device} without a usable CUDA device")
     else:
         require(kind == "cpu", "device", "cpu or cuda", device)
-        require(MEMORY_INFO.exists(), "device", "cuda, or cpu on Linux, whose /proc tells memory", device)
+        require(MEMORY_INFO.exists(), "device", "cuda, or cpu on Linux, where /proc reports memory", device)
 
 
 def _implies_too_large(run: Run, job: Job) -> bool:
@@ -134,7 +134,7 @@ def _implies_too_large(run: Run, job: Job) -> bool:
 
 
 def _memory_limit(device: str) -> int | None:
-    """Bytes a run on the CPU may take; a CUDA device enforces its own."""
+    """Return the bytes that a run on the CPU may take; None for a CUDA device, which has its own limit."""
     if torch.device(device).type != "cpu":
         return None
     available = next(line for line in MEMORY_INFO.read_text().splitlines() if line.startswith("MemAvailable:"))

@@ -1,4 +1,4 @@
-"""Which runs a comparison consists of, in which order, and how long each is expected to take."""
+"""Schedule the runs of a comparison and forecast how long each takes."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from .systems import System
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compare, and how patiently.
+    """What to compare, and how long to measure.
 
-    ``base`` is compared in ``rounds`` rounds of ``repeats`` timed steps after a first one; beside it, one run each for
-    every other value of ``lengths``, ``depths`` (at ``sweep_seq_len`` tokens) and ``vocabularies`` (likewise).
+    ``base`` is compared in ``rounds`` rounds of ``repeats`` timed steps after a first one; besides, there is one run
+    for each other value of ``lengths``, ``depths`` (at ``sweep_seq_len`` tokens) and ``vocabularies`` (likewise).
     A run whose step is expected to take longer than ``step_limit`` seconds is left out and reported as such; within a
-    run, steps are repeated until ``patience`` seconds have gone. ``keep_freed`` lets the CPU's allocator keep freed
-    blocks below 4 MiB, as `mea train` does: faster, with a little more memory held.
+    run, steps are repeated until ``patience`` seconds have passed. ``keep_freed`` lets the CPU's allocator keep freed
+    blocks below 4 MiB, as `mea train` does: faster, with a little more memory.
     """
 
     base: Shape = field(default_factory=Shape)
@@ -63,8 +63,11 @@ class Job:
 
 
 def schedule(settings: Settings, systems: Sequence[System]) -> list[Job]:
-    """All runs: shapes from cheap to costly, so that each system's speed is known before its long runs; within a
-    round every system in turn, so that what the machine does meanwhile falls on all of them alike."""
+    """Return all runs in order.
+
+    Shapes go from cheap to costly, so that each system's speed is known before its long runs. Within a round systems
+    take turns, so that other load on the machine affects all of them alike.
+    """
     base = settings.base
     lengths = [replace(base, seq_len=length) for length in sorted(set(settings.lengths) - {base.seq_len})]
     shorter = [shape for shape in lengths if shape.seq_len < base.seq_len]
@@ -94,9 +97,9 @@ def schedule(settings: Settings, systems: Sequence[System]) -> list[Job]:
 
 @dataclass
 class Forecast:
-    """Predicts seconds from the runs so far: a step's by each system's seconds per operation, and the rest of a run.
+    """Predicts seconds from earlier runs: a step's by the system's seconds per operation, and a run's overhead.
 
-    A system that has not run yet is taken to be like the median of the others; before any run nothing is predicted.
+    A system that has not run yet gets the median of the others; before any run nothing is predicted.
     """
 
     patience: float

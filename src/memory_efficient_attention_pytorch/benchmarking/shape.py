@@ -1,4 +1,4 @@
-"""The shape every system of a comparison is built in."""
+"""The shape in which every system of a comparison is built."""
 
 from __future__ import annotations
 
@@ -12,7 +12,10 @@ BYTES_PER_NUMBER = 4  # the unit counts numbers of 4 bytes, whatever precision a
 
 @dataclass(frozen=True)
 class Shape:
-    """One causal language model and its batch."""
+    """The shape of a causal language model and its batch.
+
+    Raises ValueError for sizes below 1, or heads that do not divide ``dim``.
+    """
 
     seq_len: int = field(default=8192, metadata=knob("tokens in a sequence"))
     batch_size: int = field(default=1, metadata=knob("sequences in a batch"))
@@ -37,14 +40,14 @@ class Shape:
         return self.batch_size * self.seq_len * self.dim * BYTES_PER_NUMBER
 
     def describe(self) -> str:
-        """What differs between the runs of a comparison, in words."""
+        """Return in words what differs between the runs of a comparison."""
         layers = f"{self.depth} layer{'s' if self.depth > 1 else ''}"
         return f"{self.seq_len} tokens, {layers}, vocabulary {self.num_tokens}"
 
     def forward_flops(self, window: int | None = None) -> int:
-        """Multiply-adds of a forward pass times two, attention's masked half not counted.
+        """Return the floating-point operations of a forward pass, without attention's masked half.
 
-        Used to predict how long the next run takes from the ones before it, not to judge any system.
+        Used to predict a run's time from earlier ones, not to rate any system.
         """
         tokens = self.batch_size * self.seq_len
         keys = min(self.seq_len / 2, window) if window is not None else self.seq_len / 2

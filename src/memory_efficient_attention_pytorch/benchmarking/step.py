@@ -1,4 +1,4 @@
-"""The code of each fresh process: build a system, then time repeated training steps."""
+"""The code that runs in each fresh process: build a system, then time repeated training steps."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ WARM_UP_TOKENS = 1024
 
 
 def build(system: str, **how: Any) -> Callable[[], None]:
-    """``prepare`` of the system of that name among ours and PyTorch's own; a target of ``measure_peak``."""
+    """Call ``prepare`` for the system of that name, ours or PyTorch's own; a target of ``measure_peak``."""
     return prepare(find_systems([system])[0], **how)
 
 
@@ -36,13 +36,16 @@ def prepare(
 ) -> Callable[[], None]:
     """Build the system with its gradients and return its measured part.
 
-    The measured part takes a forward and backward, then repeats it ``repeats`` times or until ``patience`` seconds
-    have gone, gradients accumulating in place. It writes to the file ``report``: ``first_seconds`` (kernels and
-    workspaces are made in it), ``seconds`` of the repetitions, ``loss`` of the first, and ``parameters``, a count.
-    ``keep_freed`` lets glibc keep freed blocks below 4 MiB, as `mea train` does: faster, with a little more memory.
+    The measured part runs a forward and backward pass, then repeats it ``repeats`` times or until ``patience`` seconds
+    have passed; gradients accumulate in place. It writes to the file ``report``, as JSON: ``first_seconds`` (first use
+    of kernels and workspaces included), ``seconds`` of the repetitions, ``loss`` of the first step, and ``parameters``,
+    their number. ``keep_freed`` lets glibc keep freed blocks below 4 MiB, as `mea train` does: faster, with a little
+    more memory.
+
+    Raises RuntimeError if ``keep_freed`` is set and the C library has no such setting.
     """
     if keep_freed and not set_returned_size():
-        raise RuntimeError("this C library does not let the allocator keep freed blocks")
+        raise RuntimeError("keep_freed needs glibc: this C library has no such setting")
     built = Shape(**shape)
     torch.manual_seed(0)
     model, loss = system.build(built)
@@ -57,8 +60,8 @@ def prepare(
         torch.autograd.backward(value)
         return value.detach()
 
-    # Modules, kernels and workspaces of first use stay for good (checkpointing's 80 MB of modules, some 10 MB of
-    # kernels for bf16) and do not grow with the sequence: they are not the step's memory.
+    # Modules, kernels and workspaces loaded on first use stay for good (80 MB of modules for checkpointing, about 10 MB
+    # of kernels for bf16) and do not grow with the sequence, so they do not count as the step's memory.
     train_step(min(WARM_UP_TOKENS, built.seq_len))
     zero_grads(model)
 
@@ -79,7 +82,7 @@ def prepare(
 
 
 def timed(step: Callable[[], Tensor], device: torch.device) -> tuple[float, Tensor]:
-    """Seconds the step took on its device, by events on CUDA, and what it returned."""
+    """Run a step; return the seconds that it took on its device, by events on CUDA, and its result."""
     if device.type != "cuda":
         began = time.perf_counter()
         value = step()

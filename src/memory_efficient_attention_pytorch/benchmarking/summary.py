@@ -1,4 +1,4 @@
-"""Medians, paired ratios and growth over the runs of a comparison."""
+"""Summarise the runs of a comparison by medians, paired ratios and growth exponents."""
 
 from __future__ import annotations
 
@@ -11,13 +11,15 @@ import numpy as np
 from .results import Results, Run
 from .systems import REFERENCE
 
-GROWTH_FROM = 4096  # tokens; below, what a step takes whatever its length hides how it grows
+GROWTH_FROM = 4096  # tokens; below, a step's fixed costs hide its growth
 
 
 @dataclass(frozen=True)
 class Figures:
-    """Medians over the rounds of the compared shape; the ratios are medians of those to ``REFERENCE`` in the same
-    round, None where it was not measured."""
+    """Medians over the rounds of the compared shape.
+
+    The ratios are medians of those to ``REFERENCE`` in the same round, None where that was not measured.
+    """
 
     units: float
     peak_bytes: float
@@ -37,7 +39,7 @@ class Row:
 
 
 def compared(results: Results) -> list[Row]:
-    """One row for each system, in the order of the results."""
+    """Return one row for each system, in the order of the results."""
     return [_row(results, name, label) for name, label in results.labels.items()]
 
 
@@ -63,23 +65,23 @@ def _rounds(results: Results, name: str) -> list[Run]:
 
 
 def describe_outcome(run: Run) -> str:
-    """Why a run has no figures, in a few words."""
+    """Return in a few words why a run has no figures."""
     return run.outcome.replace("_", " ") + (f": {run.note}" if run.note else "")
 
 
 def peak(run: Run) -> float:
-    """Bytes; of a measured run."""
+    """Return a measured run's peak in bytes."""
     assert run.peak_bytes is not None
     return float(run.peak_bytes)
 
 
 def units(run: Run) -> float:
-    """Units of tokens · dim · 4 bytes; of a measured run."""
+    """Return a measured run's peak in units of tokens · dim · 4 bytes."""
     return peak(run) / run.shape.unit_bytes
 
 
 def step_seconds(run: Run) -> float:
-    """Median over the run's steps; of a measured run."""
+    """Return the median seconds of a measured run's steps."""
     return median(run.seconds)
 
 
@@ -87,7 +89,7 @@ EXPERIMENTS = {"seq_len": ("length", "compare"), "depth": ("depth",), "num_token
 
 
 def series(results: Results, axis: str, quantity: Callable[[Run], float]) -> dict[str, list[tuple[int, float]]]:
-    """For each system the (value of the shape's ``axis``, median of the quantity) of its measured runs, ascending."""
+    """Return, per system, (value of the shape's ``axis``, median quantity) of its measured runs, ascending."""
     found: dict[str, dict[int, list[float]]] = {name: {} for name in results.labels}
     for run in results.runs:
         if run.outcome == "measured" and run.experiment in EXPERIMENTS[axis]:
@@ -99,8 +101,10 @@ def series(results: Results, axis: str, quantity: Callable[[Run], float]) -> dic
 
 
 def growth(points: Sequence[tuple[int, float]], start: int = GROWTH_FROM) -> float | None:
-    """The exponent p of quantity ∝ length^p, fitted by least squares of the logarithms from ``start`` on; None if
-    there are fewer than three points."""
+    """Return the exponent p of quantity ∝ length^p, or None for fewer than three points.
+
+    Fitted by least squares of the logarithms, from length ``start`` on.
+    """
     from_start = [(length, quantity) for length, quantity in points if length >= start and quantity > 0]
     if len(from_start) < 3:
         return None

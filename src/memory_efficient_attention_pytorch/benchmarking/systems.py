@@ -1,4 +1,4 @@
-"""The systems compared: ours in several settings, and common alternatives."""
+"""The systems to compare: ours in several settings, and common alternatives."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from .shape import Shape
 WINDOW = 1024
 LOSS_CHUNK = 1024
 FF_CHUNKS = 16
-REFERENCE = "sdpa-checkpoint"  # what ratios are taken against
+REFERENCE = "sdpa-checkpoint"  # the denominator of ratios
 
 Loss = Callable[[Tensor, Tensor], Tensor]  # tokens, labels (b, n) → mean cross-entropy
 Build = Callable[[Shape], tuple[nn.Module, Loss]]
@@ -23,10 +23,10 @@ Build = Callable[[Shape], tuple[nn.Module, Loss]]
 
 @dataclass(frozen=True)
 class System:
-    """One way to train the shape: ``build(shape)`` gives the model and its loss.
+    """One way to train a model of a shape: ``build(shape)`` returns the model and its loss.
 
-    ``target`` prepares it by its name in a fresh process, as ``step.build`` does; ``versions`` tells, by name, those of
-    the packages it needs beside ours.
+    ``target`` prepares it by name in a fresh process, as ``step.build`` does; ``versions`` returns, by name, those of
+    other packages that it needs. ``window``: attention's window in tokens, if it has one.
     """
 
     name: str
@@ -40,10 +40,10 @@ class System:
 
 
 def find_systems(names: Sequence[str] | None = None, among: Sequence[System] | None = None) -> list[System]:
-    """The named systems in their order in ``among`` (ours and PyTorch's own), all of them by default.
+    """Return the named systems, by default all, in their order in ``among`` (by default ours and PyTorch's own).
 
     Raises:
-        ValueError: there is none of that name.
+        ValueError: there is no system of that name.
     """
     among = SYSTEMS if among is None else among
     known = [system.name for system in among]
@@ -53,7 +53,7 @@ def find_systems(names: Sequence[str] | None = None, among: Sequence[System] | N
 
 
 def _lean(shape: Shape) -> dict[str, Any]:
-    """Groups of two heads and a feed-forward in chunks: their working memory is a small part of the streams'."""
+    """Return groups of two heads and a chunked feed-forward, whose working memory is small beside the streams'."""
     return {"head_chunks": max(1, shape.heads // 2), "ff_chunks": FF_CHUNKS}
 
 

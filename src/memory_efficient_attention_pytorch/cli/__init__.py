@@ -11,33 +11,33 @@ from ..common.errors import nearest
 from ..common.version import __version__
 from .parser import Parser
 
-# One row per command: its name, the module that does it and what `mea --help` says of it. The module offers
+# One row per command: its name, its module and its line in `mea --help`. The module has
 #
-#   add_arguments(parser)   which declares the command's options (its docstring is the description in --help);
-#   run(args) -> int        which does the work, prints, and returns the exit status. args.from_shell: whether this
-#                           process is the command's own and not a program that calls main().
+#   add_arguments(parser)   declares the command's options (the module's docstring is the description in --help);
+#   run(args) -> int        does the work, prints, and returns the exit status. args.from_shell: whether this process
+#                           was started for the command, not by a program that calls main().
 #
-# A user's mistake is a ValueError with a one-line message that says what to do: status 2. What fails in the middle of
-# the work for a reason outside the options is a RuntimeError of class training.files.RunError, an OSError, or a lack of
-# memory: status 1. Of several processes that torchrun or the like has started, the first on each machine says what all
-# have found. None shows a traceback unless --debug is given, which every command has. A module is imported only
-# when its command is called, so that `mea --help` is fast and optional dependencies load on use.
+# A user's mistake is a ValueError with a one-line message that says what to do: status 2. A failure during the work for
+# a reason outside the options is a training.files.RunError, an OSError, or a lack of memory: status 1. Of several
+# processes started by torchrun or the like, the first on each machine prints the message for all. None shows a
+# traceback without --debug, which every command has. A module is imported only when its command is called, so that
+# `mea --help` is fast and optional dependencies load on use.
 COMMANDS = {
     "train": ("train", "train a Transformer on text, your own or the Python standard library's"),
     "generate": ("generate", "write text with a model that `mea train` made"),
     "export": ("export", "write a trained model as one of Hugging Face transformers"),
-    "plan": ("plan", "say before a run what memory it needs, or what fits in the memory there is"),
+    "plan": ("plan", "predict the memory that a run needs, or what fits in the available memory"),
     "bench": ("bench", "measure memory and speed on this machine"),
-    "env": ("env", "say what a report of a fault needs: versions, machine, how attention is computed here"),
+    "env": ("env", "print what a bug report needs: versions, machine, how attention is computed here"),
 }
 
 _USAGE_ERROR, _RUN_ERROR, _INTERRUPTED = 2, 1, 130
 _SECONDS_TO_SPEAK = 5.0
-"""What the others give the first process to say why all end, before a launcher that sees one end stops it."""
+"""How long other processes wait, so that the first can report the error before a launcher stops it."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command and return its exit status: 0 done, 1 failed on the way, 2 a mistake in what was asked."""
+    """Run one command and return its exit status: 0 done, 1 failed, 2 a mistake in the arguments."""
     _accept_any_output()
     arguments = list(sys.argv[1:] if argv is None else argv)
     name = next((argument for argument in arguments if not argument.startswith("-")), None)
@@ -61,7 +61,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         wrong = isinstance(error, ValueError)
         status = _USAGE_ERROR if wrong else _INTERRUPTED
         if not _is_first_process():
-            # It has the same options and files.
+            # The first process has the same options and files, so it reports the same mistake.
             return _wait(status)
         return _fail(command, error if wrong else "interrupted", status)
     except (RuntimeError, OSError, MemoryError) as error:
@@ -72,12 +72,12 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _wait(said)
         _let_go_of_output()
         if not _is_first_process():
-            _wait(_RUN_ERROR)  # where nobody ended it meanwhile, it was this process alone
+            _wait(_RUN_ERROR)  # if nothing ended this process meanwhile, it alone has failed
         return _fail(command, message, _RUN_ERROR)
 
 
 def _general(arguments: list[str]) -> int:
-    """`mea`, `mea --help`, `mea --version`."""
+    """Run `mea`, `mea --help` or `mea --version`."""
     width = max(map(len, COMMANDS))
     parser = Parser(
         prog="mea",
@@ -106,18 +106,18 @@ def _run(name: str, arguments: list[str], *, from_shell: bool) -> int:
 
 
 def _outside_reason(error: Exception) -> object:
-    """The message for an error with a cause outside of this program; None for any other."""
+    """Return the message for an error with a cause outside this program; None for any other."""
     from ..training.files import RunError
 
-    # PyTorch has a class of its own for accelerators' memory alone, and NumPy a subclass of Python's.
+    # PyTorch's own class is for accelerators' memory only; NumPy's is a subclass of Python's.
     lacking = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
     if lacking or "can't allocate memory" in str(error):
-        return "not enough memory for these sizes: choose smaller ones; mea plan says beforehand what they need"
+        return "not enough memory for these sizes: choose smaller ones; mea plan predicts what they need"
     return error if isinstance(error, RunError | OSError) else None
 
 
 def _is_first_process() -> bool:
-    """Whether this is the only process, or the first of those that a launcher has started on this machine."""
+    """Return whether this is the only process, or the first of those that a launcher started on this machine."""
     return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
 
 
@@ -127,7 +127,7 @@ def _wait(status: int) -> int:
 
 
 def _said_elsewhere(error: Exception) -> int | None:
-    """The exit status, where another process says why all end."""
+    """Return the exit status if another process reports the error, else None."""
     from ..training.files import ElsewhereError
 
     if not isinstance(error, ElsewhereError):

@@ -1,8 +1,8 @@
-"""Measure the memory and speed of a training step on this machine: ours in its settings beside what one would pick
-instead with PyTorch alone, each in fresh processes, in turn. Writes results.json, report.md and figures.
+"""Measure the memory and speed of a training step on this machine: our model in several settings beside alternatives
+in plain PyTorch, in turn, each in fresh processes. Writes results.json, report.md and figures.
 
-  mea bench --quick           tiny shapes, to see that everything works
-  mea bench --list            what would be compared
+  mea bench --quick           tiny shapes, to check that everything works
+  mea bench --list            list the systems
   mea bench --systems ours sdpa-checkpoint --lengths --depths --vocabularies
                               only these two, only at the compared shape
 """
@@ -31,15 +31,15 @@ DEFAULT_OUTPUT = Path("benchmarks") / "results"
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
-    parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these; the ratios need sdpa-checkpoint")
+    parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these systems; ratios need sdpa-checkpoint")
     parser.add_argument("--list", action="store_true", help="print the systems and exit")
     parser.add_argument(
-        "--output", type=Path, metavar="DIR", help=f"folder of the results (a new one in {DEFAULT_OUTPUT})"
+        "--output", type=Path, metavar="DIR", help=f"folder for the results (a new one in {DEFAULT_OUTPUT})"
     )
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
     parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's default)")
     parser.add_argument("--rounds", type=int, metavar="N", help="rounds at the compared shape (3)")
-    parser.add_argument("--repeats", type=int, metavar="N", help="timed steps in a process at most (5)")
+    parser.add_argument("--repeats", type=int, metavar="N", help="most timed steps in a process (5)")
     parser.add_argument("--step-limit", type=float, metavar="SECONDS", help="leave out runs with longer steps (150)")
     parser.add_argument(
         "--keep-freed",
@@ -48,11 +48,11 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     shape = parser.add_argument_group("the compared shape")
     add_options(shape, Shape, SHAPE_FIELDS)
-    sweeps = parser.add_argument_group("beside it, one run each; no value: none")
+    sweeps = parser.add_argument_group("other shapes, one run each; without a value: none")
     sweeps.add_argument("--lengths", type=int, nargs="*", metavar="N", help="sequence lengths (1024 to 131072)")
     sweeps.add_argument("--depths", type=int, nargs="*", metavar="N", help="layers (2 8 24)")
     sweeps.add_argument("--vocabularies", type=int, nargs="*", metavar="N", help="vocabularies (256 32000)")
-    sweeps.add_argument("--sweep-seq-len", type=int, metavar="N", help="tokens for depths and vocabularies (4096)")
+    sweeps.add_argument("--sweep-seq-len", type=int, metavar="N", help="tokens in depth and vocabulary runs (4096)")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -62,7 +62,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def measure(args: argparse.Namespace, systems: Sequence[System]) -> int:
-    """Compare these systems as the options say, and report; or list them."""
+    """Compare these systems as the options say and report, or list them; return the exit status."""
     from ..benchmarking.runner import compare
 
     if args.list:
@@ -75,7 +75,7 @@ def measure(args: argparse.Namespace, systems: Sequence[System]) -> int:
     try:
         results = compare(settings, systems, file, _print_progress)
     except KeyboardInterrupt:
-        print(f"stopped; what was measured is in {file}", file=sys.stderr)
+        print(f"stopped; the measurements so far are in {file}", file=sys.stderr)
         raise
     _report(results, output)
     return 1 if any(run.outcome == "failed" for run in results.runs) else 0

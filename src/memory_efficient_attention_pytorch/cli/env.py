@@ -28,7 +28,7 @@ def run(args: argparse.Namespace) -> int:
     import torch
 
     lines = [("memory-efficient-attention-pytorch", __version__), ("python", platform.python_version())]
-    lines.append(("torch", torch.__version__))  # which says for what it was built
+    lines.append(("torch", torch.__version__))  # the version names the platform it was built for
     lines += [(package, _version(package)) for package in _PACKAGES]
     lines += _machine()
     width = max(len(name) for name, _ in lines) + 2
@@ -68,7 +68,7 @@ def _machine() -> Iterator[tuple[str, str]]:
 
 
 def _attention(device: str, dtype: "torch.dtype") -> str:
-    """The way chosen to train causal attention with 8 heads of width 64 and 2048 tokens."""
+    """Return how attention is computed in training: causal, 8 heads of width 64, 2048 tokens."""
     import torch
 
     from ..attention.functional import select_backend

@@ -1,8 +1,8 @@
-"""Write what `mea train` made as a model of Hugging Face transformers, with its tokenizer.
+"""Write a model that `mea train` trained as one of Hugging Face transformers, with its tokenizer.
 
   mea export runs/first exported
 
-In Python then, with transformers installed:
+Then in Python, with transformers installed:
 
   import memory_efficient_attention_pytorch.huggingface
   from transformers import AutoModelForCausalLM, AutoTokenizer
@@ -16,9 +16,9 @@ from pathlib import Path
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mea export RUN DIR [options]"
     parser.add_argument("run", metavar="RUN", help="a run directory")
-    parser.add_argument("directory", metavar="DIR", help="a new directory, or an empty one")
+    parser.add_argument("directory", metavar="DIR", help="a new or empty directory")
     parser.add_argument(
-        "--checkpoint", default="best", choices=("best", "last"), help="which of the run's (default: %(default)s)"
+        "--checkpoint", default="best", choices=("best", "last"), help="lowest validation loss or newest (%(default)s)"
     )
 
 

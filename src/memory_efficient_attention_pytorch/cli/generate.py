@@ -1,8 +1,8 @@
 """Write text with a model that `mea train` trained: the prompt, then the model's continuation as it is generated.
 
   mea generate runs/1 --prompt 'import '
-  mea generate runs/1 --prompt 'def ' --prompt 'class '    both at once; each comes out as it would alone
-  mea generate runs/1 < letter.txt                         the prompt from standard input, less a newline at its end
+  mea generate runs/1 --prompt 'def ' --prompt 'class '    both in one batch, with the same results as alone
+  mea generate runs/1 < letter.txt                         the prompt from standard input, without a final newline
 
 Only the text goes to standard output.
 """
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from ..training.tokenizers import Tokenizer
 
 _STANDARD_INPUT = "-"
-# Tokens decoded anew to read one more: the time a token takes would otherwise grow with the text.
+# Most tokens that are decoded again for each new one: otherwise the time per token would grow with the text.
 _LONGEST_CONTEXT = 64
 
 
@@ -34,9 +34,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--prompt",
         metavar="TEXT",
         action="append",
-        help="what to go on from, again for each of several; - or none: standard input",
+        help="the text to continue; may be repeated; - or none: standard input",
     )
-    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="tokens to add at most (%(default)s)")
+    parser.add_argument("--tokens", type=int, default=200, metavar="N", help="most tokens to add (%(default)s)")
     parser.add_argument(
         "--temperature", type=float, default=0.8, metavar="X", help="0: always the likeliest token (%(default)s)"
     )
@@ -44,7 +44,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--top-p", type=float, metavar="X", help="sample among the likeliest tokens that add up to X (default: all)"
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="the same text every time (default: another)")
+    parser.add_argument("--seed", type=int, metavar="N", help="the same seed gives the same text (default: random)")
     parser.add_argument(
         "--checkpoint", choices=("best", "last"), default="best", help="lowest validation loss or newest (%(default)s)"
     )
@@ -106,12 +106,12 @@ def _encode(text: str, tokenizer: "Tokenizer") -> list[int]:
         raise ValueError("the prompt is not UTF-8, which this run's tokenizer needs")
     tokens = tokenizer.encode(text)
     if not tokens:
-        raise ValueError("this run's tokenizer makes no token of the prompt: give more text")
+        raise ValueError("this run's tokenizer turns the prompt into no tokens: give more text")
     return tokens
 
 
 def _seeds(texts: Sequence[str], seed: int) -> list[int]:
-    """One seed per prompt, so that each draws what it would alone; a repeated prompt gets the next seed."""
+    """Return a seed per prompt, so that each gets the same text as alone; a repeated prompt gets the next seed."""
     before: Counter[str] = Counter()
     seeds = []
     for text in texts:
@@ -147,7 +147,7 @@ def _generate(
 
 
 def _note_length(wrapper: "AutoregressiveWrapper", longest: int, tokens: int) -> None:
-    """Say what happens beyond the model's length, if generation may reach it."""
+    """Print what happens beyond the model's length, if generation may reach it."""
     limit = wrapper.max_seq_len
     if longest + tokens <= limit:
         return
@@ -175,7 +175,7 @@ def _print_texts(texts: "Sequence[_Text]", steps: "Iterator[torch.Tensor]") -> i
                 text.add(token)
             printer.show()
     finally:
-        # An interrupted text ends too: what comes next stands on a line of its own.
+        # An interrupted text ends too, so that further output begins on a new line.
         for text in texts:
             text.ended = True
         printer.show()
@@ -183,7 +183,7 @@ def _print_texts(texts: "Sequence[_Text]", steps: "Iterator[torch.Tensor]") -> i
 
 
 class _Printer:
-    """Prints texts in order: one streams and those after it wait for its end, since a terminal has one cursor."""
+    """Prints texts in order: one is streamed while later ones wait for its end, since a terminal has one cursor."""
 
     def __init__(self, texts: "Sequence[_Text]", out: TextIO):
         self.texts, self.out = texts, out
@@ -210,7 +210,7 @@ class _Text:
 
     def __init__(self, tokenizer: "Tokenizer", prompt: Sequence[int]):
         self.tokenizer, self.ended = tokenizer, False
-        # Decoded together, since what a token reads as may depend on the ones before it; `taken` characters are out.
+        # Decoded together, since a token's text may depend on earlier tokens; `taken` characters have been printed.
         self.tokens, self.taken = list(prompt), 0
 
     def add(self, token: int) -> None:

@@ -1,4 +1,4 @@
-"""argparse for dataclasses; errors of one line, with the nearest option that exists; switches that may take a value."""
+"""argparse for dataclasses: one-line errors that name the nearest option, and switches with optional values."""
 
 import argparse
 import dataclasses
@@ -28,7 +28,7 @@ class Parser(argparse.ArgumentParser):
         raise ValueError(message)
 
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
-        sys.stdout.flush()  # where help cannot be written, that is an error like any other
+        sys.stdout.flush()  # so that a failure to write the help is reported like any other error
         super().exit(status, message)
 
 
@@ -53,7 +53,7 @@ def add_options(
 ) -> None:
     """Add an option for each of these fields of a dataclass; options not given are absent from the arguments.
 
-    defaults: what --help shows as such where it is not the field's own.
+    defaults: defaults to show in --help instead of the fields' own.
     """
     fields = {field.name: field for field in dataclasses.fields(config)}
     for name in names:
@@ -77,5 +77,5 @@ def add_options(
 
 
 def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The options added by `add_options` that were given."""
+    """Return the options added by `add_options` that were given."""
     return {name: getattr(args, name) for name in names if hasattr(args, name)}

@@ -1,15 +1,15 @@
-"""Say before a run what memory a training step of a Transformer needs, on this machine or for another, GPU or not; and
-from a budget, the fastest settings that fit. Nothing is computed: the real code runs on tensors without contents.
-Without options it is the model and the batch of `mea train`.
+"""Predict the memory that a training step of a Transformer needs, on this machine or on another, CPU or GPU; given a
+budget, choose the fastest settings that fit. Nothing is computed: the real code runs on tensors without contents.
+The default is the model and the batch of `mea train`.
 
   mea plan --dim 512 --depth 24 --seq-len 1048576 --batch-size 1 --device cuda
   mea plan --dim 512 --depth 24 --seq-len 65536 --budget 8GiB         settings that fit
   mea plan --dim 512 --depth 24 --budget 24GB --longest               the longest sequence that fits
-  mea plan --seq-len 8192 --plot memory.png                           a picture over the step
+  mea plan --seq-len 8192 --plot memory.png                           a plot of the memory over the step
   mea plan --model DIRECTORY --seq-len 8192 --budget 24GB             a model of Hugging Face transformers, before and
                                                                       after make_memory_efficient
 
-The exit status is 1 where a budget is not kept.
+The exit status is 1 if the step does not fit in the budget.
 """
 
 import argparse
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 _MODEL = [name for name in known_keys() if name in KNOBS and name not in SETTINGS]
 _STEP = ("seq_len", "batch_size")
 _OWN = {"num_tokens": 256, "causal": True}
-"""What `mea train` has no option for, as in its default run."""
+"""Settings that `mea train` has no option for, as in its default run."""
 _ALONE = ("generate", "plot")
 
 
@@ -43,32 +43,32 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     model.add_argument(
         "--model",
         metavar="DIRECTORY",
-        help="instead, a causal language model of transformers by its config.json; --batch-size is then 1 by default",
+        help="plan a causal language model of transformers instead, by its config.json; --batch-size defaults to 1",
     )
     step = parser.add_argument_group("training step")
     add_options(step, TrainConfig, _STEP)
     step.add_argument("--optimizer", default="adamw", metavar="NAME", help="adamw, adam, sgd, … or none (%(default)s)")
     types = ("fp32", "bf16", "fp16")
-    step.add_argument("--dtype", choices=types, help="of the parameters (fp32; with --model the configuration's own)")
-    step.add_argument("--precision", default="fp32", choices=types, help="of mixed precision; fp32: off (%(default)s)")
-    step.add_argument("--device", metavar="NAME", help="cpu or cuda, here or not (default: what is here)")
+    step.add_argument("--dtype", choices=types, help="of the parameters (fp32; with --model: the configuration's)")
+    step.add_argument("--precision", default="fp32", choices=types, help="dtype of autocast; fp32: off (%(default)s)")
+    step.add_argument("--device", metavar="NAME", help="cpu or cuda, available or not (default: cuda if available)")
     step.add_argument(
         "--keep-gradients",
         action=argparse.BooleanOptionalAction,
         default=True,
-        help="they exist when the step begins, as when accumulated; --no-…: as after zero_grad() (default: they do)",
+        help="gradients exist when the step begins, as in accumulation; --no-…: as after zero_grad() (default: on)",
     )
-    divided = "among which FSDP2 divides parameters, gradients and optimizer state (default: 1, whole)"
+    divided = "processes over which FSDP2 shards parameters, gradients and optimizer state (default: 1)"
     step.add_argument("--shards", type=int, default=1, metavar="PROCESSES", help=divided)
-    divided = "among which the tokens of each sequence are divided (default: 1); bytes are those of one process"
+    divided = "processes over which the tokens of each sequence are divided (default: 1); bytes are those of one"
     step.add_argument("--context", type=int, default=1, metavar="PROCESSES", help=divided)
-    settings = parser.add_argument_group("settings, which a budget chooses where they are not given")
+    settings = parser.add_argument_group("settings, chosen for the budget unless given")
     add_options(settings, TransformerConfig, SETTINGS, {"exact": "under mixed precision"})
-    asked = parser.add_argument_group("what is asked")
-    asked.add_argument("--budget", metavar="SIZE", help="8GiB, 8GB, 8000M, …, or auto: what is free here")
-    asked.add_argument("--generate", action="store_true", help="plan the pass over a prompt and a new token instead")
+    asked = parser.add_argument_group("budget and output")
+    asked.add_argument("--budget", metavar="SIZE", help="8GiB, 8GB, 8000M, …, or auto: the memory free here")
+    asked.add_argument("--generate", action="store_true", help="plan generation instead: a prompt and the next token")
     asked.add_argument("--longest", action="store_true", help="find the longest sequence within the budget")
-    asked.add_argument("--plot", metavar="FILE", help="write a picture (PNG) of the step's memory")
+    asked.add_argument("--plot", metavar="FILE", help="plot the step's memory as PNG")
     asked.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
 
@@ -110,7 +110,7 @@ def _run_model(args: argparse.Namespace, step: dict[str, Any]) -> int:
 
     given = [*given_options(args, (*_MODEL, *_OWN, *SETTINGS)), *(name for name in _ALONE if getattr(args, name))]
     if given:
-        raise ValueError(f"--{given[0].replace('_', '-')} does not go together with --model: it is of our Transformer")
+        raise ValueError(f"--{given[0].replace('_', '-')} does not go together with --model: it is for our Transformer")
     size = {"batch_size": 1} | given_options(args, _STEP)
     if "seq_len" not in size:
         raise ValueError("--model needs --seq-len, the tokens of a sequence")
@@ -147,7 +147,7 @@ def _budget(args: argparse.Namespace, device: Callable[[], Any]) -> Any:
 
 
 def _given(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """The given options, completed by `mea train`'s defaults."""
+    """Return the given options, completed by `mea train`'s defaults."""
     return {name: getattr(TrainConfig, name) for name in names} | given_options(args, names)
 
 

@@ -1,4 +1,4 @@
-"""The picture of a plan: what is live over the step, and what the peak consists of."""
+"""Plot a plan: live memory over the step, and what the peak consists of."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ COLOURS = ("#27498a", "#2f6fde", "#a9c7ee", "#00a2c7", "#b45f06", "#f1c232", "#6
 
 
 def draw(plan: Plan, path: Path | str) -> Path:
-    """Write the picture as PNG.
+    """Write the plot as PNG and return its path.
 
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
@@ -45,7 +45,7 @@ def picture(plan: Plan, size: tuple[float, float] = (11, 5)) -> Any:
 
 def _timeline(axes: Any, plan: Plan, unit: int, name: str) -> None:
     rows, places = _thinned(plan)
-    axes.stackplot(places, rows.T / unit, colors=COLOURS)  # told apart by the bars beside it
+    axes.stackplot(places, rows.T / unit, colors=COLOURS)  # the bars beside it are the legend
     phases = [operation.phase for operation in plan.timeline.operations]
     ink = axes.xaxis.label.get_color()
     starts = [0, *(i for i, (a, b) in enumerate(pairwise(phases), 1) if "loss" not in (a, b) and a != b)]
@@ -75,7 +75,7 @@ def _peak(axes: Any, plan: Plan, unit: int) -> None:
 
 
 def _thinned(plan: Plan) -> tuple[Any, Any]:
-    """A few of the operations, always with the peak: of each stretch the one with the most live."""
+    """Return live bytes and indices of some operations: of each stretch the one with the most, so the peak is in."""
     totals = plan.timeline.totals
     size = max(1, len(totals) // POINTS)
     places = np.array([start + totals[start : start + size].argmax() for start in range(0, len(totals), size)])

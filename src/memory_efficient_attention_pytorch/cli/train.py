@@ -1,10 +1,10 @@
-"""Train a Transformer on text: files, directories, .gz files, standard input, or, with no argument, the sources of the
-Python standard library. What it learns and measures goes to a run directory, runs/1, runs/2 and so on.
+"""Train a Transformer on text: files, directories, .gz files, standard input, or, by default, the sources of the
+Python standard library. Weights and measurements go to a run directory, runs/1, runs/2 and so on.
 
-  mea train                                   see it work
+  mea train                                   try it out
   mea train --data book.txt notes/            your own text, as bytes
   mea train --data corpus/ --vocab-size 8000  with a tokenizer trained on it
-  mea train --resume                          go on with the latest run, whatever stopped it
+  mea train --resume                          resume the latest run, whatever stopped it
 """
 
 import argparse
@@ -19,19 +19,19 @@ from .train_display import make_display, summary
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """One option per field of TrainConfig, and those that say where a run is."""
+    """Add one option per field of TrainConfig, and those that say where a run is."""
     parser.usage = "mea train [options]"
     run = parser.add_argument_group("run")
-    run.add_argument("--config", metavar="FILE", help="a TOML file of the options below, which override it")
+    run.add_argument("--config", metavar="FILE", help="a TOML file with options as below, which override it")
     run.add_argument("--out", metavar="DIR", help="the run's directory, new or empty (default: the next under runs/)")
     run.add_argument(
         "--resume",
         metavar="RUN",
         nargs="?",
         const="",
-        help="go on with a run from its last checkpoint (default RUN: --out, or else the latest under runs/)",
+        help="resume a run from its last checkpoint (default RUN: --out, or else the latest under runs/)",
     )
-    run.add_argument("--quiet", action="store_true", help="say only what went wrong")
+    run.add_argument("--quiet", action="store_true", help="print only errors and warnings")
     for name, fields in itertools.groupby(dataclasses.fields(TrainConfig), lambda field: field.metadata["group"]):
         add_options(parser.add_argument_group(name), TrainConfig, [field.name for field in fields])
 
@@ -45,7 +45,7 @@ def run(args: argparse.Namespace) -> int:
 
     if args.from_shell:
         _let_waiting_threads_sleep()
-    # Only now, when the options are known to be sound, the imports that take seconds.
+    # These imports take seconds, so they come after the options were checked.
     from ..training.interruption import Interrupted
     from ..training.runs import latest_run, resume_run, start_run
 
@@ -65,11 +65,11 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _let_waiting_threads_sleep() -> None:
-    """Set what OpenMP reads when PyTorch is loaded, which is later.
+    """Set an environment variable that OpenMP reads when PyTorch is loaded, which happens later.
 
-    By default its threads spin while they wait for each other. On two cores that others use too, a thread that spins
-    keeps the one it waits for from running: a step of the default model took 2 to 7 seconds where it takes one with
-    threads that sleep, and 0.27 instead of 0.25 when the machine is quiet.
+    By default OpenMP's threads spin while they wait for each other. On two busy cores a spinning thread keeps the one
+    that it waits for from running: a step of the default model took 2 to 7 seconds with spinning threads and 1 with
+    sleeping ones. On an idle machine sleeping ones take 0.27 seconds instead of 0.25.
     """
-    if "RANK" not in os.environ:  # torchrun gives each process one thread, which waits for nobody
+    if "RANK" not in os.environ:  # torchrun gives each process one thread, which never waits
         os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

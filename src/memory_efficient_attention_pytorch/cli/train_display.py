@@ -1,4 +1,4 @@
-"""The display of a training run: a live bar on a terminal, plain lines elsewhere, little when quiet."""
+"""Display a training run: a live progress bar on a terminal, plain lines elsewhere, little when quiet."""
 
 import sys
 import time
@@ -30,7 +30,7 @@ def make_display(*, quiet: bool) -> Callable[[bool], Callback]:
 
 
 class Silent(Callback):
-    """Says only that a process has died, which the main one may be."""
+    """Prints only that a process has died, in case that is the main one."""
 
     def abandoned(self, text: str) -> None:
         print(f"mea train: {text}", file=sys.stderr, flush=True)
@@ -86,7 +86,7 @@ class Lines(Quiet):
 
 
 class Live(Lines):
-    """A bar with the numbers of the moment at the foot of the terminal, the rest scrolls above it."""
+    """Shows a progress bar with the current numbers at the foot of the terminal; the rest scrolls above it."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -134,7 +134,7 @@ class Live(Lines):
 
 
 def numbers(step: Step) -> str:
-    """The numbers of a step in about sixty columns."""
+    """Format the numbers of a step in about sixty columns."""
     return (
         f"loss {step.loss:.3f}  {step.bits_per_byte:.2f} bits/byte  {_short(step.tokens_per_second)} tok/s  "
         f"{duration(step.seconds_left)} left  {step.memory_now >> 20}/{step.memory_peak >> 20} MiB"
@@ -164,7 +164,7 @@ def summary(outcome: "Outcome") -> str:
         f"done: {state.step} steps, {state.tokens:,} tokens in {duration(state.seconds)} "
         f"({_short(state.tokens / max(state.seconds, 1e-9))} tok/s), {outcome.parameters:,} parameters"
     ]
-    if bits:  # the file may have been taken away
+    if bits:  # the file may have been removed
         best, step = min(bits)
         lines.append(f"validation: {bits[0][0]:.2f} -> {bits[-1][0]:.2f} bits per byte, best {best:.2f} at step {step}")
     if outcome.memory or peaks:

@@ -1,4 +1,4 @@
-"""Tokens over processes."""
+"""Context parallelism: one sequence over several processes."""
 
 from .context_parallel import ContextParallel
 

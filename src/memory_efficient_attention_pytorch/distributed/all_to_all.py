@@ -1,7 +1,7 @@
-"""Heads exchanged for tokens: each process attends for some of the heads to all tokens.
+"""Exchange heads for tokens: each process computes attention over all tokens for some of the heads.
 
 Jacobs et al., "DeepSpeed Ulysses", 2023, arXiv:2309.14509. Where there are fewer key/value heads than processes, each
-goes to all the processes whose query heads read it. Of a long sequence a few of the heads are exchanged at a time.
+is sent to all processes whose query heads use it. For long sequences a few heads are exchanged at a time.
 """
 
 from __future__ import annotations
@@ -20,12 +20,15 @@ from ..attention.way import BackwardInputs, Way
 from .exchange import Layout, all_to_all
 
 AT_ONCE = {"cpu": 2**24}
-"""Bytes that a process may work with between two exchanges: queries, keys, values, output and as much of cotangents."""
+"""Working set in bytes between two exchanges: queries, keys, values, output and their cotangents."""
 AT_ONCE_ELSEWHERE = 2**28
 
 
 class AllToAll(Way):
-    """Memory of a process: its own tokens of all heads, and all tokens of the heads that it has at a time."""
+    """Computes tiles after an exchange of heads for tokens.
+
+    A process holds its own tokens of all heads, and all tokens of the heads of the current exchange.
+    """
 
     name, backend = "all_to_all", "all_to_all"
     merit = "heads exchanged for tokens travel once"
@@ -35,13 +38,13 @@ class AllToAll(Way):
 
     @staticmethod
     def refusal(h: int, kv: int, size: int) -> str | None:
-        """Why so many heads cannot be exchanged among so many processes."""
+        """Return why ``h`` query and ``kv`` key/value heads cannot be exchanged among ``size`` processes, or None."""
         if h % size == 0 and 0 in (kv % size, size % kv):
             return None
         return f"{h} query heads and {kv} key/value heads do not divide among {size} processes"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        # Token-major in memory, so that merging the heads afterwards is a view. What fills a chunk up sees nothing.
+        # Token-major in memory, so that merging the heads afterwards is a view. Padding tokens attend to nothing.
         out = v.new_zeros(request.b, q.shape[2], request.h, request.e).transpose(1, 2)
         lse = v.new_full(out.shape[:3], float("-inf"), dtype=request.compute_dtype)
         results = (out, lse, torch.zeros_like(lse)) if request.keeps_rest else (out, lse)
@@ -65,13 +68,13 @@ class AllToAll(Way):
             found = list(self.within.backward(own, inputs))
             del inputs, q, k, v, out, lse, state, grad_out, grad_lse
             for total in results:
-                # Of a head that several processes had, all parts.
+                # A head that several processes had gets the sum of their parts.
                 for target, part in self._to_tokens(found.pop(0), total, turn):
                     target += part
         return tuple(results)
 
     def _turns(self, request: AttentionRequest) -> Iterator[tuple[tuple[int, int], AttentionRequest]]:
-        """Number and count of the exchanges, as few as memory allows, and what this process computes between them."""
+        """Yield (number, count) of each exchange, as few as memory allows, and the request of this process for it."""
         shares = max(1, request.kv // self.layout.size)
         per_share = 2 * request.b * request.n * (request.d + request.e) * request.dtype.itemsize
         per_share *= request.h // self.layout.size // shares + 1
@@ -83,14 +86,14 @@ class AllToAll(Way):
             yield (number, count), replace(request, block=Block(heads, everything, everything))
 
     def _heads(self, heads: int, rank: int, turn: tuple[int, int]) -> slice:
-        """Those of ``heads`` heads that a process gets in a turn: of its share of them, or the one its share is in."""
+        """Return the heads, of ``heads``, that a process gets in a turn: part of its share, or the one it shares."""
         number, count = turn
         size = max(1, heads // self.layout.size // count)
         first = rank * heads // self.layout.size + number * size
         return slice(first, first + size)
 
     def _to_heads(self, x: Tensor, turn: tuple[int, int]) -> Tensor:
-        """``(b, h, local, …)`` of this process's tokens → ``(b, heads, n, …)`` of the heads that it gets in a turn."""
+        """Turn this process's tokens ``(b, h, local, …)`` into all tokens ``(b, heads, n, …)`` of the turn's heads."""
         parts = [x[:, self._heads(x.shape[1], rank, turn)] for rank in range(self.layout.size)]
         found = all_to_all(self.group, parts)
         own = x.new_empty(*parts[0].shape[:2], self.layout.num_tokens, *x.shape[3:])
@@ -100,7 +103,7 @@ class AllToAll(Way):
         return own
 
     def _to_tokens(self, x: Tensor, total: Tensor, turn: tuple[int, int]) -> Iterator[tuple[Tensor, Tensor]]:
-        """The inverse: places in ``total (b, h, local, …)``, and what each process found for them."""
+        """Yield the inverse: slices of ``total (b, h, local, …)`` and each process's result for them."""
         sent = x.new_empty(self.layout.size, *x.shape[:2], self.layout.local, *x.shape[3:])
         for rank, part in enumerate(sent):
             for chunk in self._chunks(rank):

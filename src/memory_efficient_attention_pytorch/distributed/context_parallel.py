@@ -1,4 +1,4 @@
-"""One sequence over several processes."""
+"""Divide the tokens of one sequence over several processes."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ METHODS = ("auto", "ring", "all_to_all")
 
 
 class ContextParallel:
-    """Tokens of a sequence divided over the processes of a group; attention sees all of them.
+    """Divides the tokens of a sequence over the processes of a group; attention sees all of them.
 
     ::
 
@@ -37,29 +37,29 @@ class ContextParallel:
         loss.backward()
         context.reduce_gradients(model)
 
-    Of 2p chunks process r has number r and number 2p − 1 − r, so that under causality all have as much to do. Inside
-    of ``with``, attention's masks, windows, documents, biases and functions are about the whole sequence: key padding
-    ``(b, local)`` and documents come as :meth:`shard` left them, other masks and bias tensors as they are for the
-    whole. Backward needs no ``with`` for this package's layers; under ``torch.utils.checkpoint`` it does. Compiled
-    modules run eagerly inside; a compiled function may not itself enter the ``with``.
+    Of 2p chunks, process r has numbers r and 2p − 1 − r, which balances the work under causality. Inside the ``with``
+    block, attention's masks, windows, documents, biases and functions refer to the whole sequence: key padding
+    ``(b, local)`` and document numbers are passed as :meth:`shard` returned them, other masks and bias tensors for the
+    whole sequence. Backward may run outside the block for this package's layers, but not under
+    ``torch.utils.checkpoint``. Compiled modules run eagerly inside; a compiled function may not enter the block itself.
 
-    Every process calls the same in the same order. One that fails leaves the others waiting until the group's timeout.
+    All processes must make the same calls in the same order. If one fails, the others wait until the group's timeout.
 
     Args:
-        group: a process group, or a mesh of one dimension.
-        method: ``"ring"``, keys and values go round; ``"all_to_all"``, heads exchanged for tokens, where head counts
-            allow; ``"auto"``, whichever sends less.
+        group: a process group, or a device mesh of one dimension.
+        method: ``"ring"``: keys and values are passed around; ``"all_to_all"``: heads are exchanged for tokens, if head
+            counts allow it; ``"auto"``: whichever sends less.
         averaged: gradients will be averaged over this group's processes, by DDP or FSDP on a mesh of (data, context):
-            those of the loss are multiplied by their number here, and :meth:`reduce_gradients` is not called.
+            the loss's gradient is multiplied by their number here, and :meth:`reduce_gradients` is not called.
 
     Raises:
-        ValueError: a wrong group or method; tokens that were not divided by :meth:`shard`.
+        ValueError: an invalid group or method; tokens that were not divided by :meth:`shard`.
         NotImplementedError: a backend asked for by name that does not compute tiles; heads that cannot be exchanged.
 
-    Masks travel whole, ``b · n`` bytes. Attention to another sequence is not supported inside.
+    Masks are gathered whole, ``b · n`` bytes. Cross-attention is not supported inside.
 
     Examples:
-        A group of one process here; under ``torchrun`` it is ``dist.init_process_group()`` and ``dist.group.WORLD``.
+        With a group of one process; under ``torchrun`` use ``dist.init_process_group()`` and ``dist.group.WORLD``.
 
         >>> import torch
         >>> import torch.distributed as dist
@@ -90,7 +90,7 @@ class ContextParallel:
 
     def __enter__(self) -> ContextParallel:
         stack = ExitStack()
-        # The order of collectives is that of the calls; a compiler might move them.
+        # Collectives must run in the order of the calls; a compiler might reorder them.
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         stack.enter_context(within(self))
         self._entered.append(stack)
@@ -101,27 +101,29 @@ class ContextParallel:
 
     @property
     def layout(self) -> Layout:
-        """Which tokens each process has of the sequence that was sharded last."""
+        """The division of the sequence that was sharded last. Raises ValueError before :meth:`shard`."""
         if self._layout is None:
             raise ValueError("context: expected tokens divided by shard(), got none so far")
         return self._layout
 
     @property
     def num_tokens(self) -> int:
-        """Tokens of the whole sequence."""
+        """Number of tokens of the whole sequence."""
         return self.layout.num_tokens
 
     @property
     def local_tokens(self) -> int:
-        """Tokens of each process, with up to ``2p − 1`` in all that fill the last chunks up."""
+        """Number of tokens of each process; up to ``2p − 1`` of all processes' tokens are padding."""
         return self.layout.local
 
     def shard(self, x: Tensor, labels: Tensor | None = None, *others: Mask | None, ignore_index: int = -100) -> Any:
-        """This process's tokens of ``x (b, n, …)``, of labels ``(b, n)``, shifted already, and of others alike.
+        """Return this process's tokens of ``x (b, n, …)``, labels ``(b, n)`` and others: ``(b, local, …)``.
 
-        Where ``2p`` does not divide n, the last chunks are filled up: by 0 or False, labels by ``ignore_index``. Nobody
-        sees these tokens. Returns as many as were given, a single one by itself; a mask that is a function of indices,
-        those of the whole sequence, as it is.
+        Labels are shifted already. If ``2p`` does not divide n, the last chunks are padded with 0 or False, labels with
+        ``ignore_index``; no token attends to the padding. Returns a tuple, or a tensor if only ``x`` is given; a mask
+        that is a function, of indices in the whole sequence, is returned unchanged.
+
+        Raises ValueError for tensors of other shapes.
         """
         given = (x, labels, *others)
         self._layout = Layout(x.shape[1], self.size)
@@ -141,7 +143,10 @@ class ContextParallel:
         return own
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The whole ``(b, n, …)``, in order, of every process's ``(b, local, …)``; without gradient."""
+        """Return the whole ``(b, n, …)``, in order, from every process's ``(b, local, …)``; without gradient.
+
+        Raises ValueError for another number of tokens along ``dim``.
+        """
         require(x.shape[dim] == self.layout.local, "x", f"{self.layout.local} tokens", x.shape[dim])
         own = x.detach().movedim(dim, 0).contiguous()
         bits = own.view(torch.uint8) if own.dtype == torch.bool else own
@@ -151,14 +156,14 @@ class ContextParallel:
         return whole.view(own.dtype).movedim(0, dim)
 
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
-        """Where this process's tokens stand in the whole, int64 ``(local,)``; those that fill up at the last place."""
+        """Return the positions of this process's tokens in the whole, int64 ``(local,)``; the last one for padding."""
         layout = self.layout
         chunks = (self.rank, 2 * self.size - 1 - self.rank)
         starts = (torch.arange(c * layout.chunk, (c + 1) * layout.chunk, device=device) for c in chunks)
         return torch.cat(list(starts)).clamp(max=layout.num_tokens - 1)
 
     def reduce_gradients(self, parameters: nn.Module | Iterable[Tensor]) -> None:
-        """Sum the gradients of a model's parameters over the group: those of the loss of all tokens."""
+        """Sum the parameters' gradients in place over the group, which gives those of all tokens' loss."""
         given = parameters.parameters() if isinstance(parameters, nn.Module) else parameters
         trained = [p for p in given if p.requires_grad]
         if not trained:
@@ -171,11 +176,11 @@ class ContextParallel:
                 together(dist.all_reduce, parameter.grad, group=self.group)
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over all processes, without gradient."""
+        """Return the sum over all processes, without gradient."""
         return self._reduced(x.detach())
 
     def largest(self, x: Tensor) -> Tensor:
-        """The elementwise maximum over all processes."""
+        """Return the elementwise maximum over all processes, without gradient."""
         return self._reduced(x.detach(), dist.ReduceOp.MAX)
 
     def _reduced(self, x: Tensor, how: Any = dist.ReduceOp.SUM) -> Tensor:
@@ -184,25 +189,28 @@ class ContextParallel:
         return total
 
     def same(self, number: int) -> int:
-        """The first process's number."""
+        """Return the first process's number."""
         told = [number]
         together(_broadcast, told, group=self.group)
         return told[0]
 
     def loss(self, part: Tensor) -> Tensor:
-        """The sum of each process's part of a loss, of which each differentiates its own."""
+        """Return the sum of all processes' parts of a loss; each process differentiates its own part."""
         total: Tensor = _Sum.apply(self, part)
         return total
 
     def may_hold(self, h: int, kv: int) -> bool:
-        """Can attention be computed of so many query and key/value heads alone?"""
+        """Return whether attention can be computed for a group of ``h`` query and ``kv`` key/value heads."""
         return self.method != "all_to_all" or AllToAll.refusal(h, kv, self.size) is None
 
     def way(self, within: Tiled, request: AttentionRequest) -> Way:
-        """How attention over all tokens is computed, by a way that computes tiles."""
+        """Return how to compute attention over all tokens, given the way that computes tiles.
+
+        Raises NotImplementedError if ``method="all_to_all"`` does not allow these heads.
+        """
         refusal = AllToAll.refusal(request.h, request.kv, self.size)
         if self.method == "all_to_all" and refusal is not None:
-            raise NotImplementedError(f"method: 'all_to_all' cannot serve this call: {refusal}; use 'ring' or 'auto'")
+            raise NotImplementedError(f"method: 'all_to_all' cannot compute this call: {refusal}; use 'ring' or 'auto'")
         kind: type[Ring] | type[AllToAll] = Ring
         if self.method == "all_to_all" or (
             self.method == "auto" and refusal is None and self._exchange_is_less(request)
@@ -211,7 +219,7 @@ class ContextParallel:
         return kind(within, self.layout, self.group)
 
     def _exchange_is_less(self, request: AttentionRequest) -> bool:
-        """By the elements sent per token: heads once out and back, or keys and values p − 1 times.
+        """Compare the elements sent per token: all heads out and back once, or keys and values p − 1 times.
 
         Causality spares a quarter of that, and a window's keys are needed from two neighbours alone.
         """

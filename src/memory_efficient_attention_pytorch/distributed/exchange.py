@@ -1,4 +1,4 @@
-"""Which chunks of a sequence each process has, and how parts of tensors travel between processes."""
+"""The chunks of a sequence that each process has, and the exchange of tensors between processes."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from ..common import dry_run
 
 
 def together(collective: Callable[..., Any], *arguments: Any, group: dist.ProcessGroup) -> Any:
-    """Run a collective of torch.distributed. In a dry run, where the others are absent, only note it: None."""
+    """Run a collective of torch.distributed. In a dry run, which has no peers, only record it and return None."""
     watching = dry_run.current()
     return (
         collective(*arguments, group=group) if watching is None else watching.exchanges(collective.__name__, arguments)
@@ -21,9 +21,9 @@ def together(collective: Callable[..., Any], *arguments: Any, group: dist.Proces
 
 
 class Layout(NamedTuple):
-    """A sequence in ``2 · size`` chunks, of which process r has number r and number ``2 · size − 1 − r``.
+    """Divides a sequence into ``2 · size`` chunks; process r has numbers r and ``2 · size − 1 − r``.
 
-    Under causality an early chunk and a late one see, together, as much as any other such pair.
+    Under causality each such pair of an early and a late chunk has the same work.
     """
 
     num_tokens: int
@@ -31,27 +31,28 @@ class Layout(NamedTuple):
 
     @property
     def chunk(self) -> int:
-        """Tokens of a chunk, with those that fill up."""
+        """Tokens per chunk, padding included."""
         return -(-self.num_tokens // (2 * self.size))
 
     @property
     def local(self) -> int:
+        """Tokens per process, padding included."""
         return 2 * self.chunk
 
     def chunks(self, rank: int) -> tuple[slice, slice]:
-        """Where a process's chunks stand in the whole, without the tokens that fill up."""
+        """Return the places of a process's two chunks in the whole, without padding."""
         starts = (rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk)
         first, second = (slice(*(min(s, self.num_tokens) for s in (start, start + self.chunk))) for start in starts)
         return first, second
 
     def here(self, rank: int, part: slice) -> slice:
-        """A part of one of a process's chunks as an index of its own tensors."""
+        """Return the index, in a process's own tensors, of a part of one of its chunks."""
         first, second = (rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk)
         shift = first if part.start < first + self.chunk else second - self.chunk
         return slice(part.start - shift, part.stop - shift)
 
     def places(self, device: torch.device) -> Tensor:
-        """Of each token of the whole, where it is among all processes' tensors one after another."""
+        """Return the index of each token, int64 ``(num_tokens,)``, in the concatenation of all processes' tensors."""
         order = [chunk for rank in range(self.size) for chunk in (rank, 2 * self.size - 1 - rank)]
         where = torch.tensor(order, device=device).argsort()
         tokens = where[:, None] * self.chunk + torch.arange(self.chunk, device=device)
@@ -59,7 +60,7 @@ class Layout(NamedTuple):
 
 
 class Transfer:
-    """Tensors on their way: sent to one process while others come from another, of like's dtype and device all."""
+    """Sends tensors to one process while receiving others from another; all have ``like``'s dtype and device."""
 
     def __init__(
         self,
@@ -77,7 +78,7 @@ class Transfer:
         self._works = together(_send_and_receive, self._sent, to, self._found, source, group=group) or []
 
     def wait(self) -> list[Tensor]:
-        """What has come, in its shapes."""
+        """Wait for the transfer and return the received tensors."""
         for work in self._works:
             work.wait()
         del self._sent
@@ -95,7 +96,7 @@ def _send_and_receive(
 
 
 def all_to_all(group: dist.ProcessGroup, sent: Sequence[Tensor] | Tensor) -> list[Tensor]:
-    """Tensors of one shape, one for each process; those that come, one from each. They may be stacked already."""
+    """Send one tensor to each process and return those received from each; all have one shape, or come stacked."""
     stacked = sent if isinstance(sent, Tensor) else torch.stack(list(sent))
     found = torch.empty_like(stacked)
     together(dist.all_to_all_single, found, stacked, group=group)

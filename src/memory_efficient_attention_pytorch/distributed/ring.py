@@ -1,9 +1,9 @@
-"""Keys and values go round: each process attends with its own queries to a part of the keys at a time.
+"""Pass keys and values around a ring: each process's queries attend to a part of the keys at a time.
 
-What is found for the parts is merged by log-sum-exp, as tiles are (Liu et al., "Ring attention", 2023,
-arXiv:2310.01889). In step s a process sends to the one s places on, so that what a window hides is never sent. Keys
-travel a slice at a time, the next one while this one's tiles are computed, so that few are held whatever the length. In
-backward the gradients of a slice return to its owner likewise.
+The parts' results are merged by log-sum-exp, as tiles are (Liu et al., "Ring attention", 2023, arXiv:2310.01889). In
+step s a process sends to the one s places on, so that keys hidden by a window are never sent. Keys are sent a slice at
+a time, the next one while the current one's tiles are computed, so that a process holds few of them whatever the
+length. In backward a slice's gradients return to its owner in the same way.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ from ..common.dry_run import each
 from .exchange import Layout, Transfer
 
 SLICE = {"cpu": 2**19}
-"""Bytes of keys and values that travel at a time."""
+"""Bytes of keys and values sent at a time."""
 SLICE_ELSEWHERE = 2**25
 
 
 class Part(NamedTuple):
-    """Keys and values at hand, and where they stand in the whole."""
+    """A slice of keys and values, and its place in the whole sequence."""
 
     place: slice
     keys: Tensor
@@ -38,7 +38,7 @@ class Part(NamedTuple):
 
 
 class Turn(NamedTuple):
-    """What a process gets and gives at once: slices of the keys ``step`` places before, and of its own; or nothing."""
+    """One exchange: the slice received from the process ``step`` places before, and the own slice sent, or None."""
 
     step: int
     got: slice | None
@@ -46,7 +46,10 @@ class Turn(NamedTuple):
 
 
 class Ring(Way):
-    """Memory of a process: its own tokens' and a few slices of keys and values, in backward of gradients besides."""
+    """Computes tiles slice by slice as keys and values go round.
+
+    A process holds its own tokens and a few slices of keys and values, in backward also of their gradients.
+    """
 
     name, backend = "ring", "ring"
     merit = "keys and values of few heads go round"
@@ -101,7 +104,7 @@ class Ring(Way):
     def _add(
         self, own: AttentionRequest, given: BackwardInputs, queries: slice, part: Part, grad_q: Tensor, *found: Tensor
     ) -> None:
-        """The gradients of a block of scores, added to those of all queries and to ``found`` of the part's keys."""
+        """Add a block's gradients to those of all queries and, in ``found``, of the part's keys and values."""
         q, out, lse, grad_out = (x[:, :, queries] for x in (given.q, given.out, given.lse, given.grad_out))
         grad_lse = None if given.grad_lse is None else given.grad_lse[:, :, queries]
         state = [x[:, :, queries] for x in given.state]
@@ -109,7 +112,7 @@ class Ring(Way):
         self.within.add_gradients(own, BackwardInputs(*inputs), grad_q[:, :, queries], *found)
 
     def _round(self, request: AttentionRequest, k: Tensor, v: Tensor) -> Iterator[tuple[Turn, Part]]:
-        """Slice by slice the keys and values that this process needs, its own first; empty where none came."""
+        """Yield the keys and values that this process needs slice by slice, its own first; empty if none was sent."""
         turns = self._turns(request, k, v)
         coming: Transfer | None = None
         expected = turns[0]
@@ -130,7 +133,7 @@ class Ring(Way):
         return Transfer(self.group, to, self._own(turn.given, k, v), source, self._shapes(turn.got, k, v), like=k)
 
     def _work(self, request: AttentionRequest, pair: tuple[Turn, Turn | None]) -> int:
-        """Of a turn, roughly: the scores of the blocks in which some are seen."""
+        """Return the work of a turn, roughly: the scores of the blocks in which some are seen."""
         total = 1
         for _, block in self._pairs(request, pair[0].got or slice(0, 0)):
             total += (block.queries.stop - block.queries.start) * (block.keys.stop - block.keys.start)
@@ -144,7 +147,7 @@ class Ring(Way):
         return turns(self.layout, self.rank, sides, request.k_bucket_size, max(1, buckets))
 
     def _own(self, place: slice | None, *tensors: Tensor) -> list[Tensor]:
-        """A slice of this process's part, in the same memory."""
+        """Return views of a slice of this process's tensors."""
         return [] if place is None else [x[:, :, self.layout.here(self.rank, place)] for x in tensors]
 
     @staticmethod
@@ -154,7 +157,7 @@ class Ring(Way):
         return [torch.Size((*x.shape[:2], place.stop - place.start, x.shape[3])) for x in (k, v)]
 
     def _pairs(self, request: AttentionRequest, keys: slice) -> Iterator[tuple[slice, Block]]:
-        """This process's queries that see some of the keys: where they are, and the block of scores."""
+        """Yield the chunks of this process's queries that see some of the keys, with the block of scores."""
         sides = (request.visibility.left, request.visibility.right)
         for queries in self.layout.chunks(self.rank):
             seen = _seen(sides, queries, keys)
@@ -167,8 +170,10 @@ Sides = tuple[int | None, int | None]
 
 @lru_cache(maxsize=256)
 def turns(layout: Layout, rank: int, sides: Sides, bucket: int, most: int) -> list[Turn]:
-    """Who sends what to whom when, in slices of at most so many buckets: as many turns in a step for all processes, so
-    that messages between two of them come in the order in which they are expected."""
+    """Return a process's exchanges in order, in slices of at most ``most`` buckets.
+
+    A step has as many turns for every process, so that messages between two of them arrive in the expected order.
+    """
     own = [Turn(0, part, None) for part in needed(layout, rank, rank, sides)]
     found = own or [Turn(0, None, None)]
     for step in range(1, layout.size):
@@ -198,7 +203,7 @@ def _slices(parts: Sequence[slice], longest: int) -> list[slice]:
 
 
 def needed(layout: Layout, rank: int, source: int, sides: Sides) -> list[slice]:
-    """What process ``rank`` may see, by window and causality, of the chunks of ``source``."""
+    """Return the parts of ``source``'s chunks that process ``rank`` may see by window and causality."""
     found: list[slice] = []
     for chunk in layout.chunks(source):
         # Of its two chunks of queries the earlier sees the earlier keys; between the two there may be some for neither.
@@ -211,7 +216,7 @@ def needed(layout: Layout, rank: int, source: int, sides: Sides) -> list[slice]:
 
 
 def _seen(sides: Sides, queries: slice, keys: slice) -> slice:
-    """Those of the keys that one of the queries may see; none where they end before they begin."""
+    """Return the keys that some query may see, as a slice; none if it stops at or before its start."""
     if queries.start >= queries.stop:
         return slice(0, 0)
     left, right = sides

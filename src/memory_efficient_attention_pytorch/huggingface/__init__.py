@@ -1,4 +1,4 @@
-"""Long sequences for transformers' models by one call that can be undone, and our Transformer as one of them.
+"""Long sequences for transformers' models by one reversible call, and our Transformer as a transformers model.
 
 Needs the extra ``huggingface``. Importing it registers :class:`MemoryEfficientForCausalLM` with the Auto classes."""
 

@@ -28,20 +28,21 @@ def memory_efficient_attention(
     cache: Any = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
-    """``(b, h, n, d)`` and its keys and values → ``(b, n, h, e)``, as an attention function of transformers.
+    """Compute attention as transformers' interface has it: query ``(b, h, n, d)`` → ``(b, n, h, e)`` and None.
 
-    softcap: scores become ``softcap · tanh(score / softcap)`` (Gemma 2). s_aux: a score for each head which takes part
-    in the softmax and has no value (gpt-oss): with log-sum-exp L the output is multiplied by ``sigmoid(L − s_aux)``.
+    softcap: scores become ``softcap · tanh(score / softcap)`` (Gemma 2). s_aux: ``(h,)``, a score per head that takes
+    part in the softmax and has no value (gpt-oss): with log-sum-exp L the output is multiplied by
+    ``sigmoid(L − s_aux)``.
 
     Raises:
-        NotImplementedError: attention weights are asked for, a paged cache, a mask that cannot be told, or tokens that
-            are divided over processes.
+        NotImplementedError: attention weights or a paged cache are asked for, the mask is missing, softcap comes with a
+            bias, or the model does not support tokens divided over processes.
     """
     divided = mask.divided if isinstance(mask := attention_mask, Visible) else None
     if divided is None:
         refuse_divided(type(module).__name__)
     if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
-        raise _refusal(module, "output_attentions: attention weights never exist as a whole")
+        raise _refusal(module, "output_attentions: attention weights are never computed as a whole")
     if cache is not None:
         raise _refusal(module, "cache: a paged cache is not supported")
     arguments = _what_is_seen(module, query, key, attention_mask, is_causal)
@@ -56,8 +57,8 @@ def memory_efficient_attention(
     attend = _attend_eagerly if _looks_at_values(options) else dot_product_attention
     if divided is not None:
         if position_bias is not None:
-            raise _refusal(module, "position_bias: not of tokens divided over processes")
-        # A checkpoint computes this again in backward, perhaps outside of the user's ``with``.
+            raise _refusal(module, "position_bias: not supported where tokens are divided over processes")
+        # A checkpoint recomputes this in backward, perhaps outside the user's ``with``.
         with within(divided):
             out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
     elif s_aux is None:
@@ -73,7 +74,7 @@ _attend_eagerly: Any = torch.compiler.disable(dot_product_attention)
 
 
 def _looks_at_values(options: dict[str, Any]) -> bool:
-    """Whether tiles are told apart by what tensors hold or functions say: each look would break a compiler's graph."""
+    """Return whether tiles depend on tensors' values or functions: each look at them would break a compiled graph."""
     mask, bias = options.get("mask"), options.get("attn_bias")
     of_mask = mask is not None and (options.get("causal") or "window" in options or not isinstance(mask, Tensor))
     return bool(of_mask) or "document_ids" in options or isinstance(bias, SoftCap)
@@ -101,17 +102,17 @@ def _what_is_seen(
         return {"mask" if mask.dtype == torch.bool else "attn_bias": mask}
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and n > 1
     if causal and n != m:
-        raise _refusal(module, f"it hands on no mask for {n} queries and {m} keys")
+        raise _refusal(module, f"it passes no mask for {n} queries and {m} keys")
     return {"causal": causal}
 
 
 def _refusal(module: nn.Module, why: str) -> NotImplementedError:
     number = getattr(module, "layer_idx", None)
     layer = type(module).__name__ + ("" if number is None else f" of layer {number}")
-    return NotImplementedError(f"{layer}: {why}; restore(model) gives its own attention back")
+    return NotImplementedError(f"{layer}: {why}; restore(model) brings back its own attention")
 
 
 def register() -> None:
-    """Register the name with transformers. Other names stay as they are."""
+    """Register attention and masks with transformers under NAME. Other names stay unchanged."""
     AttentionInterface.register(NAME, memory_efficient_attention)
     AttentionMaskInterface.register(NAME, memory_efficient_mask)

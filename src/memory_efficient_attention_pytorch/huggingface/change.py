@@ -1,4 +1,4 @@
-"""Changes to one instance of a transformers model, and the report of them."""
+"""Change one instance of a transformers model, and report the changes."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ from .undoing import HOOKS, RECORD, Record, find_model, restore
 
 @dataclass
 class Report:
-    """What :func:`make_memory_efficient` changed and what it left, as pairs of a part and how, or why not.
+    """Lists what :func:`make_memory_efficient` changed and left, as pairs (part, how) and (part, why not).
 
-    planned: the steps that were planned, in order. model: the one changed, which a report does not keep alive.
+    planned: the steps that were planned, in order. model: a weak reference to the changed model.
 
     Examples:
         >>> from transformers import LlamaConfig, LlamaForCausalLM
@@ -43,18 +43,17 @@ class Report:
     planned: list[StepPlans] = field(default_factory=list)
 
     def plan(self, *, batch_size: int = 1, seq_len: int, **options: Any) -> StepPlans:
-        """Plan a step on ``(batch_size, seq_len)`` tokens, before and after; the report then prints it, too.
+        """Plan a step on ``(batch_size, seq_len)`` tokens, before and after the changes, and add it to the report.
 
-        Nothing is computed (:func:`planner.plan`, whose options these are). With a ``budget`` also the longest
-        sequence of each.
+        Nothing is computed. Options are those of :func:`planner.plan`; a ``budget`` adds the longest sequence of each.
 
         Raises:
-            ValueError: the model is gone, restored, or has too few positions.
-            NotImplementedError: the model's operations depend on its data, as in some mixtures of experts; names the
-                operation.
+            ValueError: the model is gone or restored, or has too few positions.
+            NotImplementedError: the model's operations depend on its data, as in some mixtures of experts; the message
+                names the operation.
         """
         model = self.model()
-        require(model is not None, "model", "one that is still there", None)
+        require(model is not None, "model", "one that is still alive", None)
         assert model is not None
         self.planned.append(plan_step(model, batch_size=batch_size, seq_len=seq_len, **options))
         return self.planned[-1]
@@ -68,23 +67,23 @@ class Report:
 def make_memory_efficient(
     model: nn.Module, *, attention: bool = True, mlp: bool = True, loss: bool = True, checkpoint: bool | str = True
 ) -> Report:
-    """Make a transformers model train in memory linear in its tokens. Results stay the same.
+    """Make a transformers model train in memory linear in its number of tokens. Results stay the same.
 
     Args:
-        model: a ``PreTrainedModel``, or a module that holds one (as peft's). Instances are changed, never classes.
-        attention: its attention runs in tiles, with its masks evaluated per tile.
-        mlp: its token-wise MLPs run in chunks of tokens, forward and backward.
-        loss: with labels, the loss is computed without logits; ``outputs.logits`` makes them when touched.
-        checkpoint: its layers are checkpointed, by transformers' own mechanism; ``"cpu"`` holds their inputs in pinned
-            host memory meanwhile. True leaves a model that is checkpointed already as it is.
+        model: a ``PreTrainedModel``, or a module that holds one (as peft's). Only this instance is changed, no class.
+        attention: run attention in tiles, with masks evaluated per tile.
+        mlp: run token-wise MLPs in chunks of tokens, forward and backward.
+        loss: with labels, compute the loss without logits; ``outputs.logits`` computes them when used.
+        checkpoint: checkpoint the layers by transformers' own mechanism; ``"cpu"`` holds their inputs in pinned
+            host memory until backward. True leaves a model that is checkpointed already unchanged.
 
     Returns:
         A report of what was changed, and what was left and why; it can be printed, and plans a step before and after.
 
     Raises:
-        ValueError: it contains no transformers model, or one that is changed already.
+        ValueError: ``model`` contains no transformers model, or one that is changed already.
 
-    Call it before the model is compiled, sharded or given to DDP; after adapters are added.
+    Call it after adapters are added, and before the model is compiled, sharded or passed to DDP.
 
     Examples:
         >>> import torch
@@ -102,7 +101,7 @@ def make_memory_efficient(
         changed  layers: checkpointed
     """
     base = find_model(model)
-    require(RECORD not in base.__dict__, "model", "one as it was: restore(model) first", "one changed already")
+    require(RECORD not in base.__dict__, "model", "an unchanged one: call restore(model) first", "one changed already")
     require(checkpoint in (True, False, "cpu"), "checkpoint", 'True, False or "cpu"', repr(checkpoint))
     report, record = Report(weakref.ref(model)), Record()
     base.__dict__[RECORD] = record.entries
@@ -147,7 +146,7 @@ def _change_attention(model: PreTrainedModel, record: Record, report: Report) ->
     inner = {type(m) for m in model.modules() if isinstance(m, PreTrainedModel)}
     modules = [vars(sys.modules[kind.__module__]) for kind in inner]
     if not any(names.get(maker) is getattr(masking_utils, maker) for names in modules for maker in _MAKERS):
-        report.left.append((part, f"{type(model).__name__} makes its masks by itself, and they would be lost"))
+        report.left.append((part, f"{type(model).__name__} makes its own masks, which would be lost"))
         return
     if model.config.output_attentions:
         report.left.append((part, "its configuration asks for attention weights"))

@@ -1,4 +1,4 @@
-"""Checkpointing of layers by transformers' own mechanism."""
+"""Checkpoint layers by transformers' own mechanism."""
 
 from __future__ import annotations
 
@@ -15,13 +15,13 @@ def is_checkpointed(model: nn.Module) -> bool:
 
 
 def enable_checkpoints(model: PreTrainedModel, offload: bool = False) -> None:
-    """offload: inputs of layers wait in host memory (:class:`InputsOnHost`)."""
+    """Turn on checkpointing. offload: the layers' inputs wait in host memory (:class:`InputsOnHost`)."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
     own: dict[int, Any] = {}
     for module in model.modules() if offload else ():
         function = module.__dict__.get(_FUNCTION)
-        if function is not None:  # one that layers share stays one, which knows the order of their inputs
+        if function is not None:  # layers that share one keep sharing: it knows the order of inputs
             module.__dict__[_FUNCTION] = own.setdefault(id(function), InputsOnHost(function))
 
 

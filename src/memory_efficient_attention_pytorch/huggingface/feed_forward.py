@@ -1,4 +1,4 @@
-"""Token-wise MLPs, recognised by their structure and a trial, and computed in chunks of tokens."""
+"""Token-wise MLPs, recognised by their structure and a trial run, and computed in chunks of tokens."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ from ..torch_internals.tensors import are_plain
 def candidates(
     module: nn.Module, name: str = "", tried: dict[object, str | None] | None = None
 ) -> Iterator[tuple[str, nn.Module, str | None]]:
-    """The outermost MLPs by name, each with the reason to leave it or None. tried: copies without contents."""
+    """Yield the outermost MLPs as (name, module, reason to leave it or None). tried: reasons found so far on meta."""
     tried = {} if tried is None else tried
     for child_name, child in module.named_children():
         full = f"{name}.{child_name}" if name else child_name
         if hasattr(child, "experts"):
-            yield full, child, "a mixture of experts: tokens are routed, not cut"
+            yield full, child, "a mixture of experts: tokens are routed, not chunked"
         elif _looks_like_mlp(child):
             yield full, child, _objection(child, tried)
         else:
@@ -33,7 +33,7 @@ def candidates(
 
 
 def chunked_forward(module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The forward of an MLP, in chunks where that saves memory. Its own is kept at OWN, if it is not its class's."""
+    """Compute an MLP's forward, in chunks where that saves memory. A forward that is not its class's is kept at OWN."""
     own = module.__dict__.get(OWN) or partial(type(module).forward, module)
     whole: Callable[[Tensor], Tensor] = partial(own, *args, **kwargs)
     chunks = 1
@@ -57,10 +57,10 @@ class _Whole(nn.Module):
     def __init__(self, module: nn.Module, forward: Any) -> None:
         super().__init__()
         self.module, self.own_forward = module, forward
-        self.training = module.training  # as it is, not as a module that is made anew
+        self.training = module.training  # a new module would be in training mode
 
     def forward(self, x: Tensor) -> Tensor:
-        result: Tensor = self.own_forward(x.contiguous())  # a chunk of several sequences is not, and Conv1D asks for it
+        result: Tensor = self.own_forward(x.contiguous())  # Conv1D needs it, and a chunk of several sequences is not
         return result
 
 
@@ -76,12 +76,12 @@ def _widths(linear: nn.Module) -> tuple[int, int]:
 
 
 def _widest(module: nn.Module) -> int:
-    # Of a gated MLP both factors and their product are kept: as wide as its widest layer for two of the two counted.
+    # A gated MLP keeps two factors and their product; like any other, it counts as two tensors of its widest layer.
     return max(max(_widths(linear)) for linear in _linears(module))
 
 
 def _looks_like_mlp(module: nn.Module) -> bool:
-    """True for a module of one input and no mask with parameters of linear layers only, one wider than the input."""
+    """Return True for a module of one input and no mask, of linear layers only, one wider than the input."""
     linears = _linears(module)
     if len(linears) < 2 or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Linear) or _is_adapted(module):
         return False
@@ -99,15 +99,15 @@ def _looks_like_mlp(module: nn.Module) -> bool:
 
 
 def _is_adapted(module: nn.Module) -> bool:
-    """True if the module is one linear layer with its adapter."""
+    """Return True if the module is a linear layer with an adapter."""
     return hasattr(module, "base_layer")
 
 
 def _objection(module: nn.Module, tried: dict[object, str | None]) -> str | None:
-    """Why the module cannot be chunked, found by a trial: a token's output must depend on that token alone."""
+    """Return why the module cannot be chunked, found by a trial run: each output may depend on its own token only."""
     parameters = list(module.parameters())
     if any(p.device.type == "meta" for p in parameters):
-        # A copy is tried, once for all alike, whose weights are one number each and take no memory.
+        # One copy stands for all modules of its kind; its weights are one number each and take no memory.
         kind = type(module), *((name, p.shape) for name, p in module.named_parameters())
         if kind not in tried:
             numbers = {
@@ -117,7 +117,7 @@ def _objection(module: nn.Module, tried: dict[object, str | None]) -> str | None
             tried[kind] = _objection(copy.deepcopy(module, numbers), tried)
         return tried[kind]
     if not are_plain(*parameters):
-        return "its parameters are sharded: call make_memory_efficient before that"
+        return "its parameters are sharded: call make_memory_efficient before sharding"
     first = parameters[0]
     modes = [(m, m.training) for m in module.modules()]
     try:
@@ -127,12 +127,12 @@ def _objection(module: nn.Module, tried: dict[object, str | None]) -> str | None
             x = x.view(1, 4, -1)
             before, after = module(x), module(torch.cat((x[:, :1], x[:, 1:2] + 1, x[:, 2:]), 1))
     except (RuntimeError, TypeError, ValueError) as error:
-        return f"it could not be tried: {error}"
+        return f"a trial run failed: {error}"
     finally:
         for m, training in modes:
             m.training = training
     if not isinstance(before, Tensor) or before.shape != x.shape:
         return "it does not return one vector for each token"
-    others = [0, 2, 3]  # before and behind the token that changed: causal ones would look alike to those before it
+    others = [0, 2, 3]  # before and behind the changed token: a causal module changes only those behind it
     same = torch.equal(before[:, others], after[:, others])
     return None if same else "a token's output depends on other tokens"

@@ -1,4 +1,4 @@
-"""The loss of a causal language model without its logits, which are computed only when they are used."""
+"""The loss of a causal language model without its logits, which are computed only when used."""
 
 from __future__ import annotations
 
@@ -19,13 +19,14 @@ from ..loss.linear_cross_entropy import linear_cross_entropy
 from .visibility import NAME, divided_tokens
 
 _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", default=None)
-"""The head whose model computes a loss just now: without labels logits are what is asked for."""
+"""The head of the model that is computing a loss; None where logits are wanted."""
 
 
 class LazyLogits:
-    """``softcap · tanh(scale · (hidden @ weight.T + bias) / softcap)``, computed as a whole on first touch.
+    """Logits of ``hidden (…, d)``, computed when first used: ``scale · (hidden @ weight.T + bias)``.
 
-    Not a tensor: any attribute, operator or PyTorch function is applied to the tensor, which is computed then.
+    With ``tanh``: ``softcap · tanh(scale · (hidden @ weight.T + bias))``. Not a tensor: an attribute, operator or
+    PyTorch function asked of it computes the logits and applies to them.
     """
 
     def __init__(
@@ -47,7 +48,7 @@ class LazyLogits:
         return LazyLogits(self._head, self._hidden, self._scale * factor, tanh, dtype=self._dtype)
 
     def materialize(self) -> Tensor:
-        """The logits ``(…, V)``, with their graph."""
+        """Return the logits ``(…, V)``, differentiable."""
         if self._made is None:
             logits = nn.functional.linear(self._hidden, self._head.weight, self._head.bias)
             logits = (logits if self._dtype is None else logits.to(self._dtype)) * self._scale
@@ -55,6 +56,7 @@ class LazyLogits:
         return self._made
 
     def loss(self, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
+        """Return the cross-entropy with labels ``(…)``, without logits."""
         options: dict[str, Any] = {"bias": self._head.bias, "ignore_index": ignore_index, "reduction": reduction}
         if self._tanh:
             options |= {"softcap": self._softcap, "scale": self._scale * self._softcap}
@@ -80,17 +82,17 @@ class LazyLogits:
     __rmul__ = __mul__
 
     def contiguous(self) -> Any:
-        """Returns itself inside the model's forward (OPT), where the layout is not visible; afterwards a tensor."""
+        """Return itself inside the model's forward (OPT), where the layout does not show; afterwards a tensor."""
         return self if _HEAD_OF_A_LOSS.get() is self._head else self.materialize().contiguous()
 
     def float(self) -> Any:
-        """Stays lazy inside the model's forward (Mamba), whose loss is in fp32 anyway; afterwards a tensor."""
+        """Stay lazy inside the model's forward (Mamba), whose loss is in fp32 anyway; afterwards return a tensor."""
         if _HEAD_OF_A_LOSS.get() is not self._head:
             return self.materialize().float()
         return LazyLogits(self._head, self._hidden, self._scale, self._tanh, self._softcap, torch.float32)
 
     def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # copies and pickles ask for these before there is anything
+        if name.startswith("_"):  # copy and pickle ask for these before __init__ has run
             raise AttributeError(name)
         return getattr(self.materialize(), name)
 
@@ -122,12 +124,12 @@ def _touched(value: Any) -> Any:
 
 
 def objection(model: PreTrainedModel) -> str | None:
-    """Why the model's loss has to stay as it is, or None."""
+    """Return why the model's loss must stay unchanged, or None."""
     head = model.get_output_embeddings()
     if head is None:
-        return "it has no language model's head"
+        return "it has no language model head"
     if type(head) is not nn.Linear:
-        return f"its head is no plain linear layer: {type(head).__name__}"
+        return f"its head is not a plain linear layer: {type(head).__name__}"
     if getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return "its loss is not ForCausalLMLoss"
     if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:
@@ -136,8 +138,8 @@ def objection(model: PreTrainedModel) -> str | None:
 
 
 def head_forward(head: nn.Linear, hidden: Tensor) -> Any:
-    """The head's forward: lazy logits while its model computes a loss."""
-    # A head that is wrapped by itself (sharded, offloaded) has its weight during its forward only.
+    """Compute the head's output: lazy logits while its model computes a loss."""
+    # A head that is sharded or offloaded by itself has its weight during its forward only.
     alone = type(head) is nn.Linear and not hasattr(head, "_hf_hook") and not torch.compiler.is_compiling()
     if alone and _HEAD_OF_A_LOSS.get() is head:
         return LazyLogits(head, hidden)
@@ -145,7 +147,7 @@ def head_forward(head: nn.Linear, hidden: Tensor) -> Any:
 
 
 def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
-    """A model's forward, given its class's: where it has labels, its head returns lazy logits."""
+    """Return a model's forward, given its class's: with labels, its head returns lazy logits."""
 
     names = list(inspect.signature(own).parameters)[1:]
 
@@ -155,7 +157,7 @@ def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
             given = {**dict(zip(names, args, strict=False)), **kwargs}
             args, kwargs = (), of_divided(self, divided, given)
         labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
-        if labels is None or torch.compiler.is_compiling():  # whose graphs have logits, as before
+        if labels is None or torch.compiler.is_compiling():  # a compiled model computes logits, as before
             return own(self, *args, **kwargs)
         token = _HEAD_OF_A_LOSS.set(self.get_output_embeddings())
         try:
@@ -167,14 +169,17 @@ def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def of_divided(model: PreTrainedModel, divided: Divided, given: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of a model's forward where tokens are divided over processes."""
+    """Return the keywords of a model's forward where tokens are divided over processes.
+
+    Raises ValueError for a cache or another number of tokens than the process has.
+    """
     name = type(model).__name__
     if model.config._attn_implementation != NAME:
         refuse_divided(f"{name}, whose attention is its own")
-    require(given.get("past_key_values") is None, "past_key_values", "none where tokens are divided", "a cache")
+    require(given.get("past_key_values") is None, "past_key_values", "None where tokens are divided", "a cache")
     require(not given.get("use_cache"), "use_cache", "False where tokens are divided", True)
     like = next(given[key] for key in ("input_ids", "inputs_embeds") if given.get(key) is not None)
-    expected = f"{divided.local_tokens} tokens, as many as each process has of the sequence"
+    expected = f"{divided.local_tokens} tokens, each process's part of the sequence"
     require(like.shape[1] == divided.local_tokens, "input_ids", expected, like.shape[1])
     tokens, positions = divided_tokens(divided, given.get("attention_mask"), given.get("position_ids"), like)
     return {**given, "attention_mask": tokens, "position_ids": positions, "use_cache": False}
@@ -189,14 +194,14 @@ def causal_lm_loss(
     shift_labels: Tensor | None = None,
     **kwargs: Any,
 ) -> Tensor:
-    """transformers' ``ForCausalLMLoss``, computed from lazy logits without materialising them.
+    """Compute transformers' ``ForCausalLMLoss`` from lazy logits without materialising them.
 
-    Labels are shifted by one (shift_labels are shifted already); the sum over those that are not ignore_index is
-    divided by num_items_in_batch, or by their number. Without a valid label the mean is 0, not NaN.
+    Labels ``(b, n)`` are shifted by one (shift_labels are shifted already); the sum over those that are not
+    ignore_index is divided by num_items_in_batch, or by their number. Without a valid label the mean is 0, not NaN.
     """
     divided = active()
     if not isinstance(logits, LazyLogits) or logits._made is not None:
-        refuse_divided("a loss whose logits are made")
+        refuse_divided("a loss from materialised logits")
         given: dict[str, Any] = {
             "num_items_in_batch": num_items_in_batch,
             "ignore_index": ignore_index,

@@ -1,4 +1,4 @@
-"""Our Transformer as a transformers model, which is loaded, saved, trained and generates as any other."""
+"""Our Transformer as a transformers model, which loads, saves, trains and generates as any other."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from ..models.transformer import Transformer
 
 
 class MemoryEfficientConfig(PreTrainedConfig):
-    """The fields of :class:`TransformerConfig`, with ``causal`` true, and those of any ``PreTrainedConfig``.
+    """Holds the fields of :class:`TransformerConfig`, with ``causal`` true, and those of any ``PreTrainedConfig``.
 
     Examples:
         >>> from memory_efficient_attention_pytorch.huggingface import MemoryEfficientConfig
@@ -30,7 +30,7 @@ class MemoryEfficientConfig(PreTrainedConfig):
     """
 
     model_type = "memory_efficient_transformer"
-    attribute_map = {  # noqa: RUF012  (so declared by transformers)
+    attribute_map = {  # noqa: RUF012  (transformers declares it so)
         "vocab_size": "num_tokens",
         "hidden_size": "dim",
         "num_hidden_layers": "depth",
@@ -63,15 +63,15 @@ class MemoryEfficientConfig(PreTrainedConfig):
     tie_word_embeddings: bool = False  # the Transformer ties by having one weight
 
     def transformer_keywords(self) -> dict[str, Any]:
-        """The keywords of :class:`Transformer`."""
+        """Return the keywords of :class:`Transformer`."""
         chosen = {name: getattr(self, name) for name in KNOBS if name != "causal"}
         if isinstance(chosen["window"], list):
-            chosen["window"] = tuple(chosen["window"])  # as JSON has it
+            chosen["window"] = tuple(chosen["window"])  # JSON has no tuples
         return chosen | {"causal": True}
 
 
 class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
-    """A causal :class:`Transformer`, which is its ``net``, behind transformers' interface.
+    """Wraps a causal :class:`Transformer`, its ``net``, in transformers' interface.
 
     Examples:
         >>> import torch
@@ -97,7 +97,10 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
 
     @classmethod
     def of(cls, net: Transformer, keywords: dict[str, Any], **others: Any) -> MemoryEfficientForCausalLM:
-        """The same weights as ``net``, which was built with these keywords; others: of the configuration."""
+        """Return a model with ``net``'s weights. keywords: those ``net`` was built with; others: of the configuration.
+
+        Raises ValueError if ``net`` is not causal.
+        """
         require(net.causal, "net", "a causal Transformer", "another")
         own = {name: value for name, value in keywords.items() if name != "causal"}
         model = cls(MemoryEfficientConfig(**own, **others))
@@ -106,7 +109,7 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         return model
 
     def _init_weights(self, module: nn.Module) -> None:
-        """Of weights that a file lacks. Else the Transformer's layers are initialised as they are made."""
+        """Initialise weights that a file lacks; without a file the layers have initialised themselves."""
         reset: Any = getattr(module, "reset_parameters", None)
         if self._loaded and module is self.net.token_emb:
             self.net.initialise_embedding()
@@ -203,12 +206,12 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         expected = (torch.arange(total, device=given.device) - seen.int().argmax(1, keepdim=True))[:, before:]
         same = (given == expected) | ~seen[:, before:]
         require(
-            bool(same.all()), "position_ids", "those that follow from attention_mask", "others, as of packed sequences"
+            bool(same.all()), "position_ids", "those that follow from attention_mask", "others, as for packed sequences"
         )
 
 
 class _Behind(KVCache):
-    """A transformers cache behind :class:`KVCache`'s interface; layers are numbered in the order of their calls."""
+    """Wraps a transformers cache in :class:`KVCache`'s interface; layers are numbered in the order of their calls."""
 
     def __init__(self, cache: Cache, length: int) -> None:
         super().__init__()

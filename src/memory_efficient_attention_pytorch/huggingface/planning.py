@@ -1,4 +1,4 @@
-"""Plans of a transformers model's training step, as it is and after make_memory_efficient."""
+"""Plan a transformers model's training step, as it is and after make_memory_efficient."""
 
 from __future__ import annotations
 
@@ -26,10 +26,11 @@ AS_IT_IS, CHECKPOINTED, EFFICIENT = "as it is", "with its own checkpointing", "a
 
 @dataclass(frozen=True)
 class StepPlans:
-    """A step's plans by the state the model is in: ``"as it is"``, ``"with its own checkpointing"`` and ``"after
-    make_memory_efficient"``; one that is checkpointed already, or cannot be, has no plan of the first, or the second.
+    """Holds a step's plans by the model's state.
 
-    longest: where there is a budget, the most tokens in a sequence that fits, of each.
+    The states are ``"as it is"`` (unless the model is checkpointed already), ``"with its own checkpointing"`` (if it
+    supports that) and ``"after make_memory_efficient"``. longest: with a budget, the longest sequence in tokens that
+    fits, by state.
     """
 
     plans: Mapping[str, Plan]
@@ -37,6 +38,7 @@ class StepPlans:
 
     @property
     def after(self) -> Plan:
+        """The plan of the changed model."""
         return self.plans[EFFICIENT]
 
     def __str__(self) -> str:
@@ -55,7 +57,7 @@ def load_on_meta(directory: str | Path) -> PreTrainedModel:
         config = AutoConfig.from_pretrained(directory, local_files_only=True, trust_remote_code=False)
         with torch.device("meta"):
             model: nn.Module = AutoModelForCausalLM.from_config(config)
-    except Exception as error:  # whatever a configuration's values make its code stumble over
+    except Exception as error:  # a configuration's values can make its code fail in any way
         raise ValueError(f"model: expected {expected}, got {directory}: {_first_line(error)}") from error
     return find_model(model.train())
 
@@ -69,14 +71,15 @@ def plan_step(
     device: torch.device | str | None = None,
     **options: Any,
 ) -> StepPlans:
-    """Plan a step on ``(batch_size, seq_len)`` tokens, which are the labels as well, of a model that
-    ``make_memory_efficient`` changed and of what it was before. The model is not touched.
+    """Plan a step of a model that ``make_memory_efficient`` changed, before and after. The model is not touched.
 
-    Further options are those of :func:`plan`.
+    The step is on ``(batch_size, seq_len)`` tokens that are their own labels. Further options are those of
+    :func:`plan`.
 
     Raises:
-        ValueError: more tokens than the model has positions for, or it has no such step.
-        NotImplementedError: what a model does depends on its data, as where experts are chosen; names the operation.
+        ValueError: ``seq_len`` exceeds the model's positions, or the model computes no loss from labels.
+        NotImplementedError: the model's operations depend on its data, as where experts are chosen; the message names
+            the operation.
     """
     positions = _learned_positions(changed)
     require(positions is None or seq_len <= positions, "seq_len", f"at most the model's {positions} positions", seq_len)
@@ -94,8 +97,8 @@ def plan_step(
                 longest[state] = found if positions is None else min(found, positions)
         except NotImplementedError:
             raise
-        except RuntimeError as error:  # of an operator that has no answer without contents, or none on this device
-            raise NotImplementedError(f"the model {state} cannot be run dry: {_first_line(error)}") from error
+        except RuntimeError as error:  # from an operator that needs values, or does not exist on this device
+            raise NotImplementedError(f"the model {state} cannot be dry-run: {_first_line(error)}") from error
     return StepPlans(plans, longest)
 
 
@@ -113,7 +116,7 @@ def _states(changed: nn.Module) -> list[tuple[str, nn.Module]]:
 
 
 def on_meta(model: nn.Module) -> nn.Module:
-    """A copy in training mode, without memory for weights."""
+    """Return a copy in training mode with weights on the meta device, which take no memory."""
     memo: dict[int, Any] = {}
     for tensor in [*model.parameters(), *model.buffers()]:
         shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
@@ -127,15 +130,15 @@ def on_meta(model: nn.Module) -> nn.Module:
 
 
 class ExampleInputs:
-    """Example inputs of a training step by batch and length: tokens that are their own labels.
+    """Makes a training step's inputs from batch size and length: tokens that are their own labels.
 
-    Where a model takes a cache it gets one that is empty and stays so: then transformers does not look for packed
-    sequences in positions, which without contents it would take for some, and make an n × n mask.
+    A model that takes a cache gets one that stays empty. Without it transformers looks for packed sequences in the
+    positions, assumes them where tensors have no contents, and makes an n × n mask.
     """
 
     def __init__(self, model: nn.Module) -> None:
         taken = inspect.signature(type(find_model(model)).forward).parameters
-        require("labels" in taken, "model", "one that makes a loss of labels", type(find_model(model)).__name__)
+        require("labels" in taken, "model", "one that computes a loss from labels", type(find_model(model)).__name__)
         self.others: dict[str, Any] = {"use_cache": False} if "use_cache" in taken else {}
         if "past_key_values" in taken and not isinstance(find_model(model), MemoryEfficientForCausalLM):
             self.others["past_key_values"] = _NoCache()
@@ -154,7 +157,7 @@ class _NoCache(Cache):
 
 
 def _without_cache(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
-    """The masks are made: a layer that is checkpointed would warn that it cannot have the cache."""
+    """Drop the empty cache once masks are made: a checkpointed layer would warn about it."""
 
     def seen(value: Any) -> Any:
         return None if isinstance(value, _NoCache) else value
@@ -163,7 +166,7 @@ def _without_cache(layer: nn.Module, args: tuple[Any, ...], kwargs: dict[str, An
 
 
 def _learned_positions(model: nn.Module) -> int | None:
-    """How many tokens a model that has a vector for each position can take; None if that does not limit it."""
+    """Return how many tokens a model with learned positions can take; None if positions set no limit."""
     base = find_model(model)
     most = getattr(base.config.get_text_config(), "max_position_embeddings", None)
     others = {id(base.get_input_embeddings()), id(base.get_output_embeddings())}

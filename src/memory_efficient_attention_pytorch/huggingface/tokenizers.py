@@ -1,4 +1,4 @@
-"""Tokenizers as transformers loads them: one that is a file of the tokenizers library, and bytes."""
+"""Tokenizers as transformers loads them: from a file of the tokenizers library, and of bytes."""
 
 from __future__ import annotations
 
@@ -9,16 +9,15 @@ from transformers import PreTrainedTokenizerFast
 
 
 def tokenizer_of_file(path: Path, end_id: int | None) -> Any:
-    """A tokenizer.json of the tokenizers library; end_id: the token that ends a document, and that pads."""
+    """Load a tokenizer.json of the tokenizers library. end_id: the token that ends a document and pads."""
     return _fast({"tokenizer_file": str(path)}, end_id)
 
 
 def byte_tokenizer(end_id: int | None = 0) -> Any:
-    """Each byte of UTF-8 is the token of its number."""
+    """Make a tokenizer in which each byte of UTF-8 is the token of its value. end_id: ends a document and pads."""
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
-    # The characters by which the byte-level pre-tokenizer stands for bytes: printable ones for themselves, and those
-    # from 256 on for the others, in order.
+    # The byte-level pre-tokenizer writes printable bytes as themselves, the others as characters from 256 on, in order.
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     others = [byte for byte in range(256) if byte not in printable]
     characters = {byte: chr(byte) for byte in printable} | {byte: chr(256 + i) for i, byte in enumerate(others)}

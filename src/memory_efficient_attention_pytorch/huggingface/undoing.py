@@ -1,4 +1,4 @@
-"""Undoing changes to a model: a record of the previous contents of objects' ``__dict__``."""
+"""Undo changes to a model from a record of the previous contents of objects' ``__dict__``."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from transformers import PreTrainedModel
 from ..common.errors import require
 
 RECORD = "_memory_efficient_changes"
-HOOKS = "_require_grads_hooks"  # of transformers: checkpointing lets embeddings ask for gradients
+HOOKS = "_require_grads_hooks"  # set by transformers: checkpointing makes embeddings require gradients
 
 
 def find_model(model: nn.Module) -> PreTrainedModel:
+    """Return the transformers model that is or is in ``model``; raises ValueError if there is none."""
     found = next((m for m in model.modules() if isinstance(m, PreTrainedModel)), None)
     require(found is not None, "model", "a model of transformers, or a module that holds one", type(model).__name__)
     assert found is not None
@@ -49,7 +50,7 @@ def restore(model: nn.Module) -> None:
         >>> restore(model)
     """
     base = find_model(model)
-    require(RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "one as it was")
+    require(RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "an unchanged one")
     record = base.__dict__.pop(RECORD)
     if any(name == HOOKS and not value for _, name, value, _ in record):
         base.disable_input_require_grads()

@@ -21,7 +21,7 @@ from ..common.divided import Divided, refuse_divided
 from ..common.errors import require
 
 NAME = "memory_efficient"
-"""What transformers knows this way of computing by."""
+"""The name under which attention and masks are registered with transformers."""
 
 IndexFunction = Callable[..., Any]
 
@@ -30,14 +30,14 @@ IndexFunction = Callable[..., Any]
 class Visible:
     """Arguments of :func:`dot_product_attention` that travel through a model in place of its mask.
 
-    queries, keys: how many of each the mask is for. Layers share it, and with it what is known of its tiles.
+    queries, keys: the numbers the mask is for. Layers share the object and so what has been learnt of its tiles.
     """
 
     queries: int
     keys: int
     arguments: dict[str, Any]
     divided: Divided | None = None
-    ndim = 4  # as a mask that is made, which transformers hands on
+    ndim = 4  # transformers passes 4-d masks on unchanged
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -49,12 +49,12 @@ class Visible:
 
 @dataclass(frozen=True)
 class DividedTokens:
-    """Padding and document numbers ``(b, local)`` of tokens divided over processes, in the place of a padding mask."""
+    """Padding and document numbers ``(b, local)`` of tokens divided over processes, in place of a padding mask."""
 
     divided: Divided
     padding: Tensor | None
     document_ids: Tensor | None
-    ndim = 4  # not one that transformers would look into
+    ndim = 4  # transformers does not look into 4-d masks
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -64,9 +64,13 @@ class DividedTokens:
 def divided_tokens(
     divided: Divided, attention_mask: Tensor | None, position_ids: Tensor | None, like: Tensor
 ) -> tuple[DividedTokens, Tensor]:
-    """What takes the place of the mask, and the positions ``(b|1, local)`` in the whole, where ``like (b, local, …)``
-    is of this process's tokens. As on one process, positions without a mask that do not count on by one begin a
-    document."""
+    """Return what replaces the mask, and positions ``(b or 1, local)`` in the whole sequence.
+
+    like: ``(b, local, …)``, of this process's tokens. As on one process, without a mask a position that is not its
+    predecessor's plus one begins a document.
+
+    Raises ValueError for a mask of another shape than ``(b, local)``.
+    """
     if attention_mask is not None:
         expected = f"shape (batch, tokens of this process) = {(len(like), divided.local_tokens)}"
         came = getattr(attention_mask, "shape", type(attention_mask).__name__)
@@ -88,7 +92,7 @@ class _Simple(NamedTuple):
     left: int | None = None  # keys before a query's own, None for all
     right: int | None = None
     document_ids: Tensor | None = None
-    chunks: tuple[int, Tensor] | None = None  # of so many tokens, counted from (b,) on
+    chunks: tuple[int, Tensor] | None = None  # tokens per chunk, first token (b,)
 
 
 @torch.compiler.disable  # type: ignore[untyped-decorator]  # looks at closures and values: one break of the graph for all layers
@@ -103,12 +107,12 @@ def memory_efficient_mask(
     use_vmap: bool = False,
     **ignored: Any,
 ) -> Visible:
-    """The mask function for ``AttentionMaskInterface``: query i is at ``i + q_offset``, key j at ``j + kv_offset``."""
-    if isinstance(attention_mask, Visible):  # made before, as generation does for caches of fixed size
+    """Make a mask for ``AttentionMaskInterface``: query i is at ``i + q_offset``, key j at ``j + kv_offset``."""
+    if isinstance(attention_mask, Visible):  # made before, as generation does for static caches
         return attention_mask
     if isinstance(attention_mask, DividedTokens):
         return _of_divided(attention_mask, q_length, kv_length, None if use_vmap else _simple(mask_function))
-    refuse_divided("a model whose loss make_memory_efficient left")
+    refuse_divided("a model whose loss make_memory_efficient left unchanged")
     arguments: dict[str, Any] = {}
     padding = _padding(attention_mask, kv_length, kv_offset)
     parts = None if use_vmap else _simple(mask_function)
@@ -124,7 +128,7 @@ def memory_efficient_mask(
             size, first = parts.chunks
             keys = torch.arange(kv_offset, kv_offset + kv_length, device=first.device)
             documents = (keys - first[:, None]) // size
-        # transformers that is traced, which cannot look, hands on documents where there is one.
+        # While traced, transformers cannot look at values and passes document numbers even for a single document.
         if documents is not None and not _is_constant(documents):
             arguments["document_ids"] = documents
         if padding is not None:
@@ -143,7 +147,7 @@ def memory_efficient_mask(
 def _of_divided(tokens: DividedTokens, queries: int, keys: int, parts: _Simple | None) -> Visible:
     known = parts is not None and parts.document_ids is None and parts.chunks is None
     if parts is None or not known or (queries, keys) != (tokens.divided.local_tokens,) * 2:
-        raise NotImplementedError("mask: of tokens divided over processes, only causality and windows are supported")
+        raise NotImplementedError("mask: tokens divided over processes support only causality and windows")
     sides = (parts.left, parts.right)
     given: dict[str, Any] = {"mask": tokens.padding, "document_ids": tokens.document_ids}
     given |= {"causal": parts.causal, "window": None if sides == (None, None) else sides}
@@ -152,7 +156,7 @@ def _of_divided(tokens: DividedTokens, queries: int, keys: int, parts: _Simple |
 
 
 def _padding(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | None:
-    """Key padding ``(b, keys)``, True at tokens; None if there is no padding."""
+    """Return key padding ``(b, keys)``, True at tokens; None if there is no padding."""
     if attention_mask is None:
         return None
     missing = max(0, keys + offset - attention_mask.shape[-1])
@@ -161,13 +165,13 @@ def _padding(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | 
 
 
 def _is_constant(tensor: Tensor) -> bool:
-    """True if each row holds a single value; False for tensors without contents."""
+    """Return True if each row holds a single value; False for tensors without contents."""
     known = type(tensor) is Tensor and tensor.device.type != "meta"
     return known and bool((tensor == tensor[:, :1]).all())
 
 
 def _simple(function: IndexFunction) -> _Simple | None:
-    """The parts that the mask function is composed of, if each has a counterpart; else None."""
+    """Return the parts that the mask function is composed of, if each has a counterpart; else None."""
     if function is masking_utils.causal_mask_function:
         return _Simple(causal=True)
     if function is masking_utils.bidirectional_mask_function:
@@ -188,8 +192,8 @@ def _simple(function: IndexFunction) -> _Simple | None:
         return _Simple(chunks=(held["chunk_size"], held["left_padding"]))
     if made_by == "packed_sequence_mask_function" and set(held) == {"packed_sequence_mask"}:
         return _Simple(document_ids=held["packed_sequence_mask"])
-    # Inside of one packed sequence positions count on by one: distances, all that is looked at, are those of indices.
-    # transformers uses it together with the mask of packed sequences only.
+    # Within a packed sequence positions increase by one, so distances, all that matters here, are those of indices.
+    # transformers uses this only together with the mask of packed sequences.
     if made_by == "remap_positions_for_packed_sequence" and set(held) == {"mask_function", "position_ids"}:
         return _simple(held["mask_function"])
     return None
@@ -210,7 +214,7 @@ def _both(parts: list[_Simple]) -> _Simple | None:
 
 
 def _vmapped(function: IndexFunction) -> IndexFunction:
-    """Map a user's function, which may be written for numbers, over each index, as transformers itself does."""
+    """Vectorise a user's function, which may be written for scalars, over each index, as transformers itself does."""
     for dims in ((None, None, None, 0), (None, None, 0, None), (None, 0, None, None), (0, None, None, None)):
         function = torch.vmap(function, in_dims=dims, out_dims=0)
 

@@ -1,4 +1,4 @@
-"""What a training step needs, known before it runs: a dry run of the real code under fake tensors."""
+"""Predict what a training step needs before it runs, by a dry run of the real code on fake tensors."""
 
 from ..common.sizes import available_memory, format_size, parse_size
 from .plan import Option, Plan, max_seq_len, plan

@@ -1,7 +1,7 @@
-"""What a device's allocator and kernels take beyond the tensors themselves: the calibrated part of a plan.
+"""Memory that a device's allocator and kernels take beyond the tensors themselves: the calibrated part of a plan.
 
 The figures for the CPU were measured operator by operator with ``benchmarks/planner_accuracy.py --operators``. Those
-for CUDA are what the kernels and the allocator of PyTorch 2.13 ask for by their source.
+for CUDA were read from the source of PyTorch 2.13's kernels and allocator.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ PAGE = 4 * KIB
 
 
 class Loop(NamedTuple):
-    """What a loop did: its operations by name, how each row differs from the state it began in, and its arithmetic.
+    """A recorded loop: names of its operations, rows of live bytes less the bytes live at its start, and its FLOPs.
 
-    kept: what libraries keep of it for good, each from which row on; the rows are without.
+    kept: (first row, key, bytes) of each buffer that libraries keep for good, which the rows do not include.
     """
 
     names: list[str]
@@ -37,7 +37,7 @@ class Loop(NamedTuple):
 class Accounting:
     """Turns tensors' bytes into a device's bytes, over one run. ``threads``: those of the CPU's kernels.
 
-    loops: what loops did, in any run. kept: what libraries keep for good of the operations so far, in order, in bytes.
+    loops: loops recorded in any run. kept: bytes that libraries keep for good after the operations so far, in order.
     """
 
     device: torch.device
@@ -46,37 +46,37 @@ class Accounting:
     kept: dict[object, int] = field(default_factory=dict, init=False)
 
     def anew(self) -> Accounting:
-        """The same for another run."""
+        """Return a copy for another run: with the recorded loops, without what libraries keep."""
         return replace(self)
 
     def rounding(self, nbytes: int) -> int:
-        """Bytes the device's allocator adds to an allocation of ``nbytes``."""
+        """Return the bytes that the device's allocator adds to an allocation of ``nbytes``."""
         return 0
 
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
-        """Bytes that an operation's kernel allocates for itself while it runs."""
+        """Return the bytes that an operation's kernel allocates for itself while it runs."""
         return 0
 
     def in_transit(self, collective: str, arguments: tuple[Any, ...]) -> int:
-        """Bytes that a collective of torch.distributed allocates for itself while it runs."""
+        """Return the bytes that a collective of torch.distributed allocates for itself while it runs."""
         return 0
 
 
 def accounting_for(device: torch.device, threads: int | None = None) -> Accounting:
-    """The accounting of a device; ``threads`` of the CPU's kernels, PyTorch's own number if None."""
+    """Return the accounting of a device; ``threads``: those of the CPU's kernels, PyTorch's own number if None."""
     kinds = {"cpu": CpuAccounting, "cuda": CudaAccounting}
     return kinds.get(device.type, Accounting)(device, threads or torch.get_num_threads())
 
 
 @dataclass
 class CpuAccounting(Accounting):
-    """Pages of the process, buffers of kernels, copies that some of them make, and compiled kernels that are kept."""
+    """Whole pages, the kernels' buffers, the copies that some kernels make, and compiled kernels that are kept."""
 
     def __post_init__(self) -> None:
         self.kept["matrix products and heap"] = _RESIDENT
 
     def rounding(self, nbytes: int) -> int:
-        # Header and alignment; from 64 KiB on a block has pages of its own.
+        # Header and alignment; a block of at least 64 KiB has pages of its own.
         return -nbytes % PAGE + PAGE if nbytes >= 64 * KIB else 64
 
     def workspace(self, operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any]) -> int:
@@ -107,13 +107,13 @@ class CpuAccounting(Accounting):
         return taken
 
     def in_transit(self, collective: str, arguments: tuple[Any, ...]) -> int:
-        """Gloo's: what is gathered arrives in one tensor, what is scattered is summed in a copy."""
+        """Return the bytes Gloo allocates: it gathers into one tensor and sums what it scatters in a copy."""
         return sum(tensor.nbytes for tensor in tree_leaves(arguments[0])) if collective in _COPIED else 0
 
 
 @functools.cache
 def operator_name(operation: Any) -> str:
-    """``"aten::add"`` of any of its overloads."""
+    """Return the name without the overload: ``"aten::add"``."""
     return str(operation.name()).partition(".")[0]
 
 
@@ -126,12 +126,12 @@ def has_amx() -> bool:
 
 _COPIED = ("all_gather", "reduce_scatter")
 _CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
-# oneDNN's, which not every build has.
+# oneDNN's operators, which not every build has.
 _PRODUCT, _TILE_PRODUCT = "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise_"
-# What matrix products and the C library's heap keep once they have run.
+# Kept by matrix products and the C library's heap after first use.
 _RESIDENT = 2 * MIB
-# What oneDNN keeps of each shape and layout that it has compiled a kernel for, in half precision, which of x86
-# processors those without AVX-512 leave to PyTorch's own loops.
+# Kept by oneDNN for each shape and layout that it has compiled a kernel for in half precision. x86 processors without
+# AVX-512 compute half precision by PyTorch's own loops instead.
 _KEPT = {
     **dict.fromkeys(("aten::mm", "aten::addmm", "aten::addmm_", "aten::bmm", "aten::baddbmm"), 540 * KIB),
     _CPU_ATTENTION: 1750 * KIB,
@@ -141,9 +141,9 @@ _KEPT = {
 _BLOCK, _RAGGED, _RAGGED_PER_THREAD = 512, 8 * MIB, 4 * MIB
 # The same of each shape in single precision.
 _KEPT_IN_SINGLE = {_PRODUCT: 590 * KIB, _TILE_PRODUCT: 170 * KIB}
-# What oneDNN's products of attention tiles keep per thread.
+# Kept per thread by oneDNN's products of attention tiles.
 _TILE_BUFFERS = 1500 * KIB
-# Per thread, in single and in half precision.
+# Buffers per thread, in single and in half precision.
 _BUFFERS = {
     _CPU_ATTENTION: (500 * KIB, 700 * KIB),
     _CPU_ATTENTION + "_backward": (950 * KIB, 1600 * KIB),
@@ -156,7 +156,7 @@ def _is_ragged(length: int) -> bool:
 
 
 def _converted(tensors: list[Tensor]) -> int:
-    """The CPU computes element by element in one dtype, into which it first copies operands of another."""
+    """Return the bytes of converted copies: element-wise CPU kernels first copy operands to a common dtype."""
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim()]
     common = functools.reduce(torch.promote_types, (tensor.dtype for tensor in floating), torch.bfloat16)
     return sum(tensor.numel() * common.itemsize for tensor in floating if tensor.dtype != common)
@@ -176,7 +176,7 @@ class CudaAccounting(Accounting):
         if operator_name(operation) in _ATTENTION_BACKWARD:
             b, h, n, d = map(int, arguments[1].shape)
             rows = b * h * math.ceil(n / 128) * 128
-            # The gradient of the queries is summed in fp32, beside one number for each row.
+            # The gradient of the queries is summed in fp32, with one more number for each row.
             return 4 * rows * (math.ceil(d / 32) * 32 + 1)
         return 0
 

@@ -10,11 +10,11 @@ from ..layers.working_set import splits
 from ..models.config import TransformerConfig
 
 LEAST_TOKENS = 128
-"""The tokens of a feed-forward's chunk below which its matrix products would suffer."""
+"""Tokens per feed-forward chunk below which its matrix products become slow."""
 
 
 class Candidate(NamedTuple):
-    """A way of running the step, by what is new in it and how it changes the settings of those before."""
+    """A way of running the step: its name, and its changes to the settings of the candidates before it."""
 
     name: str
     changes: Mapping[str, Any]
@@ -28,11 +28,11 @@ def candidates(
     offload: bool = False,
     pieces: Mapping[str, int] = MappingProxyType({}),
 ) -> list[Candidate]:
-    """In the order in which each trades some speed for memory. What the configuration says stays as it is.
+    """Return the candidates from the fastest to the leanest. Settings in the configuration stay as they are.
 
     Under mixed precision reversal is exact, since rounding in low precision would grow from block to block.
-    ``offload``: whether host memory is another than the device's, so that moving kept attention there saves any.
-    ``pieces``: what the layers choose by themselves, which is no slower where activations are computed again anyhow.
+    ``offload``: whether the device has memory of its own, so that moving kept attention to the host saves some.
+    ``pieces``: the layers' own choice of numbers of pieces, which cost nothing where activations are recomputed anyway.
     """
     settings: dict[str, Any] = {}
     found: list[Candidate] = []

@@ -1,4 +1,4 @@
-"""One training step of the real code under fake tensors: nothing is computed, every allocation is seen."""
+"""Run one training step of the real code on fake tensors: nothing is computed, every allocation is seen."""
 
 from __future__ import annotations
 
@@ -36,13 +36,15 @@ OptimizerMaker = Callable[[list[nn.Parameter]], torch.optim.Optimizer]
 
 @dataclass(frozen=True)
 class Step:
-    """A step to be run dry.
+    """A step to dry-run.
 
-    ``args`` and ``kwargs`` go to the model's forward; their tensors give shapes and dtypes alone and may live on any
-    device, ``meta`` included. ``loss`` makes a scalar of what the model returns; None: there is no training, only a
-    forward pass in eval mode, and another with ``then`` in place of ``args`` where that is given. ``dtype``: of
-    parameters and floating-point buffers (None: as they are). ``autocast``: the dtype of mixed precision (None: off).
-    ``keep_gradients``: they exist when the step begins, as where they are accumulated; otherwise backward makes them.
+    ``args`` and ``kwargs`` go to the model's forward; only the shapes and dtypes of their tensors matter, which may be
+    on any device, ``meta`` included. ``loss`` turns the model's output into a scalar; None means no training, only a
+    forward pass in eval mode, followed by one with ``then`` in place of ``args`` if given. ``dtype``: of parameters and
+    floating-point buffers (None: unchanged). ``autocast``: the dtype of mixed precision (None: off).
+    ``keep_gradients``: whether gradients exist when the step begins, as in gradient accumulation; otherwise backward
+    allocates them. ``shards``: processes that parameters are sharded over. ``context``: (tokens of the whole sequence,
+    processes they are divided over), or None.
     """
 
     model: nn.Module
@@ -59,16 +61,16 @@ class Step:
 
 
 def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> Timeline:
-    """Record a training step as all but the first are: the optimizer's state exists when it begins.
+    """Record a training step other than the first: the optimizer's state exists when it begins.
 
-    The model is not touched: a copy gets fake parameters and buffers. ``every_part``: go through all of
-    this package's loops over equal parts, which changes nothing but the time.
+    The model is not touched: a copy gets fake parameters and buffers. ``every_part``: run all iterations of this
+    package's loops over equal parts, which changes nothing but the time.
 
-    Raises NotImplementedError, naming the operation, for a model whose shapes depend on the data or that wants it.
+    Raises NotImplementedError, naming the operation, for a model whose shapes depend on the data or that reads values.
     """
     kinds = fake_tensors()
     if kinds is None:
-        raise NotImplementedError("this PyTorch has no fake tensors, without which nothing can be run dry")
+        raise NotImplementedError("this PyTorch has no fake tensors, which a dry run needs")
     planned = accounting.device.type
     device = torch.device("cpu") if planned == "cpu" else STAND_IN
     with ExitStack() as entered:
@@ -143,21 +145,21 @@ def _infer(
 
 @contextmanager
 def _contents_asked_for(ledger: Ledger) -> Iterator[None]:
-    """Tensor.numpy is no operation that a dispatch mode would see."""
+    """Report a call of Tensor.numpy, which a dispatch mode does not see."""
     try:
         yield
     except RuntimeError as error:
         if ".numpy() is not supported" not in str(error):
             raise
         raise NotImplementedError(
-            f"Tensor.numpy in the {ledger.phase} cannot be run dry: it asks for contents, and there are none"
+            f"Tensor.numpy in the {ledger.phase} cannot be dry-run: it reads values, and fake tensors have none"
         ) from error
 
 
 def _set_up(trained: list[nn.Parameter], step: Step, ledger: Ledger, at_once: bool) -> torch.optim.Optimizer | None:
-    """Make what exists before a training step besides the model: the optimizer's state and, if kept, gradients.
+    """Allocate what exists before a training step besides the model: optimizer state and, if kept, gradients.
 
-    at_once: the device's optimizers update all parameters at once, unless told otherwise.
+    at_once: whether the device's optimizers update all parameters at once by default.
     """
     with ledger.during("gradients"):
         for parameter in trained:
@@ -171,7 +173,7 @@ def _set_up(trained: list[nn.Parameter], step: Step, ledger: Ledger, at_once: bo
         for parameter in trained:
             parameter.grad = None
             parameter.register_post_accumulate_grad_hook(
-                lambda made: ledger.belongs("gradients", made.grad)  # until then it is whose work made it
+                lambda made: ledger.belongs("gradients", made.grad)  # until then the module's that made it
             )
     return optimizer
 
@@ -184,21 +186,21 @@ def _optimizer(choice: str | OptimizerMaker, parameters: list[nn.Parameter], at_
     else:
         optimizer = choice(parameters)
     for group in optimizer.param_groups:
-        # PyTorch's default depends on the type of the parameters, which here is not the one they will have.
+        # PyTorch's default depends on the type of the parameters, which here are fake.
         if "foreach" in group and group["foreach"] is None and not group.get("fused"):
             group["foreach"] = at_once
     return optimizer
 
 
 def _fake_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
-    """A copy with fake tensors; tied ones stay tied, and nothing of their size is allocated."""
+    """Copy the model with fake tensors in place of its own; tied ones stay tied, and no memory is allocated."""
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
         fake = _fake(tensor, device, dtype if tensor.is_floating_point() else None)
         if isinstance(tensor, nn.Parameter):
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake
-    # What a module holds besides lies where it lay: on the device, unless that is the host.
+    # Other tensors that a module holds are on the device if they were on one, else on the host.
     for held in (value for module in model.modules() for value in vars(module).values()):
         if isinstance(held, Tensor) and held.device.type != "cpu":
             memo.setdefault(id(held), _fake(held, device))
@@ -211,7 +213,10 @@ def _fake(tensor: Tensor, device: torch.device, dtype: torch.dtype | None = None
 
 
 def categorizer(model: nn.Module) -> Callable[[str, Place], str]:
-    """Whose a new storage is: by the phase, else by the innermost enclosing module whose class tells what it is."""
+    """Return a function that assigns a new storage to a category.
+
+    By the phase, else by the innermost enclosing module whose class name tells its category.
+    """
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
     known: dict[str, str] = {}
 

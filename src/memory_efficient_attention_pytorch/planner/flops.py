@@ -1,4 +1,4 @@
-"""Floating-point operations of one operator, by the shapes it is given."""
+"""Count the floating-point operations of one operator from the shapes of its arguments."""
 
 from __future__ import annotations
 
@@ -11,13 +11,13 @@ from .accounting import operator_name
 
 
 def count_flops(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, Any], result: Any) -> int:
-    """Two for each multiply-add of a matrix product, convolution or fused attention; 0 for anything else.
+    """Count two for each multiply-add of a matrix product, convolution or fused attention; 0 for anything else.
 
-    PyTorch's own counting, extended by fused attention of any device. Causality is not deducted, as is usual there.
+    These are PyTorch's own formulas, extended to fused attention on any device. Like them, they ignore causality.
     """
     kernel = operator_name(operation).removeprefix("aten::_scaled_dot_product_")
     if kernel.removesuffix("_backward") in _ATTENTION:
-        # Matrix products with the width of q and with that of v; backward's first argument is the gradient.
+        # Matrix products of q's width and of v's width; backward's first argument is the gradient.
         backward = kernel.endswith("_backward")
         of_query, of_value = (3, 2) if backward else (1, 1)
         q, k, v = arguments[backward : backward + 3]

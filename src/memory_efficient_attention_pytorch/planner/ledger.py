@@ -1,8 +1,8 @@
-"""Count the bytes of live storages while a step runs under fake tensors, and who made them.
+"""Count the bytes of live storages while a step runs on fake tensors, by the module that made them.
 
-Loops over equal parts (chunks, slabs, groups of heads, tiles) need not be gone through: a few iterations stand for all,
-since every one takes the same memory. Those left out still count as floating-point operations: the one that runs in
-their place weighs as much, and so does what it keeps for backward.
+Loops over equal parts (chunks, slabs, groups of heads, tiles) need not run in full: a few iterations stand for all,
+since each takes the same memory. Those left out still count: one of the iterations that run is multiplied by their
+number, in its floating-point operations and in what it keeps for backward.
 """
 
 from __future__ import annotations
@@ -33,14 +33,14 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the step code runs: its phase and the path of the innermost module, "" outside of all."""
+    """Where in the step code runs: the phase and the path of the innermost module ("" outside any module)."""
 
     phase: str
     module: str = ""
 
 
 class _Held(NamedTuple):
-    """A live storage: whose it is, its bytes, and how many like it count with it."""
+    """A live storage: its category, its bytes, and how many times it counts."""
 
     reference: weakref.ref[Any]
     category: str
@@ -49,13 +49,13 @@ class _Held(NamedTuple):
 
 
 class Ledger(TorchDispatchMode):
-    """Counts live storages, each once however many tensors share it, from its birth to its finalizer.
+    """Counts live storages, each once however many tensors share it, from its allocation to its finalizer.
 
-    Enter it where tensors are fake. When a storage is first seen it is charged to ``categorize(phase, place)``,
-    where place says who runs: in forward and in recomputation the innermost module, in backward the one that ran when
-    the node being differentiated was made. Storages on other devices than ``device`` are not counted.
+    Enter it inside a fake tensor mode. A storage first seen is charged to ``categorize(phase, place)``, where place is
+    the module at work: in forward and in recomputation the innermost module, in backward the one that ran when
+    the node being differentiated was made. Storages on devices other than ``device`` are not counted.
 
-    It is also the :class:`common.dry_run.DryRun` that the package's own code asks. ``every_part``: cut no loop short,
+    It is also the :class:`common.dry_run.DryRun` that the package's own code asks. ``every_part``: run loops in full,
     which changes nothing but the time.
 
     Raises NotImplementedError, naming operation and module, where a shape or a number depends on the data.
@@ -73,9 +73,9 @@ class Ledger(TorchDispatchMode):
         self._owners: dict[object, str] = {}
         self._operations: list[Operation] = []
         self._rows: list[list[int]] = []
-        self._kept: list[int] = []  # how many things libraries have kept by then
+        self._kept: list[int] = []  # for each row, how many entries of accounting.kept existed by then
         self._flops = 0.0
-        self._weight = 1.0  # how many operations the one at work stands for
+        self._weight = 1.0  # how many operations the current one stands for
         self._threads_at_work = 1
         self._accounting, self._device = accounting.anew(), device
         self._categorize = categorize
@@ -87,7 +87,7 @@ class Ledger(TorchDispatchMode):
         self._learning, self._unshared = True, set[tuple[int, ...]]()
         self._accepted = set[tuple[Any, ...]]()
         self._places = [Place("setup")]
-        # Places that nodes of the autograd graph were made in, by their first sequence number.
+        # Places in which nodes of the autograd graph were made, by their first sequence number.
         self._made_from: list[int] = [0]
         self._made_in: list[Place] = [self._places[0]]
 
@@ -96,12 +96,12 @@ class Ledger(TorchDispatchMode):
         return self._places[-1].phase
 
     def enter(self, category: str, tensors: Iterable[Tensor]) -> None:
-        """Charge to ``category`` the storages of these tensors that are not yet known."""
+        """Charge the storages of these tensors to ``category``, unless already charged."""
         for tensor in tensors:
             self._charge(tensor, category)
 
     def belongs(self, category: str, tensor: Tensor) -> None:
-        """Assign the tensor's storage to this category from now on, whichever module allocated it."""
+        """Move the tensor's storage to this category, whichever module allocated it."""
         self._change(tensor, category=category)
 
     def few_of(
@@ -115,8 +115,8 @@ class Ledger(TorchDispatchMode):
     def _few_of(self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int) -> Iterator[T]:
         count, before = len(parts), self._weight
         indices = range(count) if count <= first + last else [*range(first), *range(count - last, count)]
-        # They weigh as much as all the work: each as much as any other by its size or, of equal ones, the last of those
-        # at the start as much as all that are left out.
+        # Together they weigh as much as the whole loop: in proportion to their sizes or, where parts are equal, the
+        # last of the first ones stands for all that are left out.
         done = 1.0 if size is None else sum(size(parts[index]) for index in indices)
         share = 1.0 if size is None else sum(map(size, parts)) / max(1, done)
         for index in indices:
@@ -128,7 +128,7 @@ class Ledger(TorchDispatchMode):
                 self._weight = before
 
     def _once(self, alike: tuple[object, ...], parts: Iterable[T]) -> Iterator[T]:
-        """The parts of the first loop of this kind. Of another none is run: what that one did is noted down again."""
+        """Yield the parts of the first loop of its kind and record it; replay the record for every other one."""
         place, before, kept = self._place(), np.array(as_row(self._live)), self._accounting.kept
         modes = torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), self._categorize(self.phase, place)
         key = *modes, *((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in alike)
@@ -166,11 +166,11 @@ class Ledger(TorchDispatchMode):
             self._threads_at_work = 1
 
     def keeps(self, tensor: Tensor) -> None:
-        # Its storage counts as often as the operation at work.
+        # Its storage counts as many times as the current operation.
         self._change(tensor, times=round(self._weight))
 
     def exists(self, tensor: Tensor, yes: bool) -> None:
-        """From now on the tensor's storage takes memory, or none."""
+        """Count the tensor's storage from now on, or no longer."""
         self._change(tensor, times=int(yes))
 
     def _change(self, tensor: Tensor, **changes: Any) -> None:
@@ -181,14 +181,14 @@ class Ledger(TorchDispatchMode):
             self._count(self._storages[key], 1)
 
     def start(self) -> None:
-        """Forget the operations so far: what came before is no part of the step."""
+        """Forget the operations so far, which are not part of the step."""
         self._operations.clear()
         self._rows.clear()
         self._kept.clear()
         self._flops = 0.0
 
     def timeline(self) -> Timeline:
-        """What happened since the start."""
+        """Return the operations since ``start``."""
         live = np.array(self._rows, dtype=np.int64).reshape(-1, len(CATEGORIES))
         kept = np.cumsum([0, *self._accounting.kept.values()])
         live[:, CATEGORIES.index("kernel workspace")] += kept[self._kept]
@@ -205,7 +205,7 @@ class Ledger(TorchDispatchMode):
             self._mark()
 
     def follow(self, root: nn.Module) -> None:
-        """See which of the submodules is running, in recomputation too. ``root``: a copy that nobody else holds."""
+        """Track which submodule is running, in recomputation too. ``root``: a copy that no other code uses."""
         for path, module in root.named_modules():
             around_calls(module, lambda path=path: self.during(self.phase, path))  # type: ignore[misc]
             self._owners |= dict.fromkeys(module.parameters(recurse=False), path)
@@ -217,7 +217,7 @@ class Ledger(TorchDispatchMode):
         if func.namespace == "prim":
             return func(*args, **kwargs)
         if self.phase == "optimizer" and operator_name(func) == "aten::_local_scalar_dense":
-            return 1.0  # a step counter: what an update takes does not depend on how many came before
+            return 1.0  # a step counter: an update's memory does not depend on how many came before
         place = self._place()
         if func is aten.add.Tensor:
             func, args = self._as_the_engine_adds(func, args)
@@ -225,8 +225,8 @@ class Ledger(TorchDispatchMode):
             result = self._result(func, args, kwargs)
         except self._refusals as error:
             raise NotImplementedError(
-                f"{func} in {place.module or 'the ' + place.phase} cannot be run dry: the shape of its result, or a "
-                "number that the code asks for, depends on the data"
+                f"{func} in {place.module or 'the ' + place.phase} cannot be dry-run: the shape of its result, or a "
+                "number that the code reads, depends on the data"
             ) from error
         category = self._categorize(self.phase, place)
         for tensor in _tensors(result):
@@ -255,13 +255,16 @@ class Ledger(TorchDispatchMode):
         self._note(self._place(), f"c10d.{collective}", self._accounting.in_transit(collective, arguments))
 
     def learn_the_engine(self) -> None:
-        """See how a gradient looks to which nobody but the autograd engine holds a reference."""
+        """Learn the reference counts of a gradient that only the autograd engine holds."""
         x = torch.empty((), device=self._device, requires_grad=True)
         torch.autograd.grad(x * 1 + x * 1, x)
         self._learning = False
 
     def _as_the_engine_adds(self, func: Any, args: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
-        """Two gradients of one tensor: the engine adds in place if it alone holds one of them, but never fake ones."""
+        """Add two gradients of one tensor in place where the engine, which never does so with fake tensors, would.
+
+        With real tensors it adds in place if it alone holds one of them.
+        """
         if self._holders is None or self._graph is None or torch.is_grad_enabled():
             return func, args
         if self._graph.differentiated() is None:
@@ -279,7 +282,7 @@ class Ledger(TorchDispatchMode):
         return func, args
 
     def _place(self) -> Place:
-        """Who runs: a module, or in backward the one that made what is being differentiated."""
+        """Return the running module or, in backward, the one that made the node being differentiated."""
         here = self._places[-1]
         number = None if here.module or self._graph is None else self._graph.differentiated()
         if number is None or self._graph is None:

@@ -1,4 +1,4 @@
-"""``plan`` and ``max_seq_len``: what a training step needs, known before it runs."""
+"""``plan`` and ``max_seq_len``: predict what a training step needs before it runs."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, 
 
 @dataclass(frozen=True)
 class Option:
-    """A way of running the step that was considered: its settings, bytes at its peak and floating-point operations.
+    """A way of running the step that was considered: its settings, peak in bytes and floating-point operations.
 
     Examples:
         >>> from memory_efficient_attention_pytorch import plan
@@ -46,11 +46,11 @@ class Option:
 class Plan:
     """What a training step needs.
 
-    ``timeline`` has what is live at every operation. ``settings`` are the Transformer's keywords that were chosen:
-    without a budget the pieces that its layers choose by themselves, where there are several; with one, what fits, and
-    ``options`` all that was considered up to that choice, fastest first. Where nothing fits,
-    ``remedies`` are what would, each by itself: the largest ``batch_size``, ``seq_len`` or ``depth``, to within 1 part
-    in 32, and the ``budget``.
+    ``timeline`` has the bytes that are live during every operation. ``settings`` are the chosen Transformer keywords:
+    without a budget the numbers of pieces that its layers choose, where more than one; with a budget the fastest
+    settings that fit, and ``options`` all that were considered on the way, fastest first. Where nothing fits,
+    ``remedies`` has what would fit, each by itself: the largest ``batch_size``, ``seq_len`` or ``depth``, to within 1
+    part in 32, and the ``budget`` needed, in bytes.
 
     Examples:
         >>> from memory_efficient_attention_pytorch import Plan, plan
@@ -71,15 +71,15 @@ class Plan:
 
     @property
     def peak_bytes(self) -> int:
-        """The most that is live at once: parameters, gradients and the optimizer's state with everything else.
+        """The most bytes live at once: parameters, gradients, optimizer state, activations and workspaces.
 
-        Not the runtime: the interpreter, PyTorch's own code, a CUDA context.
+        The runtime is not included: the interpreter, PyTorch's own code, a CUDA context.
         """
         return int(self.timeline.totals[self.timeline.peak])
 
     @property
     def breakdown(self) -> dict[str, int]:
-        """What the peak consists of; adds up to ``peak_bytes``."""
+        """The bytes of each category at the peak; they add up to ``peak_bytes``."""
         return self.timeline.breakdown(self.timeline.peak)
 
     @property
@@ -89,7 +89,7 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Two per multiply-add of matrix products and attention, recomputation included, causality not deducted."""
+        """Floating-point operations of the step: two per multiply-add, recomputation included, causality ignored."""
         return self.timeline.flops
 
     @property
@@ -105,12 +105,12 @@ class Plan:
 
     @property
     def state_bytes(self) -> int:
-        """The most that parameters, gradients and the optimizer's state take, whatever the batch and its length."""
+        """The most bytes that parameters, gradients and optimizer state take, whatever the batch and its length."""
         state = [CATEGORIES.index(name) for name in ("parameters", "gradients", "optimizer")]
         return int(self.timeline.live[:, state].sum(axis=1).max())
 
     def as_dict(self) -> dict[str, Any]:
-        """Everything but the timeline, of types that JSON knows."""
+        """Return everything but the timeline, in types that JSON has."""
         return {
             "peak_bytes": self.peak_bytes,
             "breakdown": self.breakdown,
@@ -128,9 +128,12 @@ class Plan:
         }
 
     def fits(self, budget: int | float | str | None = None) -> bool:
-        """Whether the peak is within the budget (by default the one planned for)."""
+        """Return whether the peak is within the budget (by default the one planned for).
+
+        Raises ValueError without a budget here and in ``plan``.
+        """
         limit = self.budget if budget is None else parse_size(budget)
-        require(limit is not None, "budget", "a size such as 8GiB, since the plan was made without one", None)
+        require(limit is not None, "budget", "a size such as 8GiB, since the plan was made without a budget", None)
         assert limit is not None
         return self.peak_bytes <= limit
 
@@ -156,38 +159,39 @@ def plan(
     shards: int = 1,
     context: int = 1,
 ) -> Plan:
-    """Plan a training step (forward, backward, optimizer) without running it: the real code runs on fake tensors.
+    """Plan a training step (forward, backward, optimizer) without running it, by running its code on fake tensors.
 
     Args:
         model_or_config: keywords of :class:`Transformer`, a built one, or any module with ``example_inputs``.
-        batch_size, seq_len: of the tokens that a Transformer is trained on.
-        dtype: of parameters, gradients and buffers: ``"fp32"``, ``"bf16"``, ``"fp16"`` or a ``torch.dtype``; the
-            model's own if None.
-        autocast: the dtype of mixed precision; off if None.
-        device: ``"cpu"`` or ``"cuda"``, which need not exist here. Default: where a built model is, else CUDA where
-            there is one.
+        batch_size, seq_len: shape of the tokens that a Transformer is trained on.
+        dtype: of parameters, gradients and floating-point buffers: ``"fp64"``, ``"fp32"``, ``"bf16"``, ``"fp16"`` or a
+            ``torch.dtype``; the model's own if None.
+        autocast: the dtype of mixed precision, given as ``dtype`` is; off if None.
+        device: ``"cpu"`` or ``"cuda"``, which need not exist here. Default: the device of a built model, else CUDA if
+            available.
         optimizer: ``"adamw"``, ``"adam"``, ``"sgd"``, ``"rmsprop"``, ``"adagrad"``, a function from a list of
             parameters to an optimizer, or None for forward and backward alone.
         budget: a size (``"8GiB"``, ``"8000M"``, bytes). For a configuration the fastest settings that fit are chosen
             among those that it leaves open: ``reversible``, ``keep_attention``, ``ff_chunks``, ``head_chunks``,
             ``loss_chunk_size`` and, under autocast, ``exact``.
-        example_inputs: what the module's forward takes: a tensor, a tuple, a mapping of keywords, or a function of
-            ``(batch_size, seq_len)`` that makes one. Values do not matter; ``meta`` tensors do.
-        loss_fn: makes a scalar of what the module returns; default: that itself, or its attribute ``loss``.
-        training: False plans a forward pass without gradients in eval mode; for a Transformer generation, that is the
-            pass over a prompt of ``seq_len`` tokens, which fills the cache of keys and values, and the next token.
-        threads: of the CPU's kernels, which keep buffers each, and by whose number attention chooses its tiles.
-        keep_gradients: whether they exist when the step begins, as where they are accumulated over batches; False: they
-            are made in backward, as after ``optimizer.zero_grad()``.
-        shards: processes among which FSDP2 divides parameters, gradients and optimizer state, gathered block by block.
-        context: processes among which ``distributed.ContextParallel`` divides the tokens of each sequence. Bytes are
+        example_inputs: arguments of the module's forward: a tensor, a tuple, a mapping of keywords, or a function of
+            ``(batch_size, seq_len)`` that makes one. Values do not matter, so ``meta`` tensors are enough.
+        loss_fn: turns the module's output into a scalar; default: the output itself, or its attribute ``loss``.
+        training: False plans a forward pass without gradients in eval mode; for a Transformer, generation: the prompt
+            of ``seq_len`` tokens, which fills the cache of keys and values, and the next token.
+        threads: of the CPU's kernels; each thread has buffers, and attention's tiles depend on their number.
+            Default: PyTorch's number.
+        keep_gradients: whether gradients exist when the step begins, as in gradient accumulation; False: backward
+            allocates them, as after ``optimizer.zero_grad()``.
+        shards: processes over which FSDP2 shards parameters, gradients and optimizer state, gathered block by block.
+        context: processes over which ``distributed.ContextParallel`` divides the tokens of each sequence. Bytes are
             those of the first process, batch and length those of the whole sequence.
 
-    The step planned is any after the first: the optimizer's state exists when it begins.
+    The planned step is any but the first: the optimizer's state exists when it begins.
 
     Raises:
-        ValueError: an argument that makes no sense.
-        NotImplementedError: a module whose shapes depend on its data; names the operation.
+        ValueError: an argument is invalid or missing.
+        NotImplementedError: the module's shapes or control flow depend on the data; the message names the operation.
 
     Examples:
         >>> from memory_efficient_attention_pytorch import Transformer, plan
@@ -227,12 +231,12 @@ def max_seq_len(
     shards: int = 1,
     context: int = 1,
 ) -> int:
-    """The most tokens in a sequence for which the step's peak is within the budget; 0 if not even one fits.
+    """Return the longest sequence, in tokens, for which the step's peak is within the budget; 0 if not even one fits.
 
-    Arguments are those of :func:`plan`; ``example_inputs`` has to be a function of ``(batch_size, seq_len)``. The
-    settings stay as they are: take them from ``plan(…, budget=…).settings`` for others. Found to within 1 part in 256,
-    on the side that fits, one part in 128 of the budget left free, and from 4096 tokens on a multiple of 64; a
-    Transformer with learned positions is not asked for more than it has.
+    Arguments are those of :func:`plan`; ``example_inputs`` must be a function of ``(batch_size, seq_len)``. Settings
+    are not changed: to use leaner ones, merge ``plan(…, budget=…).settings`` into the configuration. The result fits
+    with one part in 128 of the budget left free, is within 1 part in 256 of the longest that does, and from 4096
+    tokens on is a multiple of 64. A Transformer with learned positions gets at most as many tokens as positions.
 
     Examples:
         >>> from memory_efficient_attention_pytorch import max_seq_len
@@ -257,7 +261,7 @@ def _planned(workload: Workload, accounting: Accounting, budget: int | None = No
 
 
 def _pieces(workload: Workload, accounting: Accounting) -> dict[str, int]:
-    """What the layers choose by themselves, in training, of what a Transformer's keywords leave to them."""
+    """Return the numbers of pieces that layers choose in training, where a Transformer's keywords leave them open."""
     subject = workload.subject
     if not isinstance(subject, Mapping) or not workload.training:
         return {}
@@ -269,7 +273,7 @@ def _pieces(workload: Workload, accounting: Accounting) -> dict[str, int]:
 
 
 def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Plan:
-    """The fastest candidate that fits, or else the leanest with what would. One that saves nothing is passed over."""
+    """Return the fastest candidate that fits, else the leanest one with remedies. One that saves nothing is skipped."""
     options: list[Option] = []
     chosen: Plan | None = None
 
@@ -288,7 +292,7 @@ def _plan_within(budget: int, workload: Workload, accounting: Accounting) -> Pla
     assert chosen is not None
     if chosen.fits():
         return chosen
-    # Two that save nothing each, since the other holds as much, may save together.
+    # Two changes that save nothing each, since the other part of the step needs as much, may save together.
     leanest = considered("all that may save", _leanest_settings(workload, accounting))
     return chosen if chosen.fits() else replace(chosen, remedies=_remedies(workload, accounting, chosen, leanest))
 
@@ -301,14 +305,14 @@ def _candidates(workload: Workload, accounting: Accounting) -> list[Candidate]:
 
 
 def _leanest_settings(workload: Workload, accounting: Accounting) -> dict[str, Any]:
-    """With all changes: where these fit, a candidate does."""
+    """Merge all candidates' changes."""
     return {key: value for _, changes in _candidates(workload, accounting) for key, value in changes.items()}
 
 
 def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes: int) -> dict[str, int]:
-    """The largest batch, length or, where neither helps, depth with which the step fits, and the budget it fits in.
+    """Return the largest batch, length or, where neither helps, depth that fits, and the budget that is needed.
 
-    To within 1 part in 32, run as leanly as can be. ``made`` does not fit; ``peak_bytes``: of the leanest way.
+    To within 1 part in 32, with the leanest settings. ``made`` does not fit; ``peak_bytes``: of the leanest settings.
     """
     assert made.budget is not None
     budget = made.budget
@@ -320,7 +324,7 @@ def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes
                 sized = _with(sized, _leanest_settings(sized, accounting))
             return _peak(sized, accounting)
 
-        # Near enough for advice, which should not take longer than the plan.
+        # Accurate enough for advice, which should not take longer than the plan.
         found = largest(need, budget, now - 1, beyond=peak_bytes, fraction=32, granule=4)
         return {name: found} if found else {}
 
@@ -361,7 +365,7 @@ def _longest(workload: Workload, accounting: Accounting, budget: int) -> int:
     longest = largest(lambda n: need(n, 1), room, most)
     if longest == most or longest < _LONG:
         return longest
-    # Libraries compile other kernels for ragged lengths, and hold other amounts of memory for them.
+    # For ragged lengths libraries compile other kernels, which keep other amounts of memory.
     granules = longest // GRANULE
     return GRANULE * (granules if need(granules) <= room else largest(need, room, granules - 1))
 
@@ -371,7 +375,7 @@ def _peak(workload: Workload, accounting: Accounting) -> int:
 
 
 def _most_tokens(subject: Config | nn.Module) -> int | None:
-    """How many tokens a Transformer has positions for; None if that does not limit it."""
+    """Return how many learned positions a Transformer has; None if its positions set no limit."""
     if isinstance(subject, Mapping):
         learned = subject.get("positions", TransformerConfig.positions) == "learned"
         return subject.get("max_seq_len") if learned else None

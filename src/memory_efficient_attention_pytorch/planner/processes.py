@@ -1,4 +1,4 @@
-"""One process of several in a dry run: its tokens, its parts of the parameters, and nobody at the other end."""
+"""Dry-run one process of several: its tokens, its shards of the parameters, no peers."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class _Group:
         self._size = size
 
     def rank(self) -> int:
-        """The first, which under causality receives most."""
+        """Return the first rank, which under causality receives most."""
         return 0
 
     def size(self) -> int:
@@ -29,7 +29,7 @@ class _Group:
 
 
 class DividedTokens(ContextParallel):
-    """The real ring and the real exchange of heads. What would come from elsewhere is there unsent."""
+    """The real ring and the real exchange of heads, without communication: received tensors are just allocated."""
 
     def __init__(self, num_tokens: int, size: int) -> None:
         group: Any = _Group(size)
@@ -38,7 +38,7 @@ class DividedTokens(ContextParallel):
 
 
 class _Unit:
-    """Parameters that are gathered together, and this process's part of each."""
+    """Parameters that are gathered together, and this process's shard of each."""
 
     def __init__(self, parameters: list[nn.Parameter], size: int) -> None:
         self.parameters = parameters
@@ -54,11 +54,12 @@ def _part(parameter: nn.Parameter, size: int) -> nn.Parameter:
 
 
 class ShardedParameters:
-    """What FSDP2 (``torch.distributed.fsdp.fully_shard``) does with memory, by a Transformer's blocks and the rest.
+    """Mimics the allocations of FSDP2 (``torch.distributed.fsdp.fully_shard``): a unit per block and one for the rest.
 
-    Parameters are gathered into one tensor and copied out for a forward or backward pass through their unit, in
-    backward while the unit before is computed; forward keeps that tensor until the next unit's has come. Gradients are
-    copied into one tensor, which lives until the next unit's gradients are there, and each process keeps its part.
+    A unit's parameters are gathered into one tensor and copied out before its forward and backward pass; in backward
+    the next unit is gathered while one is computed, in forward that tensor lives until the next unit's is gathered.
+    Gradients are copied into one tensor, which lives until the next unit's gradients exist; each process keeps its
+    shard.
     """
 
     def __init__(self, model: nn.Module, size: int) -> None:
@@ -77,7 +78,7 @@ class ShardedParameters:
         return [shard for unit in self._units for shard in unit.shards]
 
     def charge_to(self, ledger: Ledger) -> None:
-        """Begin: the parts are there, whole parameters take nothing."""
+        """Count the shards in ``ledger``, and whole parameters only once gathered."""
         self._ledger = ledger
         ledger.enter("parameters", self.shards)
         for unit in self._units:
@@ -86,11 +87,11 @@ class ShardedParameters:
             for parameter in unit.parameters:
                 if parameter.requires_grad:
                     parameter.register_post_accumulate_grad_hook(
-                        lambda made: ledger.belongs("gradients", made.grad)  # until then it is whose work made it
+                        lambda made: ledger.belongs("gradients", made.grad)  # until then the module's that made it
                     )
 
     def finish(self) -> None:
-        """What follows a backward pass: the gradients of units whose inputs have none."""
+        """Finish a backward pass: reduce the gradients of units whose inputs need none."""
         for unit in self._units:
             self._after_backward(unit)
             unit.differentiating = unit.reduced = False
@@ -142,7 +143,7 @@ class ShardedParameters:
         parts = [part for part, gradient in pairs if gradient is not None]
         sizes = [part.numel() for part in parts]
         self._leaving = self._made("communication", self._size * sum(sizes), parts[0])
-        self._leaving.zero_()  # the copy, while the gradients are still there
+        self._leaving.zero_()  # stands for the copy, during which the gradients still exist
         del pairs
         reduced = self._made("gradients", sum(sizes), parts[0])
         self._ledger.exchanges("reduce_scatter", (self._leaving,))
@@ -162,7 +163,7 @@ class ShardedParameters:
         if gathered is not None:
             for parameter in unit.parameters:
                 self._ledger.exists(parameter, True)
-            gathered.zero_()  # the copy, while both are there
+            gathered.zero_()  # stands for the copy, during which both exist
             unit.whole = True
         return gathered
 
@@ -178,7 +179,7 @@ class ShardedParameters:
 
 
 class _AfterBackward(torch.autograd.Function):
-    """The identity; ``then`` is called when the gradients are there."""
+    """The identity; backward calls ``then``, once the unit's gradients exist."""
 
     @staticmethod
     def forward(ctx: Any, then: Callable[[], None], *inputs: Tensor) -> tuple[Tensor, ...]:

@@ -1,4 +1,4 @@
-"""The largest size that fits, from few evaluations."""
+"""Find the largest size that fits, in few evaluations."""
 
 from __future__ import annotations
 
@@ -16,12 +16,12 @@ def largest(
     fraction: int = FRACTION,
     granule: int = GRANULE,
 ) -> int:
-    """The largest ``n`` up to ``limit`` with ``need(n) <= budget``, 0 if there is none; ``need`` grows with n.
+    """Return the largest ``n`` up to ``limit`` with ``need(n) <= budget``, or 0; ``need`` grows with n.
 
-    To within 1 part in ``fraction``, on the side that fits; where a multiple of ``granule`` is within that, it is one.
-    Memory is near enough to a straight line in n for the line through two known points to find the place in a few
-    evaluations; where it does not, halving does. ``beyond``: what ``limit + 1`` needs, where that is known to be too
-    much; then the other end, 1, comes first.
+    The result fits and is accurate to 1 part in ``fraction``; it is a multiple of ``granule`` where one is within that.
+    Memory is close to linear in n, so the secant through two known points usually finds the place in a few evaluations;
+    where it does not, the interval is halved. ``beyond``: what ``limit + 1`` needs, where that is known to be too much;
+    the search then starts at 1.
     """
     low, high = 0, None if limit is None else limit + 1
     n = start if limit is None else min(start, limit)
@@ -29,7 +29,7 @@ def largest(
     if beyond is not None:
         assert high is not None
         known[high], n = beyond, 1
-    halve = beyond is not None  # the second point is no guess that could have missed
+    halve = beyond is not None  # evaluating 1 is no secant step that missed: do not bisect after it
     while True:
         known[n] = need(n)
         before = (high or 0) - low
@@ -45,14 +45,14 @@ def largest(
             return low
         halve = not halve and before > 0 and 2 * (high - low) > before
         n = (low + high) // 2 if halve else _meeting(known, budget, (low + high) // 2)
-        # Next to a known end, step by the accuracy wanted: that closes the interval if the end is the answer.
+        # Next to a known end, step by the required accuracy: that closes the interval if the end is the answer.
         n = max(low + width, min(n, high - (width if high in known else 1)))
         if n < high - 1 and n > fraction * granule and n - n % granule > low:
             n -= n % granule
 
 
 def _meeting(known: dict[int, int], budget: int, otherwise: int) -> int:
-    """Where the line through the points closest to the budget, on either side if there are such, meets it."""
+    """Return where the line through the two points closest to the budget, if possible on either side, meets it."""
     below = max((n for n, bytes_ in known.items() if bytes_ <= budget), default=None)
     above = min((n for n, bytes_ in known.items() if bytes_ > budget), default=None)
     ends = [n for n in (below, above) if n is not None]

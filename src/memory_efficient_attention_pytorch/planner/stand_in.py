@@ -1,8 +1,8 @@
-"""A dry run for a device that may be absent: the CPU under another name stands in for it.
+"""Dry-run for a device that may be absent: the CPU under another name stands in for it.
 
-PyTorch tells ``cpu:0`` from ``cpu`` as it tells a GPU from the host: it copies between the two and refuses to mix them.
-But autograd, autocast and random numbers ask no driver. What it decides otherwise on a GPU than on a CPU is put right
-here, for this thread and as long as the mode is at work.
+PyTorch distinguishes ``cpu:0`` from ``cpu`` as it does a GPU from the host: it copies between the two and refuses to
+mix them, while autograd, autocast and random numbers need no driver. Where PyTorch behaves differently on a GPU, this
+module does so too, for this thread and while the mode is active.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ Keywords = dict[str, Any]
 
 
 class StandIn(TorchFunctionMode):
-    """Inside, what is asked to lie on a device of ``device_type`` lies on ``STAND_IN``, and PyTorch chooses as there.
+    """Places on ``STAND_IN`` what code places on ``device_type``, and chooses kernels as PyTorch does on that device.
 
     Raises NotImplementedError for what cannot be told without the device: recurrent networks on CUDA.
     """
@@ -39,20 +39,20 @@ class StandIn(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Arguments = (), kwargs: Keywords | None = None) -> Any:
         if torch.is_autocast_enabled(self.device_type) or torch.get_autocast_dtype(self.device_type) != _UNTOUCHED:
             raise NotImplementedError(
-                f"the module's own torch.autocast({self.device_type!r}) cannot be planned: leave it out and give the "
-                "dtype to plan(autocast=…)"
+                f"the module's own torch.autocast({self.device_type!r}) cannot be planned: remove it and pass the "
+                "dtype as plan(autocast=…)"
             )
         args, kwargs = self._placed(func, args, dict(kwargs or {}))
         name = getattr(func, "__name__", "")
         if func is getattr(Tensor, self.device_type, None):
             func, args, kwargs = Tensor.to, (args[0], STAND_IN), {}
         if name == "pin_memory":
-            return args[0]  # the host's memory is not counted, in whichever way it is held
+            return args[0]  # host memory is not counted, pinned or not
         if func in (torch.tensor, torch.as_tensor, Tensor.to):
             return self._there(func(*args, **kwargs), [*args[1:], kwargs.get("device")])
         if self.device_type == "cuda":
             if name in _RECURRENT:
-                raise NotImplementedError(f"{name}: what cuDNN keeps of it for backward is not known, so no plan")
+                raise NotImplementedError(f"{name} cannot be planned: what cuDNN keeps of it for backward is not known")
             if func is F.scaled_dot_product_attention:
                 return _attention(*args, **kwargs)
             if func in (F.dropout, torch.dropout):
@@ -61,7 +61,7 @@ class StandIn(TorchFunctionMode):
             if cast is not None and torch.is_autocast_enabled("cpu"):
                 with torch.autocast("cpu", enabled=False):
                     return cast(func, args, kwargs)
-        # Some functions hand themselves on once more, by another name: with the same arguments.
+        # Some functions dispatch themselves a second time, under another name with the same arguments.
         call = (func, *map(id, args))
         inside = None if call in self._running else calls_inside(func)
         if inside is None:
@@ -74,7 +74,7 @@ class StandIn(TorchFunctionMode):
             self._running.pop()
 
     def _placed(self, func: Any, args: Arguments, kwargs: Keywords) -> tuple[Arguments, Keywords]:
-        """The arguments with every mention of the device put right."""
+        """Return the arguments with the device replaced by ``STAND_IN``."""
         if "device" in kwargs:
             kwargs["device"] = self._device(kwargs["device"])
         if kwargs.get("pin_memory"):
@@ -84,7 +84,7 @@ class StandIn(TorchFunctionMode):
 
     @staticmethod
     def _there(made: Tensor, wanted: list[Any]) -> Tensor:
-        """Numbers that are known are made on the host by fake tensors, wherever they are wanted."""
+        """Return ``made`` on ``STAND_IN`` if asked for there: fake tensors put known numbers on the host."""
         if made.device == STAND_IN or not any(isinstance(x, torch.device) and x == STAND_IN for x in wanted):
             return made
         return torch.empty(made.shape, dtype=made.dtype, device=STAND_IN, requires_grad=made.requires_grad)
@@ -98,7 +98,7 @@ class StandIn(TorchFunctionMode):
 
 @contextmanager
 def standing_in(device_type: str) -> Iterator[None]:
-    """Inside, :class:`StandIn` is at work, and would notice if autocast for the device itself were turned on."""
+    """Activate :class:`StandIn`, which notices if autocast for the device itself is turned on."""
     before = torch.get_autocast_dtype(device_type)
     torch.set_autocast_dtype(device_type, _UNTOUCHED)
     try:
@@ -108,7 +108,7 @@ def standing_in(device_type: str) -> Iterator[None]:
         torch.set_autocast_dtype(device_type, before)
 
 
-# Where the device is absent autocast for it turns itself off, but leaves behind which dtype it was asked for.
+# Autocast for an absent device turns itself off, but leaves the dtype it was asked for.
 _UNTOUCHED = torch.float64
 _RECURRENT = ("lstm", "gru", "rnn_tanh", "rnn_relu")
 
@@ -123,7 +123,7 @@ def _attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> Any:
-    """``scaled_dot_product_attention`` by the kernel that a CUDA device would take."""
+    """Compute ``scaled_dot_product_attention`` by the kernel that PyTorch would choose on CUDA."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
@@ -158,7 +158,7 @@ def _additive(mask: Tensor, query: Tensor) -> Tensor:
 
 
 def _dropout(func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
-    """CUDA's kernel keeps a mask of bool, where the CPU's operators keep one in the tensor's dtype."""
+    """Drop as CUDA's kernel does, which keeps a bool mask; the CPU's operators keep one in the tensor's dtype."""
     if inplace or not training or not 0 < p < 1:
         return tensor if not inplace and (not training or p == 0) else func(tensor, p, training, inplace)
     return torch.native_dropout(tensor, p, True)[0]

@@ -1,4 +1,4 @@
-"""What was live at every operation of a step, and the step of a deep model from those of two shallow ones."""
+"""Bytes live during every operation of a step, and the timeline of a deep model from those of two shallow ones."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ CATEGORIES = (
     "kernel workspace",
     "allocator",
 )
-"""``streams`` are residual streams, embeddings, inputs and whatever belongs to no other category."""
+"""Categories of memory. ``streams``: residual streams, embeddings, inputs and all that fits no other category."""
 
 
 class Operation(NamedTuple):
-    """Where an operation ran: the phase of the step, the path of the module ("" outside of all) and its name.
+    """An operation: the phase of the step, the path of the module it ran in ("" outside any) and its name.
 
     Examples:
         >>> from memory_efficient_attention_pytorch.planner import Operation
@@ -39,14 +39,16 @@ class Operation(NamedTuple):
     name: str
 
     def describe(self) -> str:
-        """``"backward of layers.3.1.fn, aten.mm"``."""
+        """Return a description such as ``"backward of layers.3.1.fn, aten.mm"``."""
         name = self.name.removesuffix(".default")
         return f"{self.phase} of {self.module}, {name}" if self.module else f"{self.phase}, {name}"
 
 
 @dataclass(frozen=True)
 class Timeline:
-    """The operations of a step in order, what was live during each (bytes, a column per category), and the FLOPs.
+    """The operations of a step in order, the bytes live during each, and the FLOPs.
+
+    ``live`` has the shape (operations, categories), int64; columns are in the order of ``CATEGORIES``.
 
     Examples:
         >>> from memory_efficient_attention_pytorch.planner import CATEGORIES, Timeline, plan
@@ -64,15 +66,16 @@ class Timeline:
 
     @property
     def totals(self) -> NDArray[np.int64]:
-        """Bytes live during each operation."""
+        """Bytes live during each operation: int64, shape (operations,)."""
         return np.asarray(self.live.sum(axis=1))
 
     @property
     def peak(self) -> int:
-        """Which operation had the most live."""
+        """Index of the operation with the most bytes live."""
         return int(self.totals.argmax())
 
     def breakdown(self, index: int) -> dict[str, int]:
+        """Return the bytes of each category live during operation ``index``."""
         return dict(zip(CATEGORIES, self.live[index].tolist(), strict=True))
 
 
@@ -81,12 +84,13 @@ def as_row(live: Mapping[str, int]) -> list[int]:
 
 
 def at_depth(shallow: Timeline, deeper: Timeline, repeats: int) -> Timeline:
-    """The timeline of ``repeats`` more equal blocks than ``shallow`` has, given that of one more.
+    """Return the timeline of a model with ``repeats`` more blocks than ``shallow``; ``deeper`` has one more.
 
-    Another block does two things: it inserts its operations, and it raises what is live before and after them by an
-    amount of its own. So do all after it. Nothing is assumed about what a block takes, but that of ``shallow``'s two
-    blocks, or three where one sees its neighbours, only the outer ones do something of their own. Should the operations
-    not line up like this, a ValueError says so.
+    Another block does two things: it inserts its operations, and it raises the bytes live before and after them by an
+    amount of its own. So does each further block. Nothing is assumed about what a block takes, only that the first and
+    the last block of ``shallow`` (two blocks, or three where a block touches its neighbours) may differ from the rest.
+
+    Raises ValueError if the operations do not line up like this.
     """
     segments = [_stretch(*pair, repeats) for pair in zip(_segments(shallow), _segments(deeper), strict=True)]
     operations = [operation for segment, _ in segments for operation in segment]
@@ -98,7 +102,7 @@ Segment = tuple[list[Operation], NDArray[np.int64]]
 
 
 def _segments(timeline: Timeline) -> Iterator[Segment]:
-    """The passes of a step: forward with the loss, backward, optimizer; or the prompt and a token more."""
+    """Yield the passes of a step: forward with the loss, backward, optimizer; or the prompt and the next token."""
     passes = [_PASSES[operation.phase] for operation in timeline.operations]
     for number in sorted(set(_PASSES.values())):
         places = [i for i, found in enumerate(passes) if found == number]
@@ -114,15 +118,14 @@ def _stretch(shallow: Segment, deeper: Segment, repeats: int) -> Segment:
     added = len(long) - len(short)
     if not short and not long:
         return shallow
-    # Equal blocks leave open where the added one stands. In the middle, so that the first and the last, which may do
-    # something of their own, remain what they are.
+    # Among equal blocks any may be the added one. The middle one is taken, since the first and the last may differ.
     place = (_common(short, long) + len(short) - _common(short[::-1], long[::-1])) // 2
     if added < 0 or _names(short) != _names(long[:place] + long[place + added :]):
         raise ValueError("the blocks are not alike: another one does more than add its own operations")
     before = deeper[1][:place] - shallow[1][:place]
     after = deeper[1][place + added :] - shallow[1][place:]
     block = deeper[1][place : place + added]
-    # By how much one more block raises what is live just before the inserted operations, and just after them.
+    # By how much one more block raises the bytes live just before the inserted operations, and just after them.
     first = before[-1] if len(before) else after[0]
     last = after[0] if len(after) else first
     rows = [shallow[1][:place] + repeats * before]
@@ -136,13 +139,13 @@ def _names(operations: Sequence[Operation]) -> list[str]:
 
 
 def _common(a: Sequence[Operation], b: Sequence[Operation]) -> int:
-    """How many operations the two begin with alike."""
+    """Count the leading operations that both have in common."""
     pairs = enumerate(zip(_names(a), _names(b), strict=False))
     return next((i for i, (x, y) in pairs if x != y), min(len(a), len(b)))
 
 
 def _renumbered(long: list[Operation], place: int, added: int, repeats: int) -> list[Operation]:
-    """The operations of three blocks, the inserted ones repeated, blocks numbered as in the deep model."""
+    """Return ``long`` with the inserted operations repeated and blocks numbered as in the deep model."""
     backward = long[0].phase == "backward"
     last = repeats - 1
     found = _shifted(long[:place], last if backward else 0)

@@ -1,4 +1,4 @@
-"""What is to be planned: a Transformer's keywords, a built one, or any module with example inputs and a loss."""
+"""The step to plan: of a Transformer given by keywords or built, or of any module with example inputs and a loss."""
 
 from __future__ import annotations
 
@@ -20,12 +20,13 @@ from .timeline import Timeline, at_depth
 
 Config = Mapping[str, Any]
 ExampleInputs = Any
-"""A tensor, a tuple of positional or a mapping of keyword arguments, or a function of (batch_size, seq_len) to one."""
+"""A tensor, a tuple of positional or a mapping of keyword arguments, or a function of (batch_size, seq_len) that
+returns one of these."""
 
 
 @dataclass(frozen=True)
 class Workload:
-    """A step whose batch and length can be chosen."""
+    """A step with a chosen batch size and sequence length."""
 
     subject: Config | nn.Module
     batch_size: int | None
@@ -59,18 +60,18 @@ class Workload:
 
     @property
     def of_transformer(self) -> bool:
-        """A language model's step on tokens; otherwise one on the example inputs."""
+        """Whether this is a Transformer's step on tokens, not one on example inputs."""
         return self.example_inputs is None and isinstance(self.subject, Mapping | Transformer)
 
     @property
     def token_shape(self) -> tuple[int, int]:
-        """Batch and length of a Transformer's tokens."""
+        """Batch size and length of a Transformer's tokens."""
         assert self.batch_size is not None
         assert self.seq_len is not None
         return self.batch_size, self.seq_len
 
     def run_dry(self, accounting: Accounting) -> Timeline:
-        """The step's timeline. Of a Transformer of equal blocks two and three are run, and the rest follows."""
+        """Return the step's timeline; for equal blocks it is extended from those of 2 and 3 (sharded: 3 and 4)."""
         if not self.of_transformer:
             assert isinstance(self.subject, nn.Module)
             args, kwargs = self._arguments()
@@ -114,7 +115,7 @@ class Workload:
         if not isinstance(self.subject, Mapping):
             assert isinstance(self.subject, Transformer)
             return shortened(self.subject, depth)
-        # Learned positions are as many as the sequence has, unless said otherwise; one more for the next token.
+        # As many learned positions as tokens, unless given; one more for the next token.
         keywords = {"max_seq_len": self.token_shape[1] + (not self.training), **self.subject, "depth": depth}
         try:
             with torch.device("meta"):
@@ -134,7 +135,7 @@ class Workload:
 
 
 def shortened(model: Transformer, depth: int) -> Transformer:
-    """The Transformer with its first ``depth`` blocks; modules are shared."""
+    """Return a Transformer of the first ``depth`` blocks, which shares the model's modules."""
     if depth == len(model.layers):
         return model
     layers = copy.copy(model.layers)
@@ -146,7 +147,7 @@ def shortened(model: Transformer, depth: int) -> Transformer:
 
 
 def _signature(block: nn.Module) -> list[Any]:
-    """What a block's memory may depend on: its modules' types and plain settings, its parameters' shapes and dtypes."""
+    """List what a block's memory depends on: modules' types and plain settings, parameters' shapes and dtypes."""
     plain = (bool, int, float, str, tuple, type(None))
     return [
         (
@@ -163,7 +164,7 @@ def _scalar_loss(output: Any) -> Tensor:
     loss = getattr(output, "loss", output)
     if not isinstance(loss, Tensor) or loss.dim() != 0:
         raise ValueError(
-            "loss_fn: expected a function that makes a scalar of what the model returns, since that is no scalar "
+            "loss_fn: expected a function that turns the model's output into a scalar, since the output is no scalar "
             f"itself and has no scalar attribute 'loss', got None for an output of type {type(output).__name__}"
         )
     return loss

@@ -1,4 +1,4 @@
-"""Training a Transformer on text: configuration, data, the loop and what it leaves in a run directory."""
+"""Train a Transformer on text: configuration, data, the loop and the run directory it writes."""
 
 from typing import TYPE_CHECKING
 
@@ -10,6 +10,6 @@ if TYPE_CHECKING:
 
 __all__ = ["LoadedRun", "TrainConfig", "load_config", "load_run"]
 
-# Loaded on use: the command line needs the configuration alone to answer --help and mistakes.
+# Imported on use: the command line needs only the configuration for --help and errors in options.
 _HOMES = dict.fromkeys(("LoadedRun", "load_run"), "training.run_directory")
 __getattr__, __dir__ = names_from(__name__, _HOMES)

@@ -1,4 +1,4 @@
-"""The settings of a run by memory: the fastest within a budget or what is free, what they take, what the run took."""
+"""Choose a run's settings by memory: the fastest within a budget or the free memory; report predicted and measured."""
 
 import contextlib
 import dataclasses
@@ -23,23 +23,23 @@ Division = dict[str, Any]
 
 _MIB = 1 << 20
 _BESIDE = 16 * _MIB
-"""What a run holds in RAM beside its steps: batches, records, pictures, checkpoints, what accelerate keeps."""
+"""RAM that a run takes beside its steps: batches, records, plots, checkpoints, accelerate's own state."""
 _NOISE = 8 * _MIB
-"""By how much the memory of a process differs from one start to the next."""
+"""By how much a process's memory varies from one start to the next."""
 _KEPT_FREE = 8
 """Without a budget one part in so many of what is free stays so, for what others begin and what the allocator holds."""
 _DOUBLINGS = 3
 """How often the number of processes is doubled in search of one with which a step fits."""
 _HELD_BYTES = 64 << 10
-"""Blocks smaller than this may be held when they are freed: few, so that what is live is what the process has."""
+"""Freed blocks smaller than this may be held by the allocator: few, so that resident memory is what is live."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Memory:
-    """What a run may take, what it should take at its peak and, at its end, what it took; bytes of one process.
+    """A run's memory: budget, predicted peak and, at its end, measured peak, in bytes of one process.
 
-    On a CPU they are its resident set, interpreter and libraries included; on an accelerator, what PyTorch allocates
-    there. before: in use before there is a model. choice: what was chosen and why.
+    On a CPU these are its resident set, interpreter and libraries included; on an accelerator, PyTorch's allocations
+    there. before: in use before the model is built. choice: what was chosen and why.
     """
 
     kind: str
@@ -50,14 +50,14 @@ class Memory:
     measured: int | None = None
 
     def announcement(self) -> str:
-        """What is to be expected, in one line."""
+        """Return one line on the predicted memory."""
         return (
             f"memory: {format_size(self.predicted)} predicted at the peak of the {format_size(self.budget)} allowed "
             f"({self.kind}, {format_size(self.before)} of it before the model); {self.choice}"
         )
 
     def result(self) -> str:
-        """What was predicted beside what was measured, in one line."""
+        """Return one line on the predicted and the measured memory."""
         assert self.measured is not None
         verdict = "within" if self.measured <= self.budget else "BEYOND"
         return (
@@ -68,14 +68,14 @@ class Memory:
 
 
 def prepare(device: torch.device) -> None:
-    """Load what a run loads on first use, so that it counts as what the process takes before there is a model.
+    """Load what a run loads on first use, so that it counts as memory taken before the model.
 
-    And have the C library return what is freed: held blocks could not be predicted.
+    Also have the C library return freed memory: blocks that it holds could not be predicted.
     """
     return_freed_blocks(_HELD_BYTES)
     warm_up(str(device))
     plan({"num_tokens": 2, "dim": 2, "depth": 1, "heads": 1, "dim_head": 2}, batch_size=1, seq_len=2, device=device)
-    with contextlib.suppress(ImportError):  # told when there is something to draw
+    with contextlib.suppress(ImportError):  # reported when there is something to plot
         drawn([])
     trim_heap()
 
@@ -83,7 +83,7 @@ def prepare(device: torch.device) -> None:
 def within_budget(
     config: TrainConfig, device: torch.device, num_tokens: int, *, processes: int = 1, settled: bool = False
 ) -> tuple[TrainConfig, Memory]:
-    """The configuration with the fastest settings that keep a training step within its budget, for each process.
+    """Return the configuration with the fastest settings that keep each process's step within the budget.
 
     Settings that it has stay as they are, and all of them where they are `settled`, as in a run that goes on; a budget
     of "auto" becomes a size. Several processes share the model, and then the tokens, only where nothing fits otherwise.
@@ -112,7 +112,7 @@ def within_budget(
     chosen = step.config.updated(made.settings)
     if config.memory_budget == "auto":
         chosen = chosen.updated({"memory_budget": f"{budget // _MIB}MiB"})
-    # What was in use for a moment before, such as for tokenising, belongs to the process's peak too.
+    # The process's peak includes what was in use for a moment before, such as for tokenising.
     predicted = max(standing + made.peak_bytes, memory_peak(device))
     choice = _choice(chosen, made.options, standing) + _divided(config, division)
     return chosen, Memory(_kind(device), budget, before, predicted, choice)
@@ -121,10 +121,10 @@ def within_budget(
 def fastest_that_fits(
     config: TrainConfig, device: torch.device, num_tokens: int, *, processes: int = 1
 ) -> tuple[TrainConfig, str]:
-    """The configuration with the fastest settings that fit in what is free; in words, what they and the leanest take.
+    """Return the configuration with the fastest settings that fit in free memory, and a sentence on what they take.
 
-    For a run without a budget. Settings that it has stay as they are. What does not fit is not refused, since nobody
-    set a limit: the leanest settings are taken. Where a device does not tell what is free, those of `resolve`.
+    For a run without a budget. Settings that were given do not change. If nothing fits, the leanest settings are taken:
+    without a limit nothing is refused. Where a device does not report free memory, those of `resolve` are taken.
     """
     step = _Step(config, device, num_tokens, processes)
     if not step.leanest_settings:
@@ -146,9 +146,9 @@ def fastest_that_fits(
 
 
 class _Step:
-    """The step of one of a run's processes, of which the configuration may leave settings open.
+    """The training step of one process, whose configuration may leave settings open.
 
-    config: with every choice made that was left to the machine.
+    config: the configuration with every open choice made for the machine.
     """
 
     def __init__(
@@ -164,7 +164,7 @@ class _Step:
 
     @functools.cached_property
     def leanest_settings(self) -> dict[str, Any]:
-        """Of those left open."""
+        """The open settings with which the step takes the least memory."""
         config, mixed_precision = self.config, self.config.precision != "fp32"
         offload = self.device.type == "cuda"
         found = candidates(self.given, config.batch_size, config.seq_len, mixed_precision, offload)
@@ -172,11 +172,11 @@ class _Step:
 
     @functools.cached_property
     def leanest(self) -> int:
-        """The bytes at its peak with these."""
+        """The peak with these settings, in bytes."""
         return self._plan(self.given | self.leanest_settings, None).peak_bytes
 
     def planned(self, room: int) -> Plan:
-        """With the fastest settings for so many bytes."""
+        """Plan the step with the fastest settings for ``room`` bytes."""
         return self._plan(self.given, max(1, room))
 
     def _plan(self, keywords: dict[str, Any], room: int | None) -> Plan:
@@ -196,10 +196,10 @@ class _Step:
 
 
 def _divisions(config: TrainConfig, processes: int) -> list[Division]:
-    """How the processes may share a step, those that send less first; what the configuration says stays.
+    """Return the ways to divide a step over the processes, those with the least communication first.
 
-    The fewer windows are at work where the tokens of each are divided, the more batches are accumulated, so that a step
-    has as many.
+    What the configuration sets is kept. Where n processes divide the tokens of each window, n times as many batches are
+    accumulated, so that a step has as many windows.
     """
     if processes == 1 or config.precision == "fp16":
         return [{}]
@@ -215,7 +215,7 @@ def _divisions(config: TrainConfig, processes: int) -> list[Division]:
 
 
 def _enough_processes(config: TrainConfig, processes: int, fits: Callable[[Division, int], bool]) -> str:
-    """How many processes would do, by doubling, and with which options; empty where none would."""
+    """Return how many processes would be enough, found by doubling, and their options; "" if none would."""
     for number in [processes << more for more in range(1, _DOUBLINGS + 1)]:
         division = _divisions(config, number)[-1]
         if division and number <= config.seq_len and fits(division, number):
@@ -225,7 +225,7 @@ def _enough_processes(config: TrainConfig, processes: int, fits: Callable[[Divis
 
 
 def _divided(config: TrainConfig, division: Division) -> str:
-    """What was decided about the processes, in words."""
+    """Return what was decided about the processes, in words."""
     changed = {name: value for name, value in division.items() if value != (getattr(config, name) or _WHOLE[name])}
     if not changed:
         return ""
@@ -237,7 +237,7 @@ _WHOLE = {"shard": False, "context_parallel": 1, "accumulation": 1}
 
 
 def _open(config: TrainConfig) -> list[str]:
-    """Settings that the budget may decide."""
+    """Return the settings that the budget may decide."""
     found = [name for name in SETTINGS if getattr(config, name) is None]
     if config.exact and config.reversible is None:
         found.remove("reversible")  # which exact implies
@@ -262,7 +262,7 @@ def _budget(config: TrainConfig, device: torch.device, before: int, processes: i
 
 
 def _choice(chosen: TrainConfig, options: tuple[Option, ...], standing: int) -> str:
-    """What was chosen and why, in words."""
+    """Return what was chosen and why, in words."""
     *faster, taken = options
     if not taken.settings:
         return "every setting was given before"
@@ -277,7 +277,7 @@ def _refusal(made: Plan, budget: int, standing: int, processes: str) -> str:
     options = {"batch_size": "--batch-size", "seq_len": "--seq-len", "depth": "--depth"}
     remedies = dict(made.remedies)
     if "seq_len" in remedies:
-        # Ragged lengths take more kernels.
+        # Ragged lengths need more compiled kernels.
         length = remedies["seq_len"] - remedies["seq_len"] // 16
         remedies["seq_len"] = length - length % 8 or length
     changes = [f"{options[name]} {size}" for name, size in remedies.items() if name in options]
@@ -286,7 +286,7 @@ def _refusal(made: Plan, budget: int, standing: int, processes: str) -> str:
     changes += [processes] if processes else []
     return (
         f"memory_budget: the leanest settings take {format_size(standing + made.peak_bytes)} of the "
-        f"{format_size(budget)} allowed, {format_size(standing)} of it before there is a model: "
+        f"{format_size(budget)} allowed, {format_size(standing)} of it before the model: "
         f"{' or '.join(changes)} would fit"
     )
 

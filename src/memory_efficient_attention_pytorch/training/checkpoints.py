@@ -1,10 +1,10 @@
 """Checkpoints: a directory each, written whole or not at all, verified before use.
 
 A checkpoint holds `model.safetensors`, `optimizer.safetensors`, `state.json` and `SHA256SUMS` of the three (which
-`sha256sum --check` reads). Of a sharded model each process writes its part, `model-00001-of-00004.safetensors` and
-`optimizer-00001-of-00004.safetensors`. Either is read by any number of processes, sharded or not. The random generators
-need no entry: step s is seeded by (seed, s, process), so the step's number is their state, and the position in the data
-too.
+`sha256sum --check` reads). If the model is sharded, each process writes its part, `model-00001-of-00004.safetensors`
+and `optimizer-00001-of-00004.safetensors`. Either kind is read by any number of processes, sharded or not. Random
+generators are not saved: step s is seeded by (seed, s, process), so the step's number is their state and the position
+in the data.
 """
 
 import contextlib
@@ -36,12 +36,12 @@ _SUMS = "SHA256SUMS"
 
 @dataclasses.dataclass(frozen=True)
 class TrainState:
-    """Where a run stands, besides its weights and the optimizer's averages.
+    """The state of a run besides its weights and the optimizer's averages.
 
     step: optimizer steps done. tokens: trained on so far, by all processes. seconds: spent training.
-    validation_loss: nats per token measured after this very step, None if it was not measured then.
-    best_loss: the lowest validation loss so far. windows_per_step: of all processes, which the data position counts in.
-    scaler: the fp16 gradient scaler's numbers, None in other precisions.
+    validation_loss: nats per token measured after this step, None if it was not measured then.
+    best_loss: the lowest validation loss so far. windows_per_step: of all processes; the position in the data is the
+    step times this. scaler: state of the fp16 gradient scaler, None in other precisions.
     """
 
     step: int = 0
@@ -59,7 +59,7 @@ class Checkpoint:
     state: TrainState
 
     def files(self, kind: str) -> list[Path]:
-        """Those of the "model" or the "optimizer", one or a part of each process, by the sums."""
+        """Return the files listed in SHA256SUMS for "model" or "optimizer": one, or a part from each process."""
         return [self.path / name for name in _read_sums(self.path) if (of := _FILE.fullmatch(name)) and of[1] == kind]
 
 
@@ -72,9 +72,9 @@ class Checkpoints:
     def save(
         self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, main: bool = True
     ) -> Checkpoint:
-        """Write a checkpoint. Whatever stops it, the ones before are untouched and no half of this one is seen.
+        """Write a checkpoint. If that is cut short, earlier ones are untouched and none looks half written.
 
-        Of a model that is sharded every process has to save, and each writes its part; else the main one alone.
+        If the model is sharded, this is a collective and each process writes its part; else only the main one writes.
         """
         path = self.root / f"{_PREFIX}{state.step:08d}"
         averages = _optimizer_tensors(model, optimizer)
@@ -96,9 +96,10 @@ class Checkpoints:
         return Checkpoint(path, state)
 
     def find(self, which: str = "last", report: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
-        """The "last" checkpoint or the "best" (lowest validation loss); with none measured, best means last.
+        """Return the "last" checkpoint or the "best" (lowest validation loss); with none measured, best means last.
 
-        A checkpoint that is truncated, altered or without sums is named to `report` and the next in order is tried.
+        A checkpoint that is truncated, altered or without sums is passed to `report` and the next in order is tried.
+        None if no checkpoint is intact. Raises ValueError for another `which`.
         """
         if which not in ("last", "best"):
             raise ValueError(f"checkpoint must be 'last' or 'best', got {which!r}")
@@ -121,14 +122,14 @@ class Checkpoints:
                 discard(checkpoint.path)
 
     def set_aside_after(self, step: int) -> None:
-        """Give the checkpoints beyond `step`, damaged since a run goes on from the last sound one, other names."""
+        """Rename the checkpoints after `step`, which are damaged: a run resumes from the last intact one."""
         for path in self._paths():
             if int(path.name.removeprefix(_PREFIX)) > step:
                 names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
                 path.rename(next(name for name in names if not os.path.lexists(name)))
 
     def remove_unfinished(self) -> None:
-        """Remove what writes and removals that were cut short left behind."""
+        """Remove what interrupted writes and removals left behind."""
         for path in self.root.glob(f".{_PREFIX}*"):
             if _UNFINISHED.fullmatch(path.name):
                 discard(path)
@@ -144,7 +145,7 @@ class Checkpoints:
         return found
 
     def _paths(self) -> list[Path]:
-        """The directories with names as `save` gives; all else there belongs to someone else and is left alone."""
+        """Return the directories named as `save` names them; anything else is the user's and left alone."""
         found = self.root.glob(f"{_PREFIX}*")
         return [path for path in found if _NAME.fullmatch(path.name) and path.is_dir()]
 
@@ -155,7 +156,7 @@ def _loss_or_infinity(checkpoint: Checkpoint) -> float:
 
 
 def find_flaw(path: Path) -> str | None:
-    """What is wrong with a checkpoint's files, None if every one has the sum it was written with."""
+    """Return what is wrong with a checkpoint's files, None if every checksum is right."""
     try:
         expected = _read_sums(path)
         for name in _names(expected):
@@ -174,7 +175,7 @@ def _read_sums(path: Path) -> dict[str, str]:
 
 
 def _names(sums: Iterable[str]) -> list[str]:
-    """The files that a checkpoint with these among them has to have."""
+    """Return the files that a checkpoint with these must have. Raises ValueError for parts of different numbers."""
     names = []
     for kind in ("model", "optimizer"):
         counts = {of[3] for name in sums if (of := _FILE.fullmatch(name)) and of[1] == kind} or {None}
@@ -187,9 +188,9 @@ def _names(sums: Iterable[str]) -> list[str]:
 
 
 def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
-    """Copy a checkpoint's weights into a model of the same shape, of which this process may hold a part.
+    """Copy a checkpoint's weights into a model of the same shape; a collective if the model is sharded.
 
-    Then all processes have to ask for it. Raises ValueError for a model of another shape.
+    Raises ValueError for a model of another shape.
     """
     files = checkpoint.files("model")
     try:
@@ -201,13 +202,13 @@ def load_weights(model: nn.Module, checkpoint: Checkpoint) -> None:
             load_model(model, file)
     except (RuntimeError, ValueError) as error:  # what load_state_dict raises, a line for each weight
         raise ValueError(
-            f"the weights in {checkpoint.path} are not those of the model in the run's config.toml: was that changed "
+            f"the weights in {checkpoint.path} are not those of the model in the run's config.toml: was it changed "
             "later?"
         ) from error
 
 
 def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoint: Checkpoint) -> None:
-    """Give `optimizer`, which holds `model`'s parameters, the averages it had at the checkpoint."""
+    """Load the checkpoint's averages into `optimizer`, which holds `model`'s parameters."""
     files = checkpoint.files("optimizer")
     if len(files) > 1 or is_sharded(model):
         tensors = _averages_by_parts(dict(model.named_parameters()), files)
@@ -222,13 +223,13 @@ def load_optimizer(model: nn.Module, optimizer: torch.optim.Optimizer, checkpoin
 
 
 def _averages_by_parts(parameters: Mapping[str, torch.Tensor], files: list[Path]) -> dict[str, torch.Tensor]:
-    """Those in the files, divided among the processes as their parameters are."""
+    """Load the averages in the files, sharded as their parameters are."""
     from .parts import load_parts, shapes_in
 
     tensors = {}
     for name, (shape, dtype) in shapes_in(files).items():
         like = parameters[name.rpartition(":")[0]].detach()
-        # What is no average, such as the number of steps, has a shape of its own.
+        # An entry that is not an average, such as the number of steps, has a shape of its own.
         tensors[name] = torch.empty_like(like, dtype=dtype) if like.shape == shape else torch.empty(shape, dtype=dtype)
     load_parts(files, tensors)
     return tensors
@@ -241,7 +242,7 @@ def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> di
 
 
 def _names_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:
-    """Parameter names in the order in which an optimizer's state_dict numbers them."""
+    """Yield parameter names in the order in which an optimizer's state_dict numbers them."""
     names = {id(parameter): name for name, parameter in model.named_parameters()}
     for group in optimizer.param_groups:
         for parameter in group["params"]:
@@ -250,7 +251,7 @@ def _names_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> Itera
 
 @contextlib.contextmanager
 def _utf8_name(path: Path) -> Iterator[str]:
-    """The path, or where safetensors, which reads UTF-8 names only, cannot take it, that of a link to it for now."""
+    """Yield the path or, if it is not UTF-8, that of a temporary link to it: safetensors reads UTF-8 names only."""
     try:
         str(path).encode()
     except UnicodeEncodeError:

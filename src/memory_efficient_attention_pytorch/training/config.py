@@ -1,4 +1,4 @@
-"""One dataclass holds everything about a training run, whether it came from a TOML file or the command line."""
+"""The configuration of a training run, from a TOML file or the command line."""
 
 import dataclasses
 import functools
@@ -35,7 +35,7 @@ _record = functools.partial(_option, group="logging and checkpoints")
 
 
 def _model(name: str, default: Any = dataclasses.MISSING, **changed: Any) -> Any:
-    """A knob of the Transformer, with the default of the command line's demonstration model or else its own."""
+    """Return a field for a Transformer setting. default: the demonstration model's, else the Transformer's own."""
     if default is dataclasses.MISSING:
         default = getattr(TransformerConfig, name)
     return dataclasses.field(default=default, metadata={**KNOBS[name], "group": "model", **changed})
@@ -43,7 +43,7 @@ def _model(name: str, default: Any = dataclasses.MISSING, **changed: Any) -> Any
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainConfig:
-    """Everything that decides what a training run computes. Where None stands, `resources.resolve` may choose.
+    """Holds everything that decides what a training run computes. None leaves a choice to `resources.resolve`.
 
     Raises ValueError, naming the key, what was expected and what came, for a value of the wrong type or out of range
     and for options that contradict each other.
@@ -78,7 +78,7 @@ class TrainConfig:
     positions: str = _model("positions", "rotary")
     dropout: float = _model("dropout")
     tie_embeddings: bool = _model("tie_embeddings")
-    reversible: bool | None = _model("reversible", None, unset="where memory asks for it")
+    reversible: bool | None = _model("reversible", None, unset="where memory is short")
     exact: bool | None = _model("exact", None, unset="under mixed precision")
     keep_attention: bool | str | None = _model("keep_attention", None, unset="where it fits")
     head_chunks: int | None = _model("head_chunks", None, unset="chosen for the machine")
@@ -105,12 +105,12 @@ class TrainConfig:
     device: str = _optimisation("auto", "auto: the accelerator if there is one", choices=("auto", "cpu"))
     shard: bool | None = _optimisation(
         None,
-        "divide weights, gradients and averages among the processes (FSDP2), gathered block by block",
+        "shard weights, gradients and optimizer state over the processes (FSDP2), gathered block by block",
         unset="where a memory budget asks for it",
     )
     context_parallel: int | None = _optimisation(
         None,
-        "processes that divide the tokens of each window among them; the others take other windows",
+        "processes over which the tokens of each window are divided; other processes take other windows",
         low=1,
         unset="1, or more where a memory budget asks for it",
     )
@@ -128,8 +128,8 @@ class TrainConfig:
     sample_every: int = _record(100, "steps between samples; 0 for none", low=0)
     sample_tokens: int = _record(160, "tokens in a sample", low=1)
     checkpoint_every: int = _record(50, "steps between checkpoints", low=1)
-    keep: int = _record(2, "checkpoints kept, the newest; the best is kept besides", low=1)
-    tensorboard: bool = _record(False, "write TensorBoard's files to the run directory too")
+    keep: int = _record(2, "newest checkpoints to keep, besides the best one", low=1)
+    tensorboard: bool = _record(False, "also write TensorBoard files to the run directory")
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
@@ -137,12 +137,13 @@ class TrainConfig:
         _check_combination(self)
 
     def updated(self, values: Mapping[str, Any]) -> "TrainConfig":
-        """A copy with `values` in place. Raises ValueError for an unknown key, with the nearest known one."""
+        """Return a copy with these values. Raises ValueError for an unknown key, naming the nearest known one."""
         reject_unknown(values, where="the options")
         return dataclasses.replace(self, **values)
 
 
 def known_keys() -> list[str]:
+    """Return the names of TrainConfig's fields."""
     return [field.name for field in dataclasses.fields(TrainConfig)]
 
 
@@ -154,10 +155,10 @@ def reject_unknown(values: Mapping[str, Any], *, where: str) -> None:
 
 
 def load_config(path: Path | str) -> TrainConfig:
-    """Read a TOML file of TrainConfig's keys. Keys it leaves out take their defaults.
+    """Read a TOML file of TrainConfig's keys. Missing keys take their defaults.
 
-    Raises ValueError if the file is missing, is no TOML, has an unknown key or a value that does not fit, or was
-    written beside a run in a format that this version does not read.
+    Raises ValueError if the file is missing, is not TOML, has an unknown key or an invalid value, or belongs to a run
+    in a format that this version does not read.
 
     Examples:
         >>> import tempfile
@@ -173,7 +174,7 @@ def load_config(path: Path | str) -> TrainConfig:
 
 
 def read_values(path: Path | str) -> dict[str, Any]:
-    """The keys and values that a TOML file sets, checked for unknown keys and the format's version."""
+    """Return the keys and values that a TOML file sets, checked for unknown keys and the format's version."""
     try:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
@@ -183,7 +184,7 @@ def read_values(path: Path | str) -> dict[str, Any]:
     version = values.pop("format", FORMAT)
     if version != FORMAT:
         raise ValueError(
-            f"{path} is of format {version!r} and this version reads format {FORMAT}: "
+            f"{path} has format {version!r} and this version reads format {FORMAT}: "
             "use the version of memory-efficient-attention-pytorch that wrote it"
         )
     reject_unknown(values, where=str(path))
@@ -191,7 +192,7 @@ def read_values(path: Path | str) -> dict[str, Any]:
 
 
 def dump_config(config: TrainConfig) -> str:
-    """The configuration as TOML, with its help as comments; None is left out, since TOML has no such value."""
+    """Return the configuration as TOML, with help as comments; None becomes a comment, since TOML has no such value."""
     import tomli_w
 
     lines = [f"format = {FORMAT}"]
@@ -218,7 +219,7 @@ def _each(value: Any, change: Callable[[str], str]) -> Any:
 
 
 def _to_toml(path: str) -> str:
-    """TOML is UTF-8, which a file's name need not be: then the path as a URI, which has its bytes (RFC 8089)."""
+    """Return the path or, if it is not UTF-8 as TOML must be, a URI with its bytes (RFC 8089)."""
     utf8 = path.encode(errors="ignore").decode() == path
     return path if utf8 else Path(path).absolute().as_uri()
 
@@ -229,7 +230,7 @@ def _from_toml(path: str) -> str:
 
 
 def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
-    """The value in the field's type, or ValueError."""
+    """Return the value in the field's type. Raises ValueError for one that is not of it, or out of range."""
     kind = value_type(TrainConfig, field.name)
     if value is None and field.default is None:
         return None
@@ -247,7 +248,7 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
         raise ValueError(f"{field.name} must be {_NAMES[kind]}{others}, got {value!r}")
     if isinstance(value, int) and value >= 2**63:
         raise ValueError(f"{field.name} must be below 2**63, got {value}")
-    # Written so that NaN fails too.
+    # `not >=` instead of `<`, so that NaN fails too.
     if low is not None and (not value >= low or value == float("inf")):
         raise ValueError(f"{field.name} must be a finite number of at least {low}, got {value!r}")
     if choices and value not in choices:
@@ -261,14 +262,14 @@ _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: 
 
 
 _MOST = {"depth": 2**16, "heads": 2**16, "vocab_size": 2**24}
-"""Counts whose sum of parts is made one by one."""
+"""Upper limits of counts whose parts are created one by one."""
 
 _MOST_NUMBERS = 2**48
-"""In a tensor: more than any machine holds, and far from overflowing."""
+"""Elements of a tensor: more than any machine holds, and far from overflow."""
 
 
 def _check_sizes(config: TrainConfig) -> None:
-    """Raise ValueError for sizes that make no sense anywhere, before anything counts or multiplies them."""
+    """Raise ValueError for sizes that no machine can hold, before any code allocates or multiplies them."""
     for name, most in _MOST.items():
         if (getattr(config, name) or 0) > most:
             raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}")
@@ -295,7 +296,7 @@ def _check_combination(config: TrainConfig) -> None:
     if config.positions == "rotary" and config.dim_head % 2:
         raise ValueError(f"rotary positions need an even dim_head, got {config.dim_head}")
     if config.exact and config.reversible is False:
-        raise ValueError("exact and no reversible contradict each other: exact says how reversal rebuilds activations")
+        raise ValueError("exact and no reversible contradict each other: exact is a way of rebuilding activations")
     for name, divides in {"shard": config.shard, "context_parallel": (config.context_parallel or 1) > 1}.items():
         if divides and config.precision == "fp16":
             raise ValueError(f"{name} goes with precision fp32 and bf16, got fp16")

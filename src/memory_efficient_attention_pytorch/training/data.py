@@ -1,4 +1,4 @@
-"""Text on disk: found, tokenised once into memory-mapped files, and cut into batches that only seed and step decide."""
+"""Tokenise text once into memory-mapped files, and cut it into batches that depend only on seed and step."""
 
 import dataclasses
 import json
@@ -23,10 +23,11 @@ Numbers = npt.NDArray[np.uint64]
 
 @dataclasses.dataclass(frozen=True)
 class CorpusInfo:
-    """What `data/corpus.json` says of the tokenised text.
+    """The contents of `data/corpus.json`, which describes the tokenised text.
 
-    train_tokens, validation_tokens: their numbers. bytes_per_token: measured over all the text, to turn nats per token
-    into bits per byte. documents: how many there are. split: how validation was set apart, in words.
+    dtype: of the tokens on disk. train_tokens, validation_tokens: their numbers. bytes_per_token: measured over all the
+    text, to turn nats per token into bits per byte. documents: their number. split: what was held out for validation,
+    in words.
     """
 
     dtype: str
@@ -38,9 +39,9 @@ class CorpusInfo:
 
 
 class Corpus:
-    """The tokenised text of a run, memory-mapped: it may be larger than memory.
+    """The tokenised text of a run, memory-mapped, so it may be larger than memory.
 
-    Raises ValueError if a file is missing or is not as long as it was written.
+    Raises ValueError if a file is missing or has another length than was written.
     """
 
     def __init__(self, directory: Path):
@@ -57,7 +58,7 @@ class Corpus:
         if size != expected:
             raise ValueError(f"{path} is damaged: {size} bytes instead of {expected}; start a new run")
         if not count:
-            return np.empty(0, dtype=self.info.dtype)  # a file without bytes cannot be mapped
+            return np.empty(0, dtype=self.info.dtype)  # an empty file cannot be mapped
         return np.memmap(path, dtype=self.info.dtype, mode="r")
 
 
@@ -73,8 +74,8 @@ def tokenise(
     """Write the documents' tokens to `directory`, the validation part to a file of its own.
 
     Whole documents are held out, drawn by `seed`, as long as they fit in `validation_fraction` of the text. Where they
-    cannot make up half of it (one file, say), the end of every document is held out instead. The text streams through:
-    memory does not grow with it. `report` is called with the bytes read so far.
+    cannot make up half of that (a single file, say), the end of every document is held out instead. The text is
+    streamed, so memory does not grow with it. `report` is called with the bytes read so far.
 
     Raises ValueError naming the document that is not UTF-8 (with a tokenizer), unreadable or damaged, and if there is
     too little text.
@@ -113,7 +114,7 @@ def tokenise(
 
 
 def _draw_validation(documents: list[Document], fraction: float, seed: int) -> set[int]:
-    """Indices of the documents to hold out whole; none if they cannot make up half the fraction."""
+    """Return the indices of the documents to hold out whole; none if they cannot make up half the fraction."""
     room = fraction * sum(document.size for document in documents)
     order = list(range(len(documents)))
     random.Random(seed).shuffle(order)
@@ -161,18 +162,18 @@ def check_length(corpus: Corpus, seq_len: int) -> None:
 
 
 class Batches:
-    """Training windows, each once per pass over the text, in an order that only the seed decides.
+    """Yields training windows, each once per pass over the text, in an order that depends only on the seed.
 
-    Step s takes windows s·w … s·w + w − 1 of that order, w = accumulation · processes · batch_size, laid out in that
-    order of dimensions: the same global batch comes however it is divided. Nothing is kept between calls, so the
-    step's number is the position in the data.
+    Step s takes windows s·w … s·w + w − 1 of that order, w = accumulation · processes · batch_size, laid out as
+    (accumulation, processes, batch_size): the global batch is the same however it is divided. There is no state between
+    calls, so the step's number is the position in the data.
     """
 
     def __init__(self, tokens: np.ndarray, config: TrainConfig, processes: int = 1, process: int = 0):
         self.tokens, self.seq_len, self.seed = tokens, config.seq_len, config.seed
         self.layout = (config.accumulation, processes, config.batch_size)
         self.process = process
-        # One window fewer than fits leaves room for cutting each pass at another offset.
+        # One window fewer than fits leaves room for a different offset in each pass.
         self.count = max(1, (len(tokens) - 1) // self.seq_len - 1)
 
     @property
@@ -180,14 +181,14 @@ class Batches:
         return int(np.prod(self.layout))
 
     def __call__(self, step: int) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of one optimizer step for this process: x and labels, each (batch_size, seq_len) int64."""
+        """Yield the batches of an optimizer step for this process: x and labels, each (batch_size, seq_len) int64."""
         first = step * self.windows_per_step
         starts = self.starts(np.arange(first, first + self.windows_per_step)).reshape(self.layout)
         for batch in starts[:, self.process]:
             yield shifted(self.tokens, batch, self.seq_len)
 
     def starts(self, index: np.ndarray) -> np.ndarray:
-        """Where in the text the windows number `index` of the whole run begin."""
+        """Return the offsets in the text at which windows `index`, counted over the whole run, begin."""
         passes, positions = index // self.count, index % self.count
         starts = np.empty_like(index)
         for number in np.unique(passes):
@@ -200,13 +201,13 @@ class Batches:
 
 
 def shifted(tokens: np.ndarray, starts: np.ndarray, length: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Windows of `length` tokens and, as labels, the tokens that follow each: two (len(starts), length) int64."""
+    """Return windows and, as labels, the same shifted by one token: two (len(starts), length) int64."""
     windows = torch.from_numpy(np.stack([tokens[start : start + length + 1] for start in starts]).astype(np.int64))
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def evaluation_starts(tokens: np.ndarray, config: TrainConfig) -> tuple[np.ndarray, int]:
-    """The fixed validation set: where its windows begin, evenly spread over the text, and their length."""
+    """Return the fixed validation set: the starts of its windows, evenly spread over the text, and their length."""
     length = min(config.seq_len, len(tokens) - 1)
     room = len(tokens) - 1 - length
     count = min(config.evaluation_windows, room // length + 1)
@@ -214,10 +215,10 @@ def evaluation_starts(tokens: np.ndarray, config: TrainConfig) -> tuple[np.ndarr
 
 
 def permute(index: np.ndarray, size: int, keys: Numbers) -> Numbers:
-    """A permutation of 0 … size − 1 chosen by `keys`, evaluated at `index`, without a table of `size` entries.
+    """Evaluate a permutation of 0 … size − 1, chosen by `keys`, at `index`, without a table of `size` entries.
 
-    A Feistel network over the least even number of bits that holds `size`; values that fall outside are sent through
-    it again until they fall inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
+    A Feistel network over the least even number of bits that holds `size`; values outside the range pass through it
+    again until they are inside (Black and Rogaway, "Ciphers with arbitrary finite domains", 2002).
     """
     half = np.uint64(max(1, ((size - 1).bit_length() + 1) // 2))
     low = np.uint64((1 << int(half)) - 1)
@@ -233,7 +234,7 @@ def permute(index: np.ndarray, size: int, keys: Numbers) -> Numbers:
 
 
 def _scramble(value: Numbers) -> Numbers:
-    """SplitMix64's finaliser (Steele, Lea and Flood, 2014); uint64 arithmetic wraps around."""
+    """Apply SplitMix64's finaliser (Steele, Lea and Flood, 2014); uint64 arithmetic wraps around."""
     value = (value ^ (value >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
     value = (value ^ (value >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
     return value ^ (value >> np.uint64(31))

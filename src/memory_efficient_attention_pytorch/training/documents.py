@@ -1,4 +1,4 @@
-"""Where the text comes from: files, directories, .gz files, the Python standard library."""
+"""Find and read the text: files, directories, .gz files, the Python standard library."""
 
 import contextlib
 import gzip
@@ -16,7 +16,7 @@ _NOT_SOURCES = {"site-packages", "dist-packages", "test", "tests", "idle_test", 
 
 
 class Document:
-    """One file, read in chunks. size: its bytes on the disk. bytes_read: bytes of text that have come out of it.
+    """One file, read in chunks. size: its bytes on disk. bytes_read: bytes of text read so far, unpacked.
 
     Raises ValueError if there is no such file.
     """
@@ -28,7 +28,7 @@ class Document:
             self.size = path.stat().st_size
 
     def chunks(self) -> Iterator[bytes]:
-        """The text in pieces, .gz files unpacked. Raises ValueError if it cannot be read or is no whole .gz file."""
+        """Yield the text in chunks, .gz files unpacked. Raises ValueError if it cannot be read or is not whole."""
         self.bytes_read = 0
         try:
             with gzip.open(self.path) if self.path.suffix.lower() == ".gz" else self.path.open("rb") as file:
@@ -63,14 +63,14 @@ def _told(path: Path) -> Iterator[None]:
 
 
 def find_documents(data: Iterable[str | Path]) -> list[Document]:
-    """The documents that paths name: files as they are, of directories every file beneath that is not hidden.
+    """Return the documents that paths name: files, and every file beneath directories that is not hidden.
 
-    Links are followed, to each directory and file beneath one path once. Run directories are left out: what
-    `mea train` wrote is no text to learn. With no path, the Python standard library's sources: real text that every
-    installation has.
+    Links are followed; beneath one path each directory and file is visited once. Run directories are left out: what
+    `mea train` wrote is no text to learn. Without paths, the Python standard library's sources are taken: real text
+    that every installation has.
 
-    Raises ValueError for a path that is missing, a directory without files, a run directory named as text, and
-    whatever cannot be read, a link that leads nowhere included.
+    Raises ValueError for a missing path, a directory without files, a run directory named as text, and anything that
+    cannot be read, broken links included.
     """
     paths = [Path(path) for path in data]
     files = [file for path in paths for file in _named(path)] if paths else standard_library()
@@ -93,7 +93,7 @@ def _named(path: Path) -> list[Path]:
 
 
 def _beneath(folder: Path, place: Path, seen: set[Path]) -> Iterator[Path]:
-    """The files under a folder. place: where it really is; seen: such places that need no second visit."""
+    """Yield the files under a folder. place: its real path; seen: real paths visited already."""
     seen.add(place)
     with _told(folder):
         entries = sorted(os.scandir(folder), key=lambda entry: entry.name)
@@ -114,9 +114,9 @@ def _beneath(folder: Path, place: Path, seen: set[Path]) -> Iterator[Path]:
 
 
 def standard_library() -> list[Path]:
-    """The running interpreter's .py files, without installed packages and without the tests.
+    """Return the running interpreter's .py files, without installed packages and tests.
 
-    Distributions differ in whether they ship the tests, some of which are written to be no valid text.
+    Not every distribution ships the tests, and some of them are deliberately not valid text.
     """
     root = Path(sysconfig.get_path("stdlib"))
     found = [path for path in sorted(root.rglob("*.py")) if not _NOT_SOURCES & set(path.relative_to(root).parts)]

@@ -1,4 +1,4 @@
-"""Writing so that a kill, a full disk or a power cut leaves the old file or the new one, never half of either."""
+"""Write files so that a kill, a full disk or a power cut leaves the old file or the new one, never half of either."""
 
 import contextlib
 import hashlib
@@ -12,15 +12,15 @@ from pathlib import Path
 from safetensors import SafetensorError
 
 WRITE_ERRORS = (OSError, SafetensorError)
-"""What a failed write raises; safetensors wraps the system's error in one of its own."""
+"""Exceptions of a failed write; safetensors wraps the system's error in one of its own."""
 
 
 class RunError(RuntimeError):
-    """Something outside the user's options stopped a run; the message says what was kept and how to go on."""
+    """Raised when something other than the user's options stops a run; says what was kept and how to resume."""
 
 
 class ElsewhereError(RunError):
-    """Another process of the run has failed and says why. mistake: whether it was one in the options or the text."""
+    """Raised when another process of the run has failed. mistake: whether the options or the text were wrong."""
 
     def __init__(self, *, mistake: bool):
         super().__init__("another process of the run has failed and says why")
@@ -28,7 +28,7 @@ class ElsewhereError(RunError):
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
-    """Write a whole file under a temporary name, flush it to the disk and rename it into place."""
+    """Write a file under a temporary name, flush it to disk and rename it into place."""
     temporary = path.with_name(f".{path.name}.partial")
     try:
         with temporary.open("wb") as file:
@@ -44,7 +44,7 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 @contextlib.contextmanager
 def directory_written_atomically(path: Path) -> Iterator[Path]:
-    """Yield a temporary directory beside `path` that becomes `path` if the block ends well and is removed if not."""
+    """Yield a temporary directory beside `path` that becomes `path` if the block succeeds and is removed if not."""
     temporary = path.with_name(f".{path.name}.partial")
     discard(temporary)
     temporary.mkdir(parents=True)
@@ -62,7 +62,7 @@ def directory_written_atomically(path: Path) -> Iterator[Path]:
 
 
 def discard(path: Path) -> None:
-    """Remove a directory, and nothing else, if it is there; one whose removal was cut short never looks whole."""
+    """Remove a directory, if there is one; renamed first, so that a removal cut short leaves nothing whole."""
     if path.is_dir() and not path.is_symlink():
         doomed = path.with_name(f".{path.name}.discarded")
         shutil.rmtree(doomed, ignore_errors=True)
@@ -71,7 +71,7 @@ def discard(path: Path) -> None:
 
 
 def flush(path: Path) -> None:
-    """Ask the system to put a file's content, or a directory's names, on the disk."""
+    """Flush a file's content, or a directory's entries, to disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -80,13 +80,13 @@ def flush(path: Path) -> None:
 
 
 def sha256(path: Path) -> str:
-    """The sum of a file, as `sha256sum` prints it."""
+    """Return a file's checksum, as `sha256sum` prints it."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def is_run_directory(path: Path) -> bool:
-    """Whether `mea train` made it, finished or not: its configuration, and something else of what a run leaves."""
+    """Return whether `mea train` wrote to this directory: it has a configuration and another of a run's files."""
     try:
         with (path / "config.toml").open("rb") as file:
             written_here = file.read(9) == b"format = "
@@ -95,16 +95,16 @@ def is_run_directory(path: Path) -> bool:
     return written_here and any(os.path.exists(path / name) for name in _OF_A_RUN)
 
 
-# A configuration alone may be one that was copied out of a run, to begin another.
+# A configuration alone may be a copy, to start another run from.
 _OF_A_RUN = (".lock", "metrics.jsonl", "data/corpus.json", ".data.partial")
 
 
 def quoted(path: Path | str) -> str:
-    """A path as a shell takes it, for commands that are to be copied."""
+    """Return a path quoted for a shell, for commands that the user may copy."""
     text = str(path)
     if text.isprintable():
         return shlex.quote(text)
-    # With a line's end, say, or a byte that is no UTF-8.
+    # For example with a newline, or a byte that is not UTF-8.
     return "$'" + "".join(chr(b) if chr(b) in _PLAIN else f"\\x{b:02x}" for b in os.fsencode(text)) + "'"
 
 

@@ -1,4 +1,4 @@
-"""Signals that ask a run to end: noted while a step is at work, acted on between steps."""
+"""Handle signals that ask a run to end: noted during a step, acted on between steps."""
 
 import signal
 import threading
@@ -10,9 +10,9 @@ from .run_directory import RunDirectory
 
 
 class Interruption:
-    """While entered, SIGINT, SIGTERM and SIGHUP are noted in `signal`; SIGINT again, a second later, is obeyed at once.
+    """Notes SIGINT, SIGTERM and SIGHUP in `signal` while entered; SIGINT again, a second later, stops at once.
 
-    Within that second it is the same request: a launcher passes on what the terminal has sent to all processes already.
+    Within that second it is the same request: a launcher forwards what the terminal has sent to all processes already.
     """
 
     def __init__(self) -> None:
@@ -24,7 +24,7 @@ class Interruption:
         if threading.current_thread() is threading.main_thread():
             for name in ("SIGINT", "SIGTERM", "SIGHUP"):
                 number = getattr(signal, name, None)
-                # Who has a signal ignored (nohup) wants it to stay so.
+                # A signal that is ignored (nohup) stays ignored.
                 if number is not None and signal.getsignal(number) is not signal.SIG_IGN:
                     self._previous[number] = signal.signal(number, self._handle)
         return self
@@ -35,7 +35,7 @@ class Interruption:
         self._previous.clear()
 
     def note(self, number: int) -> None:
-        """Take a signal's number as received; 0 for none."""
+        """Record a signal by its number; 0 for none."""
         if number and self.signal is None:
             self.signal, self._noted_at = signal.Signals(number), time.monotonic()
 
@@ -46,7 +46,7 @@ class Interruption:
 
 
 class Interrupted(Exception):
-    """A run ended early because a signal asked for it; its state is saved. main: in the process that speaks for all."""
+    """Raised when a signal ended a run early; its state is saved. main: whether this is the main process."""
 
     def __init__(self, number: signal.Signals, step: int, run: RunDirectory, *, main: bool):
         super().__init__(

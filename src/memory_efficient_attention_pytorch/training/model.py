@@ -1,4 +1,4 @@
-"""The model that a configuration describes."""
+"""Build the model that a configuration describes."""
 
 from typing import Any
 
@@ -8,7 +8,7 @@ from .config import TrainConfig
 
 
 def build_model(config: TrainConfig, num_tokens: int) -> Transformer:
-    """A causal Transformer over `num_tokens` tokens, initialised from torch's global random generator.
+    """Build a causal Transformer with a vocabulary of `num_tokens`, initialised from torch's global random generator.
 
     Raises ValueError for a shape that the Transformer refuses.
     """
@@ -16,7 +16,7 @@ def build_model(config: TrainConfig, num_tokens: int) -> Transformer:
 
 
 def model_keywords(config: TrainConfig, num_tokens: int) -> dict[str, Any]:
-    """The Transformer's keywords; what the configuration leaves open is the Transformer's own default."""
+    """Return the Transformer's keywords; what the configuration leaves open takes the Transformer's own default."""
     given = {name: getattr(config, name) for name in KNOBS if hasattr(config, name)}
     chosen = {name: getattr(TransformerConfig, name) if value is None else value for name, value in given.items()}
     window = None if config.window is None else (config.window, 0)

@@ -1,7 +1,7 @@
-"""Tensors divided among processes: each writes its part, any number read them. On PyTorch's distributed checkpoints.
+"""Save and load sharded tensors by PyTorch's distributed checkpoints: any number of processes reads what others wrote.
 
 The files are those of `torch.distributed.checkpoint.HuggingFaceStorageWriter` (safetensors, with each part's offsets in
-the header), which its reader reads; that writer itself would hold three copies of what it writes.
+the header), and are read by its reader; that writer itself would hold three copies of what it writes.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from torch.futures import Future
 
 from .files import WRITE_ERRORS, directory_written_atomically, flush, sha256
 
-if TYPE_CHECKING:  # else where they are used: they bring all of FSDP
+if TYPE_CHECKING:  # otherwise imported where used: they load all of FSDP
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.metadata import Metadata, TensorStorageMetadata
     from torch.distributed.checkpoint.planner import SavePlan, SavePlanner
@@ -31,13 +31,13 @@ if TYPE_CHECKING:  # else where they are used: they bring all of FSDP
 
 
 def save_parts(path: Path, kinds: dict[str, dict[str, Tensor]], finish: Callable[[Path, dict[str, str]], None]) -> None:
-    """Write a directory of `KIND-00001-of-00004.safetensors`, whole or not at all. All processes have to ask for it.
+    """Write a directory of `KIND-00001-of-00004.safetensors`, whole or not at all. A collective of all processes.
 
-    kinds: tensors by name, of which no two are the same in two kinds; of a DTensor each process writes its part, of
-    another tensor, which all have, one of them. finish: called in the first process when every part is on the disk,
-    with the directory and the SHA-256 sums of its files; then the directory gets its name.
+    kinds: tensors by kind and name, names being unique across kinds. Each process writes its part of a DTensor; one of
+    them writes a plain tensor, which all have. finish: called in the first process when every part is on disk, with
+    the directory and the SHA-256 sums of its files; then the directory gets its name.
 
-    Raises in every process what one of them met, WRITE_ERRORS among others.
+    Raises in every process: OSError for one of WRITE_ERRORS in any of them, RuntimeError for other errors.
     """
     from torch.distributed.checkpoint.api import CheckpointException
     from torch.distributed.checkpoint.state_dict_saver import save
@@ -56,10 +56,9 @@ def save_parts(path: Path, kinds: dict[str, dict[str, Tensor]], finish: Callable
 
 
 def load_parts(files: Iterable[Path], tensors: dict[str, Tensor]) -> None:
-    """Fill tensors, of each its part where it is a DTensor, from files that `save_parts` or `save_file` has written.
+    """Fill tensors, or this process's part of DTensors, from files that `save_parts` or `save_file` has written.
 
-    Where there are several processes all have to ask for it. Raises ValueError where the names or shapes are not those
-    in the files.
+    A collective of all processes. Raises ValueError if names or shapes differ from those in the files.
     """
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
     from torch.distributed.checkpoint.state_dict_loader import load
@@ -72,13 +71,13 @@ def load_parts(files: Iterable[Path], tensors: dict[str, Tensor]) -> None:
             named = sorted(name for name in known.keys() | expected.keys() if known.get(name) != expected.get(name))
             raise ValueError(f"{named[0]} is {known.get(named[0])} in the files, expected {expected.get(named[0])}")
         with warnings.catch_warnings():
-            # Of one process alone, which needs no group.
+            # A single process needs no process group.
             warnings.filterwarnings("ignore", "torch.distributed is disabled, unavailable or uninitialized")
             load(tensors, storage_reader=reader)
 
 
 def shapes_in(files: Iterable[Path]) -> dict[str, tuple[torch.Size, torch.dtype]]:
-    """The whole shape and the type of each tensor in such files, by name."""
+    """Return the whole shape and the dtype of each tensor in such files, by name."""
     from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader
 
     with _links_to(files) as folder:
@@ -95,7 +94,7 @@ def _entries(reader: HuggingFaceStorageReader) -> dict[str, TensorStorageMetadat
 
 @contextlib.contextmanager
 def _links_to(files: Iterable[Path]) -> Iterator[Path]:
-    """A directory of these files alone, whose name is UTF-8: the reader takes all that it finds in one."""
+    """Yield a temporary directory of links to these files alone, since the reader takes every file in a directory."""
     with tempfile.TemporaryDirectory() as folder:
         for file in files:
             (Path(folder) / file.name).symlink_to(file.absolute())
@@ -103,9 +102,9 @@ def _links_to(files: Iterable[Path]) -> Iterator[Path]:
 
 
 class _PartWriter:
-    """A `torch.distributed.checkpoint.StorageWriter`, without the base class, which would have to be imported at once.
+    """Implements `torch.distributed.checkpoint.StorageWriter` without the base class, to avoid importing it early.
 
-    The first process makes the directory before anyone writes, and renames it when all have written.
+    The first process makes the directory before any writes, and renames it when all have written.
     """
 
     def __init__(
@@ -143,7 +142,7 @@ class _PartWriter:
         written = []
         for kind in sorted(set(self.kind_of.values())):
             items = [item for item in plan.items if self.kind_of[item.index.fqn] == kind]
-            items.sort(key=lambda item: item.index.fqn)  # PyTorch's order is another in each run
+            items.sort(key=lambda item: item.index.fqn)  # PyTorch's order differs from run to run
             tensors, offsets = {}, {}
             for item in items:
                 part: Any = planner.resolve_data(item)

@@ -1,4 +1,4 @@
-"""The picture of a run: loss against tokens."""
+"""Plot a run's loss against tokens."""
 
 import io
 from collections.abc import Mapping, Sequence
@@ -16,7 +16,7 @@ def plot_losses(metrics: Path, picture: Path) -> None:
 
 
 def drawn(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """The picture of those records, as PNG."""
+    """Return a plot of the records, as PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

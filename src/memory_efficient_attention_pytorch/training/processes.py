@@ -13,9 +13,9 @@ if TYPE_CHECKING:
 
 
 class ProcessMesh:
-    """``data`` groups of ``context_parallel`` processes each: a group has its own windows, and shares their tokens.
+    """Divides processes into ``data`` groups of ``context_parallel``: a group shares the tokens of its windows.
 
-    Gradients are averaged over all processes, by DDP or FSDP2, so that of a group's loss counts once for each.
+    Gradients are averaged over all processes, by DDP or FSDP2; :class:`ContextParallel` allows for that.
     """
 
     def __init__(self, accelerator: "Accelerator", config: TrainConfig) -> None:
@@ -30,19 +30,19 @@ class ProcessMesh:
             self.context = ContextParallel(mesh["context"], averaged=True)
 
     def own(self, x: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """This process's tokens of its group's windows."""
+        """Return this process's tokens and labels of its group's windows, all ``(batch_size, …)``."""
         if self.context is None:
             return x, labels
         mine: tuple[Tensor, Tensor] = self.context.shard(x, labels)
         return mine
 
     def entered(self) -> AbstractContextManager[object]:
-        """Inside, the model sees the whole windows, of which :meth:`own` gave this process's tokens."""
+        """Return a context in which the model computes on whole windows, given this process's tokens by :meth:`own`."""
         return nullcontext() if self.context is None else self.context
 
 
 def check_division(processes: int, config: TrainConfig) -> None:
-    """Raise ValueError where so many processes cannot do what the configuration asks of them."""
+    """Raise ValueError if this number of processes does not allow what the configuration asks for."""
     size = config.context_parallel or 1
     if processes == 1 and config.shard:
         raise ValueError("shard divides the model among processes and there is one: start several with torchrun")

@@ -1,4 +1,4 @@
-"""What the machine offers: choices made for it, with their reasons, and the memory in use."""
+"""Fit a run to its machine: settings that depend on it, the C library's allocator, and the memory in use."""
 
 import ctypes
 import dataclasses
@@ -17,7 +17,7 @@ _M_TRIM_THRESHOLD, _M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def pick_precision(config: TrainConfig, device: torch.device) -> str:
-    """`config.precision` with "auto" resolved, for accelerate. Raises ValueError for fp16 on a CPU."""
+    """Resolve `config.precision` "auto", for accelerate. Raises ValueError for fp16 on a CPU."""
     if config.precision == "fp16" and device.type == "cpu":
         raise ValueError("precision fp16 needs an accelerator: use bf16 or fp32 on a CPU")
     if config.precision != "auto":
@@ -29,11 +29,11 @@ def pick_precision(config: TrainConfig, device: torch.device) -> str:
 
 
 def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
-    """The configuration with every choice that was left to the machine made, and not to a memory budget before.
+    """Return the configuration with every open choice made that depends on the machine.
 
-    Exact reversal wherever the branches compute in less than fp32, since rounding would grow on the way back. As many
-    pieces as the layers choose by themselves. Attention is not kept for backward, since that takes memory in every
-    block.
+    Reversal is exact wherever branches compute in less than fp32, since rounding would grow from block to block. There
+    are as many pieces as the layers choose by default. Attention is not kept for backward, which would take memory in
+    every block.
     """
     precision = pick_precision(config, device)
     reversible = config.reversible is not False
@@ -57,41 +57,42 @@ def resolve(config: TrainConfig, device: torch.device) -> TrainConfig:
 
 
 def forget_pages(array: np.ndarray) -> None:
-    """Let go of what was read from a memory-mapped file: the system's cache keeps it, the process has it no longer."""
+    """Release pages read from a memory-mapped file: they stay in the system's cache, no longer resident."""
     mapped = getattr(array, "_mmap", None)
     if mapped is not None and hasattr(mmap, "MADV_DONTNEED"):
         mapped.madvise(mmap.MADV_DONTNEED)
 
 
 def return_freed_blocks(at_least: int = 4 << 20) -> None:
-    """Have the C library (glibc) give blocks of so many bytes back when they are freed, and hold few smaller ones.
+    """Have glibc return freed blocks of at least `at_least` bytes to the system, and hold few smaller ones.
 
-    Left alone, it raises that size to the largest block freed so far, up to 32 MiB, and holds twice as much at the end
-    of its heap. What an environment variable says stays. The default costs no speed. With 64 KiB next to nothing is
-    held, but a step of many small pieces takes up to a quarter longer, since the system clears every page again.
+    By default glibc raises that size to the largest block freed so far, up to 32 MiB, and holds twice as much at the
+    end of its heap. Settings in environment variables take precedence. The default of 4 MiB costs no speed. With 64 KiB
+    next to nothing is held, but a step of many small pieces takes up to a quarter longer, since the system clears every
+    page again.
     """
     if not {"MALLOC_MMAP_THRESHOLD_", "GLIBC_TUNABLES"} & os.environ.keys():
         set_returned_size(at_least)
 
 
 def set_returned_size(at_least: int = 4 << 20) -> bool:
-    """The same whatever the environment says. False where the C library has no such setting."""
+    """Do the same whatever the environment says. Return False where the C library has no such setting."""
     return _c("mallopt", _M_MMAP_THRESHOLD, at_least) and _c("mallopt", _M_TRIM_THRESHOLD, 2 * at_least)
 
 
 def trim_heap() -> None:
-    """Have the C library give back what its heap has free, where it can."""
+    """Have the C library return its heap's free memory to the system, where it can."""
     _c("malloc_trim", 0)
 
 
 def _c(function: str, *arguments: int) -> bool:
-    """Call a function of the C library, where it has it; whether it was done."""
+    """Call a function of the C library; return whether it exists and succeeded."""
     found = getattr(ctypes.CDLL(None), function, None)
     return found is not None and bool(found(*arguments))
 
 
 def memory_now(device: torch.device) -> int:
-    """Bytes in use: of the device, or resident for this process where the device has no memory of its own."""
+    """Return the bytes in use: allocated on a CUDA device, else resident in RAM for this process."""
     if device.type == "cuda":
         return torch.cuda.memory_allocated(device)
     import psutil
@@ -101,13 +102,13 @@ def memory_now(device: torch.device) -> int:
 
 
 def memory_peak(device: torch.device) -> int:
-    """The most bytes in use so far, of the kind `memory_now` counts."""
+    """Return the most bytes in use so far, of the kind that `memory_now` counts."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     import resource
 
     unit = 1 if sys.platform == "darwin" else 1024
-    # The kernel brings its peak up to date later than the present size.
+    # The kernel updates the peak later than the current size.
     return max(memory_now(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 

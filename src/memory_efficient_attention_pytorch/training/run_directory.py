@@ -1,10 +1,10 @@
-"""What a run leaves on disk, and how to read it back.
+"""Write and read a run directory.
 
 RUN/config.toml                          the configuration, every choice resolved
 RUN/tokenizer.json                       unless the tokens are bytes
 RUN/data/                                the tokenised text, see `data`
 RUN/checkpoints/step-00000100/           model.safetensors, optimizer.safetensors, state.json, see `checkpoints`
-RUN/metrics.jsonl, RUN/loss.png          what was measured
+RUN/metrics.jsonl, RUN/loss.png          measurements and their plot
 """
 
 import contextlib
@@ -57,7 +57,7 @@ class RunDirectory:
 
     @classmethod
     def make(cls, path: Path, config: TrainConfig) -> tuple["RunDirectory", list[Path]]:
-        """The run directory with its configuration in it, and the directories that were made for it.
+        """Make the run directory with its configuration; also return the directories that were made for it.
 
         Raises ValueError if it is not empty or cannot be written.
         """
@@ -76,18 +76,21 @@ class RunDirectory:
         return run, made
 
     def unmake(self, made: list[Path]) -> None:
-        """Take away what a run that comes to nothing has left, and the directories made for it."""
+        """Remove the files of a run that cannot be trained, and the directories made for it."""
         left = [*_FILES, *(f".{name}.partial" for name in _FILES), ".lock", "tensorboard", "data", ".data.partial"]
         for path in (self.path / name for name in left):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for folder in made:
-            with contextlib.suppress(OSError):  # not there, or something of someone else's in it
+            with contextlib.suppress(OSError):  # missing, or someone else's files are in it
                 folder.rmdir()
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
-        """Hold it, so that no second process trains in it. The system lets go when the process ends."""
+        """Lock the directory, so that no second process trains in it; the system unlocks it when the process ends.
+
+        Raises ValueError if another process holds it.
+        """
         from filelock import FileLock, Timeout
 
         with contextlib.ExitStack() as stack:
@@ -101,7 +104,7 @@ class RunDirectory:
 
     @contextlib.contextmanager
     def clear_about_writing(self) -> Iterator[None]:
-        """Turn a failed write into a RunError that says how to go on."""
+        """Turn a failed write into a RunError that says how to resume."""
         try:
             yield
         except BrokenPipeError:
@@ -114,11 +117,11 @@ class RunDirectory:
 
     @property
     def quoted(self) -> str:
-        """Its path as a shell takes it, for commands that are to be copied."""
+        """The path quoted for a shell, for commands that the user may copy."""
         return quoted(self.path)
 
     def load_config(self) -> TrainConfig:
-        """Raises ValueError if this is no run directory, or one that another version wrote."""
+        """Read the configuration. Raises ValueError if this is no run directory, or has another format."""
         if not self.path.is_dir():
             raise ValueError(f"there is no run directory {self.path}")
         if not self.config.is_file():
@@ -126,6 +129,7 @@ class RunDirectory:
         return load_config(self.config)
 
     def load_tokenizer(self) -> Tokenizer:
+        """Load the run's tokenizer: its tokenizer.json, or bytes if there is none."""
         return SubwordTokenizer(self.tokenizer) if self.tokenizer.is_file() else ByteTokenizer()
 
 
@@ -133,10 +137,11 @@ def load_run(path: Path | str, *, checkpoint: str = "best", device: str | torch.
     """Load what a run trained: the model (in eval mode, fp32), its tokenizer and its configuration.
 
     path: the run directory, finished or not.
-    checkpoint: "best" (lowest validation loss) or "last". A checkpoint that is truncated or altered is passed over,
-        with a warning that says so, and the next one in that order is taken.
+    checkpoint: "best" (lowest validation loss) or "last". A checkpoint that is truncated or altered is skipped with a
+        warning, and the next one in that order is taken.
+    device: where the model is loaded to.
 
-    Raises ValueError if `path` is no run directory, was written in another format, or holds no sound checkpoint.
+    Raises ValueError if `path` is no run directory, has another format, or holds no intact checkpoint.
 
     Examples:
         >>> from memory_efficient_attention_pytorch.training import load_run
@@ -149,7 +154,7 @@ def load_run(path: Path | str, *, checkpoint: str = "best", device: str | torch.
     tokenizer = run.load_tokenizer()
     found = run.checkpoints.find(checkpoint)
     if found is None:
-        raise ValueError(f"{run.path} holds no sound checkpoint: train it first, or go on with mea train --resume")
+        raise ValueError(f"{run.path} holds no intact checkpoint: train it first, or go on with mea train --resume")
     model = build_model(config, tokenizer.num_tokens)
     load_weights(model, found)
     return LoadedRun(model.to(device).eval(), tokenizer, config)

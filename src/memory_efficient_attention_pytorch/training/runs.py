@@ -1,4 +1,4 @@
-"""Starting a run and going on with one: everything between the options and the loop."""
+"""Start or resume a run: everything between the options and the loop."""
 
 import contextlib
 import dataclasses
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 RUNS = Path("runs")
-"""Where runs go that are given no place of their own."""
+"""The default parent of run directories."""
 
 _CHANGEABLE = {
     *("steps", "batch_size", "accumulation", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"),
@@ -51,9 +51,10 @@ _CHANGEABLE = {
 
 
 class Outcome(NamedTuple):
-    """A run that came to its last step.
+    """A finished run.
 
-    main: whether this process is the one that speaks for all. memory: what its memory budget came to, if it had one.
+    parameters: their number. main: whether this is the main process, which reports for all. memory: predicted and
+    measured memory, if the run had a budget.
     """
 
     run: RunDirectory
@@ -71,7 +72,7 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
     whether it is the main one. Raises what `Trainer.train` raises, and ValueError for what cannot be trained; then no
     directory is left behind.
     """
-    # Absolute, so that the run can be gone on with from anywhere even if it was killed before it had read its text.
+    # Absolute, so that the run can be resumed from anywhere even if it was killed before it had read its text.
     text: dict[str, Any] = {"data": tuple(name if name == "-" else str(Path(name).absolute()) for name in config.data)}
     if config.tokenizer is not None:
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
@@ -85,11 +86,11 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
 
 
 def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Callable[[bool], Callback]) -> Outcome:
-    """Go on with a run from its last sound checkpoint, to the bit as if it had never stopped.
+    """Resume a run from its last intact checkpoint, bit for bit as if it had never stopped.
 
-    changes: options to change from here on; those with which it was begun change nothing. Raises ValueError if `path`
-    is no run directory of this format, if it has checkpoints of which none is sound, or if an option decides what was
-    trained so far, and what `Trainer.train` raises.
+    changes: options to change from here on; unchanged values are ignored. Raises ValueError if `path` is not a run
+    directory of this format, if none of its checkpoints is intact, or if an option cannot change within a run, and what
+    `Trainer.train` raises.
     """
     run = RunDirectory(path)
     before = run.load_config()
@@ -98,7 +99,7 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
     for key in changes:
         if key not in _CHANGEABLE and getattr(config, key) != getattr(before, key):
             raise ValueError(
-                f"{key} is {getattr(before, key)!r} in {run.path} and cannot change on the way: start a new run for it"
+                f"{key} is {getattr(before, key)!r} in {run.path} and cannot change within a run: start a new one"
             )
     with _joined(config, make_display) as accelerator:
         num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
@@ -107,7 +108,7 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
 
 
 def _as_before(before: TrainConfig, now: TrainConfig, key: str) -> bool:
-    """Whether an option asks for nothing new: what was chosen for `auto` stays, and a path may lead by another way."""
+    """Return whether an option changes nothing: `auto` keeps the earlier choice, paths may differ in form."""
     if key == "data":
         return [os.path.realpath(name) for name in before.data] == [os.path.realpath(name) for name in now.data]
     if key == "tokenizer" and before.tokenizer and now.tokenizer:
@@ -118,9 +119,10 @@ def _as_before(before: TrainConfig, now: TrainConfig, key: str) -> bool:
 def _settle(
     accelerator: "Accelerator", config: TrainConfig, num_tokens: int, *, settled: bool = False
 ) -> tuple[TrainConfig, Memory | None, str]:
-    """Every choice that was left open made, for the memory budget or what is free; what is to be said of the latter.
+    """Make every open choice, for the memory budget or the free memory.
 
-    A run that goes on is settled: whatever is free now, it computes as it began.
+    Returns the configuration, the budget's memory, and a sentence on the settings chosen for free memory.
+    settled: the run is resumed; whatever is free now, it computes as before.
     """
     device, processes = accelerator.device, accelerator.num_processes
     if config.memory_budget is None:
@@ -132,7 +134,7 @@ def _settle(
                 accelerator, lambda: fastest_that_fits(config, device, num_tokens, processes=processes)
             )
         if config.reversible:
-            # Where all is stored there is room, and clearing the same pages in every step costs 4 to 10 %.
+            # A run that stores activations has the memory, and clearing the same pages in every step costs 4 to 10 %.
             return_freed_blocks()
         return config, None, fit
     prepare(device)
@@ -145,14 +147,14 @@ def _settle(
 
 
 def _num_tokens(config: TrainConfig) -> int:
-    """The size of the vocabulary, before there is one."""
+    """Return the size of the vocabulary, before the tokenizer is made."""
     if config.tokenizer is not None:
         return SubwordTokenizer(config.tokenizer).num_tokens
     return config.vocab_size or ByteTokenizer.num_tokens
 
 
 def latest_run() -> Path:
-    """The run under `runs/` that was written to last. Raises ValueError if there is none."""
+    """Return the run under `runs/` that was written to last. Raises ValueError if there is none."""
     found = [path.parent for path in RUNS.glob("*/config.toml")]
     if not found:
         raise ValueError(f"there is no run in {RUNS}/ to go on with: name one, mea train --resume RUN")
@@ -170,8 +172,10 @@ def _train(
     fit: str = "",
     refused: Callable[[], None] = lambda: None,
 ) -> Outcome:
-    """before: the configuration of a run that goes on. fit: what is said of the memory that its settings take. refused:
-    called where it turns out that it cannot be trained.
+    """Prepare everything and train to the end.
+
+    before: the earlier configuration of a resumed run. fit: a sentence on the memory that its settings take. refused:
+    called in the main process if the run turns out not to be trainable.
     """
     main, processes = accelerator.is_main_process, ProcessMesh(accelerator, config)
     with contextlib.ExitStack() as stack:
@@ -193,13 +197,13 @@ def _train(
             corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
             trainer = Trainer(accelerator, processes, run, config, corpus, tokenizer, [*files, display], checkpoint)
         except (RunError, BrokenPipeError):
-            raise  # it can go on
+            raise  # the run can be resumed
         except Exception:
             if main:
                 refused()
             raise
         if main:
-            # Only now is it certain that the run can go on with what has been changed.
+            # Only now is it certain that the run works with the changed options.
             with run.clear_about_writing():
                 write_atomically(run.config, dump_config(config))
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
@@ -216,9 +220,9 @@ def _train(
 def _prepare(
     run: RunDirectory, config: TrainConfig, display: Callback, before: TrainConfig | None
 ) -> Checkpoint | None:
-    """Everything on disk that the loop needs; the checkpoint to go on from."""
+    """Write everything that the loop needs to disk; return the checkpoint to resume from, if any."""
     with torch.device("meta"):
-        build_model(config, num_tokens=256)  # refuses an impossible shape before the text is read
+        build_model(config, num_tokens=256)  # raises for an impossible shape before the text is read
     prepare_text(run, config, display)
     check_length(Corpus(run.data), config.seq_len)
     return None if before is None else _last_checkpoint(run, config, display, before)
@@ -227,16 +231,16 @@ def _prepare(
 def _last_checkpoint(
     run: RunDirectory, config: TrainConfig, display: Callback, before: TrainConfig
 ) -> Checkpoint | None:
-    """The last sound one of a run that goes on; damaged ones beyond it get other names."""
+    """Return a resumed run's last intact checkpoint; rename damaged ones after it."""
     damaged: list[str] = []
     checkpoint = run.checkpoints.find("last", damaged.append)
     if checkpoint is None and damaged:
         raise ValueError(
-            f"{run.path} holds no sound checkpoint, and nothing there was changed: {'; '.join(damaged)}. "
+            f"{run.path} holds no intact checkpoint, and nothing there was changed: {'; '.join(damaged)}. "
             "Restore one, or move them away to begin at step 0"
         )
     for flaw in damaged:
-        display.notice(f"{flaw}: it is passed over, and none of it removed")
+        display.notice(f"{flaw}: it is skipped, not removed")
     run.checkpoints.remove_unfinished()
     if checkpoint is None:
         display.notice(f"{run.path} holds no checkpoint yet: beginning at step 0")
@@ -246,7 +250,7 @@ def _last_checkpoint(
     planned, now = (learning_rate(each, step) for each in (before, config))
     if step < config.steps and abs(now - planned) > 0.1 * planned:
         display.notice(
-            f"the learning rate goes on at {now:.2g}, where the run as it was would have come to {planned:.2g}: "
+            f"the learning rate goes on at {now:.2g}, where the unchanged run would be at {planned:.2g}: "
             "--steps, --learning-rate, --warmup-steps and --final-learning-rate shape it together"
         )
     return checkpoint
@@ -267,7 +271,7 @@ def describe(
     parameters: int,
     fit: str = "",
 ) -> str:
-    """What the run uses and why, in one line, which every process has to ask for."""
+    """Return one line on what the run uses and why. A collective of all processes."""
     device = accelerator.device
     threads = torch.get_num_threads()
     where = str(device) if device.type != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
@@ -275,7 +279,7 @@ def describe(
         where = f"{_division(config, accelerator.num_processes)}, each on {where}"
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
     heads = (config.heads, config.kv_heads or config.heads, config.kv_heads or config.heads)
-    # One element seen as a tensor of the run's shape: the choice looks at shapes and types, not at numbers.
+    # One element expanded to the run's shape: the choice depends on shapes and dtypes, not on values.
     windows = torch.zeros((), dtype=torch.long).expand(config.batch_size, config.seq_len)
     tokens = processes.own(windows, windows)[0].shape[1]
     shapes = [(config.batch_size, number, tokens, config.dim_head) for number in heads]
@@ -304,7 +308,7 @@ def describe(
 
 
 def _division(config: TrainConfig, processes: int) -> str:
-    """What the processes divide among them, in words."""
+    """Return how the work is divided over processes, in words."""
     size = config.context_parallel or 1
     words = f"{processes} processes"
     if size > 1:
@@ -314,7 +318,7 @@ def _division(config: TrainConfig, processes: int) -> str:
 
 @contextlib.contextmanager
 def _joined(config: TrainConfig, make_display: Callable[[bool], Callback]) -> Iterator["Accelerator"]:
-    """This process as one of those that train together, for as long as the block takes; if one dies, all end."""
+    """Join the processes that train together for the length of the block; if one dies, all end."""
     accelerator = _make_accelerator(config)
     try:
         with watched(accelerator, make_display(False).abandoned):
@@ -341,13 +345,13 @@ def _make_accelerator(config: TrainConfig) -> "Accelerator":
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.accumulation, sync_with_dataloader=False
         ),
-        # The other processes wait while the main one tokenises, which may take hours.
+        # The other processes wait while the main one tokenises the text, which may take hours.
         kwargs_handlers=[InitProcessGroupKwargs(timeout=datetime.timedelta(hours=12))],
     )
 
 
 def _refuse_other_engines() -> None:
-    """Raise ValueError where accelerate's own configuration has it divide the model or the tokens."""
+    """Raise ValueError if accelerate's own configuration divides the model or the tokens."""
     for engine in ("FSDP", "DEEPSPEED", "MEGATRON_LM", "PARALLELISM_CONFIG"):
         if os.environ.get(f"ACCELERATE_USE_{engine}", "false").lower() == "true":
             raise ValueError(
@@ -357,19 +361,19 @@ def _refuse_other_engines() -> None:
 
 
 def _prefer_deterministic_kernels() -> None:
-    """Same seed, same weights: on CUDA, kernels that add in any order are replaced; PyTorch warns where it has none.
+    """Choose deterministic CUDA kernels, so that the same seed gives the same weights.
 
-    CPU kernels are deterministic by themselves.
+    PyTorch warns where it has none. CPU kernels are deterministic anyway.
     """
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True, warn_only=True)
-        # Which would fill every new tensor, to make a use before initialisation show.
+        # Otherwise every new tensor would be filled, to expose the use of uninitialised memory.
         torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def _on_main(accelerator: "Accelerator", work: Callable[[], T]) -> T:
-    """What `work` returns in the main process, in every process; ElsewhereError in the others where it raises."""
+    """Run `work` in the main process, return its result in all; if it raises, the others raise ElsewhereError."""
     from accelerate.utils import broadcast_object_list
 
     result: list[Any] = [None, None]

@@ -1,4 +1,4 @@
-"""Weights, gradients and the optimizer's averages divided among the processes: PyTorch's FSDP2, block by block."""
+"""Shard weights, gradients and optimizer state over the processes by PyTorch's FSDP2, block by block."""
 
 from typing import TYPE_CHECKING
 
@@ -11,10 +11,10 @@ if TYPE_CHECKING:
 
 
 def shard(model: Transformer, accelerator: "Accelerator") -> None:
-    """Divide a model among all processes, each block gathered when its turn comes, the rest for each pass.
+    """Shard a model over all processes; each block is gathered when it is needed, the rest for each pass.
 
-    A model on the meta device gets memory for this process's part, to be filled. Not with a scaler of gradients (fp16),
-    which knows its own process only.
+    A model on the meta device gets uninitialised memory for this process's shards. Does not work with an fp16 gradient
+    scaler, which sees only its own process.
     """
     assert accelerator.scaler is None
     from torch.distributed.device_mesh import init_device_mesh
@@ -25,18 +25,18 @@ def shard(model: Transformer, accelerator: "Accelerator") -> None:
     if not empty:
         model.to(accelerator.device)
     for part in (*model.layers, model):
-        # Also what stands outside of the blocks lets go after a forward pass without a backward, such as a validation.
+        # Reshard parameters outside the blocks too, after a forward pass without a backward such as a validation.
         fully_shard(part, mesh=mesh, reshard_after_forward=True)
     if empty:
         model.to_empty(device=accelerator.device)
 
 
 def is_sharded(model: nn.Module) -> bool:
-    """Whether a process holds a part of some parameters only."""
+    """Return whether this process holds only a part of some parameters."""
     return any(hasattr(parameter, "full_tensor") for parameter in model.parameters())
 
 
 def whole(tensor: Tensor) -> Tensor:
-    """The tensor of which this process may hold a part. Then every process has to ask for it."""
+    """Return the whole tensor; a collective of all processes if this one holds a part of it."""
     gather = getattr(tensor, "full_tensor", None)
     return tensor if gather is None else gather()

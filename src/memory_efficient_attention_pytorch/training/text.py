@@ -1,4 +1,4 @@
-"""From what the configuration names as text to the tokens in a run directory."""
+"""Turn the text that the configuration names into tokens in the run directory."""
 
 import shutil
 import sys
@@ -17,8 +17,8 @@ from .tracking import Callback
 def prepare_text(run: RunDirectory, config: TrainConfig, callback: Callback) -> None:
     """Tokenise the run's text into `run.data`, unless that was done before; see `data.tokenise`.
 
-    Standard input is first copied to the run directory, since it can be read only once and training a tokenizer takes
-    a second reading, and going on after a kill another; the copy is removed when the tokens are there.
+    Standard input is first copied to the run directory: it can be read only once, but training a tokenizer and resuming
+    after a kill each need another reading. The copy is removed when the tokens are written.
     Raises ValueError for text that cannot be used.
     """
     if run.data.is_dir():
@@ -67,7 +67,7 @@ def _make_tokenizer(
         for document in documents:
             if not document.path.is_file():
                 raise ValueError(
-                    f"data: {document.path} can be read once, and training a tokenizer takes two readings: "
+                    f"data: {document.path} can be read only once, and training a tokenizer needs two readings: "
                     "pipe it into mea train --data -"
                 )
         return train_tokenizer(_texts(documents, report), config.vocab_size, run.tokenizer)

@@ -1,4 +1,4 @@
-"""Text to token numbers and back: bytes as they are, or a Hugging Face tokenizers file."""
+"""Turn text into tokens and back: by bytes, or by a Hugging Face tokenizers file."""
 
 import codecs
 import itertools
@@ -12,18 +12,18 @@ from ..common.errors import brought_by
 from .files import write_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
-# Names under which published tokenizers keep the token that ends a document.
+# Names that published tokenizers give the token that ends a document.
 _END_NAMES = (END_OF_DOCUMENT, "<|end_of_text|>", "</s>", "<eos>", "[EOS]", "[SEP]")
-# Characters after which a text without line ends is cut anywhere.
+# A text without line ends is cut anywhere after this many characters.
 _LONGEST_LINE = 1 << 20
-# Characters of a window of the text, and those that it has in common with the next: windows are encoded in parallel.
+# Characters in a window of the text, and in its overlap with the next one; windows are encoded in parallel.
 _WINDOW, _COMMON = 1 << 14, 1 << 10
-# So many tokens in a row that two windows both find are where one may follow on the other.
+# Windows are joined where both have at least this many tokens in a row in common.
 _ALIKE = 8
 
 
 class Tokenizer(Protocol):
-    """What training and generation ask of a tokenizer.
+    """The interface of tokenizers for training and generation.
 
     num_tokens: size of the vocabulary. end_id: the token that ends a document, None if the vocabulary has none.
     """
@@ -36,12 +36,12 @@ class Tokenizer(Protocol):
     def decode(self, tokens: Sequence[int]) -> str: ...
 
     def encode_stream(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """Token numbers of one document that comes in chunks of bytes cut anywhere."""
+        """Yield the tokens of one document, given in chunks of bytes cut anywhere."""
         ...
 
 
 class ByteTokenizer:
-    """One token per byte, 256 in all; byte 0, which no text contains, ends a document."""
+    """Makes one token per byte, 256 in all; byte 0, which text does not contain, ends a document."""
 
     num_tokens = 256
     end_id: int | None = 0
@@ -50,7 +50,7 @@ class ByteTokenizer:
         return list(text.encode("utf-8", errors="surrogateescape"))
 
     def decode(self, tokens: Sequence[int]) -> str:
-        """The text; bytes that are no UTF-8, such as half of a character, become U+FFFD."""
+        """Return the text; bytes that are not UTF-8, such as half of a character, become U+FFFD."""
         return bytes(tokens).decode("utf-8", errors="replace")
 
     def encode_stream(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
@@ -59,7 +59,7 @@ class ByteTokenizer:
 
 
 class SubwordTokenizer:
-    """A tokenizer of the `tokenizers` library.
+    """Wraps a tokenizer of the `tokenizers` library.
 
     Raises ValueError if the file is missing or is not one of that library's.
     """
@@ -74,10 +74,10 @@ class SubwordTokenizer:
             self.backend = Backend.from_buffer(Path(path).read_bytes())
         except Exception as error:  # the library raises bare Exception
             raise ValueError(f"tokenizer {path} is not a file of the tokenizers library: {error}") from error
-        # A file may ask for texts of one length, as its own model takes them.
+        # A file may set truncation or padding to its own model's length.
         self.backend.no_truncation()
         self.backend.no_padding()
-        # Not the size of the vocabulary: its numbers may have gaps.
+        # Not the vocabulary's size: its ids may have gaps.
         self.num_tokens = max(self.backend.get_vocab(with_added_tokens=True).values(), default=-1) + 1
         if not self.num_tokens:
             raise ValueError(f"tokenizer {path} has no tokens")
@@ -91,13 +91,13 @@ class SubwordTokenizer:
         return self.backend.decode(list(tokens), skip_special_tokens=False)
 
     def encode_stream(self, chunks: Iterable[bytes]) -> Iterator[np.ndarray]:
-        """The tokens that the whole text has, of which windows are held at a time.
+        """Yield the tokens of the whole text while holding only windows of it.
 
-        A tokenizer may put a space before what it is given, strip it, or join what a cut would part. So windows
-        overlap, and one follows on the other amid a row of tokens that both have found. Where there is no such row
-        (in a thousand equal letters, say), it follows at a token's end.
+        A tokenizer may prepend a space to its input, strip it, or merge across a cut. So windows overlap and are joined
+        in the middle of a run of tokens that both share. Where there is no such run (in a thousand equal letters, say),
+        they are joined at a token's end.
         """
-        here, first = None, 0  # a window, and its first token that is still to come
+        here, first = None, 0  # a window, and its first token that was not yielded yet
         for following in self._windows(chunks):
             last = start = 0
             if here is not None:
@@ -131,7 +131,7 @@ class SubwordTokenizer:
 
 
 class _Window:
-    """A part of a text: where it begins, its tokens, and the places in the text where each begins and ends."""
+    """A part of a text: where it begins, its tokens, and where in the text each token begins and ends."""
 
     def __init__(self, text: str, begin: int, encoding: Any):
         self.text, self.begin, self.end = text, begin, begin + len(text)
@@ -139,7 +139,7 @@ class _Window:
         self.spans = np.asarray(encoding.offsets, dtype=np.int64).reshape(-1, 2) + begin
 
     def meeting(self, following: "_Window") -> tuple[int, int] | None:
-        """The middle of the longest row of tokens that both have found, as an index in each; None if that is short."""
+        """Return the middle of the longest run of shared tokens, as an index in each; None if the run is too short."""
         offset = self._index(following.begin)
         mine = {token: i for i, token in enumerate(self._tokens(offset, None), offset)}
         theirs = following._tokens(0, following._index(self.end))
@@ -153,7 +153,7 @@ class _Window:
         return middle if longest >= _ALIKE else None
 
     def cut(self, place: int) -> tuple[int, int]:
-        """The number of tokens up to the end of the first that ends at a place or later, and where that is."""
+        """Return the number of tokens up to and including the first that ends at `place` or later, and its end."""
         index = int(np.searchsorted(self.spans[:, 1], place))
         return (index + 1, int(self.spans[index, 1])) if index < len(self.spans) else (index, self.end)
 
@@ -165,7 +165,7 @@ class _Window:
 
 
 def decode_lines(chunks: Iterable[bytes]) -> Iterator[str]:
-    """Text in pieces that end at line ends where there are any, from bytes cut anywhere.
+    """Decode bytes cut anywhere into pieces of text that end at line ends, if there are any.
 
     Raises UnicodeDecodeError if it is not UTF-8; the error's `start` counts from the beginning of the document.
     """
@@ -186,7 +186,7 @@ def decode_lines(chunks: Iterable[bytes]) -> Iterator[str]:
 
 
 def train_tokenizer(texts: Iterator[str], vocab_size: int, path: Path) -> SubwordTokenizer:
-    """Train a byte-level BPE on `texts`, write it to `path` and return it. It may end with fewer tokens than asked."""
+    """Train a byte-level BPE on `texts`, write it to `path` and return it. It may have fewer tokens than asked for."""
     with brought_by("train"):
         from tokenizers.implementations.byte_level_bpe import ByteLevelBPETokenizer
 

@@ -1,4 +1,4 @@
-"""What a run measures while it goes, who is told, and the files that keep it."""
+"""The measurements of a run, the callbacks that receive them, and the files that keep them."""
 
 import contextlib
 import dataclasses
@@ -12,7 +12,7 @@ from .files import RunError, write_atomically
 
 
 class OutputError(RunError):
-    """A callback cannot tell what it was told: its output takes no more."""
+    """Raised when a callback cannot write to its output."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -44,7 +44,7 @@ class Validation:
 
 @dataclasses.dataclass(frozen=True)
 class Sample:
-    """What the model wrote after a prompt from the validation text."""
+    """Text that the model generated after a prompt from the validation text."""
 
     step: int
     prompt: str
@@ -55,32 +55,34 @@ Record = Step | Validation | Sample
 
 
 class Callback:
-    """Is told what happens. Does nothing by itself; override what is of interest."""
+    """Receives the events of a run. The methods do nothing; override those of interest."""
 
     def reading(self, done: int, total: int) -> None:
-        """Text is being tokenised: bytes so far and on the disk (0 if not known)."""
+        """Report progress of tokenising: bytes read so far, and bytes on disk (0 if not known)."""
 
     def started(self, plan: str, run: Path, first_step: int, steps: int) -> None:
-        """Training begins. `plan`: what it uses and why, a line each for the run and its memory budget."""
+        """Report that training begins. `plan`: what it uses and why, a line each for the run and its memory budget."""
 
     def log(self, record: Record) -> None:
-        """Something was measured."""
+        """Report a measurement."""
 
     def notice(self, text: str) -> None:
-        """Something the user should know, such as a damaged checkpoint that was passed over."""
+        """Report something the user should know, such as a damaged checkpoint that was skipped."""
 
     def abandoned(self, text: str) -> None:
-        """Another process of the run has died and this one is about to end: `text` says which. Asked of a display that
-        is not the main one's."""
+        """Report that another process died, named in `text`, and that this one is about to end.
+
+        Called on a display that was not made for the main process.
+        """
 
     def close(self) -> None:
-        """Nothing more will come."""
+        """Release resources; no more events follow."""
 
 
 class MetricsFile(Callback):
-    """Appends a JSON object per record to `metrics.jsonl`. A run that goes on drops what lies beyond its first step.
+    """Appends a JSON object per record to `metrics.jsonl`. A resumed run drops records after its first step.
 
-    The file is opened for every record: where it was taken away meanwhile, it begins anew.
+    The file is opened for every record, so that one that was removed meanwhile is made anew.
     """
 
     def __init__(self, path: Path, first_step: int):
@@ -89,7 +91,7 @@ class MetricsFile(Callback):
         write_atomically(path, "".join(json.dumps(record) + "\n" for record in kept))
 
     def log(self, record: Record) -> None:
-        # JSON has no infinity, which a gradient's norm is when the fp16 scaler is too bold.
+        # JSON has no infinity, which a gradient's norm becomes when the fp16 scale is too large.
         values = dataclasses.asdict(record).items()
         sound = {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in values}
         with self.path.open("a", encoding="utf-8") as file:
@@ -97,8 +99,10 @@ class MetricsFile(Callback):
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The records of `metrics.jsonl`, none if there is no such file; what is no record, such as a line that a kill cut
-    short, is left out."""
+    """Return the records of `metrics.jsonl`, none if the file is missing.
+
+    Lines that are no record, such as one cut short by a kill, are left out.
+    """
     records = []
     text = path.read_text(encoding="utf-8", errors="replace") if path.exists() else ""
     for line in text.splitlines():
@@ -112,7 +116,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 class TensorBoardFile(Callback):
-    """The same numbers for TensorBoard. Raises ValueError if the package is missing."""
+    """Writes the same numbers for TensorBoard. Raises ValueError if the package is missing or the path not UTF-8."""
 
     def __init__(self, path: Path, first_step: int):
         with brought_by("tensorboard"):
@@ -120,7 +124,7 @@ class TensorBoardFile(Callback):
         try:
             self.writer: Any = SummaryWriter(str(path), purge_step=first_step + 1)
         except UnicodeEncodeError as error:
-            raise ValueError("tensorboard writes to no path that is not UTF-8: choose another --out") from error
+            raise ValueError("tensorboard writes only to paths that are UTF-8: choose another --out") from error
 
     def log(self, record: Record) -> None:
         if isinstance(record, Sample):

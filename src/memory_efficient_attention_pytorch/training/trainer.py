@@ -1,4 +1,4 @@
-"""The loop: steps, validations, samples and checkpoints, on accelerate."""
+"""The training loop: steps, validations, samples and checkpoints, on accelerate."""
 
 import contextlib
 import dataclasses
@@ -33,11 +33,10 @@ _PROMPT_TOKENS = 48
 
 
 class Trainer:
-    """Trains one model from a run directory's configuration, text and, if given, checkpoint.
+    """Trains a model from a run directory's configuration, text and, if given, checkpoint.
 
-    Everything a step does follows from the weights, the optimizer's averages, the seed and the step's number: batches
-    and dropout have no state of their own. So a run that goes on from a checkpoint repeats what an uninterrupted one
-    does, to the bit, on the same machine.
+    Everything a step does follows from the weights, the optimizer state, the seed and the step's number: batches and
+    dropout have no state of their own. So a resumed run repeats an uninterrupted one bit for bit on the same machine.
     """
 
     def __init__(
@@ -59,7 +58,7 @@ class Trainer:
         self._check_position()
 
         torch.manual_seed(config.seed)
-        # Of a sharded model that a checkpoint fills no process ever has the whole.
+        # No process ever holds the whole of a sharded model that is filled from a checkpoint.
         with torch.device("meta") if checkpoint and config.shard else contextlib.nullcontext():
             self.model = build_model(config, tokenizer.num_tokens)
         if config.shard:
@@ -76,11 +75,11 @@ class Trainer:
         self.draw_again = 0.0
 
     def train(self) -> TrainState:
-        """Go on to the last step and return where the run stands then.
+        """Train to the last step and return the final state.
 
-        Raises Interrupted, with everything saved, when a signal asks for it; RunError when the loss is not finite or
-        nothing can be written, with the last good checkpoint kept; BrokenPipeError, with everything saved, when a
-        callback's output was closed, OutputError, also with everything saved, when it takes no more.
+        Raises Interrupted when a signal asks for it; RunError when the loss is not finite or a write fails, with the
+        last good checkpoint kept; BrokenPipeError when a callback's output was closed, and OutputError when it cannot
+        be written. A checkpoint is saved first on Interrupted, and in a single process on the last two.
         """
         try:
             with Interruption() as interruption:
@@ -92,7 +91,7 @@ class Trainer:
             self._draw(at_last=True)
             return self.state
         except (BrokenPipeError, OutputError):
-            # Whoever watched has left. With other processes there is no agreeing on a moment to save.
+            # The output is gone. With several processes this one cannot get the others to save at the same step.
             if self.accelerator.num_processes == 1:
                 self.save()
             raise
@@ -125,14 +124,14 @@ class Trainer:
         self._count_step(mean, norm, rate, time.perf_counter() - began)
 
     def _loss(self, model: nn.Module, x: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
-        """The mean over the windows, of which the processes that divide them compute their parts."""
+        """Return the mean loss of the windows; where their tokens are divided, each process computes its part."""
         x, labels = self.processes.own(x, labels)
         with self.processes.entered(), self.accelerator.autocast():
             loss: torch.Tensor = model(x.to(self.accelerator.device), labels=labels.to(self.accelerator.device))
         return loss
 
     def _agree(self, loss: torch.Tensor, norm: torch.Tensor, interruption: Interruption) -> tuple[float, float]:
-        """The mean loss of all processes; a signal that reached one of them is noted by all."""
+        """Return the mean loss of all processes and the norm; share a signal that reached one process with all."""
         if self.accelerator.num_processes > 1:
             number = float(interruption.signal or 0)
             every = self.accelerator.gather(torch.stack([loss.float(), loss.new_tensor(number).float()])[None])
@@ -148,7 +147,7 @@ class Trainer:
         raise self._diverged(f"{what} at step {self.state.step + 1}")
 
     def _diverged(self, what: str) -> RunError:
-        # A third of what was too much; of what was out of all proportion, what suits the model as it comes.
+        # A third of the rate that diverged, but no more than the default.
         rate = min(self.config.learning_rate / 3, TrainConfig.learning_rate)
         return RunError(
             f"{what}; {self._last_good()}; try a smaller learning rate: "
@@ -165,7 +164,7 @@ class Trainer:
             validation_loss=None,
             windows_per_step=self.batches.windows_per_step,
         )
-        # Smoothed over some ten steps, so that the time left does not jump about.
+        # Smoothed over about ten steps, so that the time left does not jump.
         self.seconds_per_step = (
             seconds if self.seconds_per_step is None else 0.9 * self.seconds_per_step + 0.1 * seconds
         )
@@ -199,7 +198,7 @@ class Trainer:
             raise Interrupted(interruption.signal, step, self.run, main=self.accelerator.is_main_process)
 
     def _validate(self) -> bool:
-        """Measure the loss over the fixed validation set; whether it is the lowest so far."""
+        """Measure the loss over the fixed validation set; return whether it is the lowest so far."""
         loss = self.measure(self.corpus.validation)
         if not math.isfinite(loss):
             raise self._diverged(f"the validation loss became {loss} at step {self.state.step}")
@@ -213,13 +212,13 @@ class Trainer:
 
     @torch.no_grad()
     def measure(self, tokens: np.ndarray) -> float:
-        """Mean loss in nats per token over evenly spread windows of `tokens`; the processes share the work."""
+        """Return the mean loss, in nats per token, over evenly spread windows of `tokens`; processes share the work."""
         starts, length = evaluation_starts(tokens, self.config)
         groups = self.processes.data_size
         mine = starts[self.processes.data_rank :: groups]
         total = torch.zeros(2, dtype=torch.float64)
         self.model.eval()
-        # The first process has the most; where weights are gathered each forward pass is one of all processes.
+        # The first process has the most windows; with sharded weights all processes must run each forward pass.
         most = len(starts[::groups]) if self.config.shard else len(mine)
         for first in range(0, most, self.config.batch_size):
             batch = mine[first : first + self.config.batch_size]
@@ -235,7 +234,7 @@ class Trainer:
 
     def _sample(self) -> None:
         if not (self.accelerator.is_main_process or self.config.shard):
-            return  # where weights are gathered all processes write the same
+            return  # with sharded weights all processes must generate, and generate the same
         prompt = self.corpus.validation[:_PROMPT_TOKENS].astype(np.int64)
         torch.manual_seed(_seed_of(self.config.seed, self.state.step, 0))
         self.model.eval()
@@ -251,7 +250,7 @@ class Trainer:
             callback.log(record)
 
     def save(self) -> None:
-        """Write a checkpoint of this step, unless there is one, and remove those no longer kept."""
+        """Write a checkpoint of this step, unless there is one, and remove those that are not kept."""
         if self.saved_step == self.state.step:
             return
         if self.accelerator.is_main_process and self.accelerator.scaler is not None:
@@ -265,7 +264,7 @@ class Trainer:
         self.accelerator.wait_for_everyone()
 
     def _draw(self, *, at_last: bool = False) -> None:
-        """Bring the picture up to date, unless that would take more than some twentieth of the time."""
+        """Update the plot, unless drawing would take more than about a twentieth of the time."""
         now = time.perf_counter()
         if self.accelerator.is_main_process and (at_last or now > self.draw_again):
             plot_losses(self.run.metrics, self.run.plot)
@@ -290,23 +289,23 @@ class Trainer:
 
 
 def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """The optimizer of a model's parameters; see `adamw`."""
+    """Return the optimizer of a model's parameters; see `adamw`."""
     return adamw(model.parameters(), config)
 
 
 def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """AdamW with weight decay on matrices only (Loshchilov and Hutter, 2019), not on gains, biases and norms."""
+    """Return AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices only, not on biases and norms."""
     parameters = [parameter for parameter in parameters if parameter.requires_grad]
     groups = [
         {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
         {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
     ]
-    # One kernel for all the parameters: without, each takes a dozen small operations, each of which wakes the threads.
+    # One kernel for all parameters; otherwise each takes a dozen small operations, each of which wakes the threads.
     return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Linear warm-up, then half a cosine down to `final_learning_rate` times the peak at the last step."""
+    """Return the rate at a step: linear warm-up, then a cosine down to `final_learning_rate` times the peak."""
     if step < config.warmup_steps:
         return config.learning_rate * (step + 1) / config.warmup_steps
     progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
@@ -315,5 +314,5 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 def _seed_of(*numbers: int) -> int:
-    """One 63-bit seed from several numbers, unlike for unlike numbers."""
+    """Hash several numbers into one 63-bit seed."""
     return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> np.uint64(1))

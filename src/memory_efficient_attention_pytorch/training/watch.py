@@ -1,4 +1,4 @@
-"""A process that dies ends the others: each holds a connection to the first one, which the system closes with it."""
+"""End all processes of a run when one dies: each holds a connection to the first, which the system closes with it."""
 
 import contextlib
 import os
@@ -17,21 +17,21 @@ if TYPE_CHECKING:
     from accelerate import Accelerator
 
 _SECONDS_TO_END = 8.0
-"""What a process has to end by itself, as where all have met the same error, before it is ended."""
+"""How long a process may take to end by itself, as where all have met the same error, before it is ended."""
 
 _SECONDS_TO_HEAR = 2.0
-"""How much later than an error of communication the news may come that a process has died."""
+"""How long after a communication error to wait for the news that a process has died."""
 
 _DONE = struct.pack("!i", -1)
 
 
 @contextlib.contextmanager
 def watched(accelerator: "Accelerator", abandoned: Callable[[str], None]) -> Iterator[None]:
-    """Inside, a process that dies, or leaves with an error, ends all others within ten seconds with exit status 1.
+    """End all processes within ten seconds, with exit status 1, if one dies or leaves the block with an error.
 
-    It does not matter what they are waiting for: a thread of each hears of it. One of them calls `abandoned` before it
-    ends, with a line that says which process it was: the first, or the second where the first died. A machine that
-    vanishes is noticed after 17 seconds. All processes have to enter.
+    A thread of each listens, so it does not matter what the process is waiting for. Before it ends, the first process,
+    or the second if the first died, calls `abandoned` with a line that says which process died. A machine that vanishes
+    is noticed after 17 seconds. A collective of all processes.
     """
     if accelerator.num_processes == 1:
         yield
@@ -41,11 +41,11 @@ def watched(accelerator: "Accelerator", abandoned: Callable[[str], None]) -> Ite
         yield
     except RuntimeError as error:
         if not isinstance(error, RunError) and watch.heard.wait(_SECONDS_TO_HEAR):
-            time.sleep(2 * _SECONDS_TO_END)  # it failed because another process is gone: its thread says so and ends it
+            time.sleep(2 * _SECONDS_TO_END)  # another process died: this one's thread reports that and ends it
         watch.leave()
         raise
     except BaseException as error:
-        watch.leave(done=isinstance(error, Interrupted))  # an end that all have agreed on
+        watch.leave(done=isinstance(error, Interrupted))  # which all processes have agreed on
         raise
     watch.leave(done=True)
 
@@ -57,12 +57,12 @@ class _Watch:
         try:
             self.peers = _connect(self.rank, self.world)
         except OSError as error:
-            raise RunError(f"the processes do not reach the first one ({error})") from error
+            raise RunError(f"the processes cannot reach the first one ({error})") from error
         for peer in self.peers:
             threading.Thread(target=self._attend, args=(peer,), daemon=True).start()
 
     def leave(self, *, done: bool = False) -> None:
-        """Say goodbye where the work is done, and let go."""
+        """Close the connections; ``done``: first tell the others that this process ended as planned."""
         self.left.set()
         for connection in self.peers.values():
             with contextlib.suppress(OSError):
@@ -90,14 +90,17 @@ class _Watch:
             return
         if self.rank == (1 if lost == 0 else 0):
             self.abandoned(
-                f"process {lost} of {self.world} (counted from 0) died, so all end; the last checkpoint is kept: "
+                f"process {lost} of {self.world} (counted from 0) died, so all stop; the last checkpoint is kept: "
                 "go on with mea train --resume"
             )
         os._exit(1)
 
 
 def _connect(rank: int, world: int) -> dict[int, socket.socket]:
-    """The first process's connections to all others, and the others' to it. Strangers do not know the secret."""
+    """Return the first process's connections to all others, or another's to the first, by rank.
+
+    A shared secret keeps out strangers.
+    """
     from accelerate.utils import broadcast_object_list
 
     given: list[tuple[int, bytes] | None] = [None]
@@ -106,7 +109,7 @@ def _connect(rank: int, world: int) -> dict[int, socket.socket]:
         broadcast_object_list(given)
         assert given[0] is not None
         port, secret = given[0]
-        # Processes that no launcher gave an address have met in a file: on one machine.
+        # Without an address from a launcher the processes have met through a file, so on one machine.
         found[0] = socket.create_connection((os.environ.get("MASTER_ADDR", "localhost"), port), timeout=60)
         found[0].sendall(secret + struct.pack("!i", rank))
     else:
