@@ -131,7 +131,7 @@ def test_budget_from_the_machine(capsys):
         (["--optimizer", "lion"], "mea plan: optimizer: expected one of adamw"),
         (["--plot", "."], "mea plan: --plot: expected the name of a file, got '.'"),
         (["--plot", "/dev/null/memory.png"], "mea plan: --plot: cannot write to /dev/null/memory.png"),
-        (["--budget", "auto", "--device", "xpu"], "mea plan: --budget: how much memory device 'xpu' has is not known"),
+        (["--budget", "auto", "--device", "xpu"], "mea plan: --budget: the free memory of device 'xpu' is not known"),
         (["--sequence", "8"], "mea plan: unknown argument --sequence"),
     ],
 )

@@ -208,5 +208,5 @@ def test_one_that_says_nothing_is_refused_in_words(reversible):
             return F.relu_(x)
 
     net = ReversibleSequence([(nn.Linear(DIM, DIM), Silent())], reversible=reversible)
-    with pytest.raises(ValueError, match="Silent: expected a branch that leaves its input as it is"):
+    with pytest.raises(ValueError, match="Silent: expected a branch that leaves its input unchanged"):
         net(tokens())

@@ -16,7 +16,7 @@ _creates_graph: ContextVar[bool] = ContextVar("creates_graph", default=False)
 
 
 def creates_graph() -> bool:
-    """True inside a backward pass with ``create_graph=True``."""
+    """Return True inside a backward pass with ``create_graph=True``."""
     return _creates_graph.get()
 
 
@@ -57,9 +57,9 @@ class _Refusal(torch.autograd.Function):
 
 
 def vector_jacobian_product(value: Tensor, wanted: Sequence[Tensor], cotangent: Tensor) -> list[Tensor | None]:
-    """Gradients of ``wanted`` as an ordinary backward would compute them; None for tensors that take no part.
+    """Return gradients of ``wanted`` as an ordinary backward computes them; None for tensors that take no part.
 
-    An ordinary backward runs outside of autocast, so that what the forward kept in fp32 is differentiated in fp32.
+    An ordinary backward runs outside autocast, so that what the forward kept in fp32 is differentiated in fp32.
     """
     asked = [tensor for tensor in wanted if tensor.requires_grad and value.requires_grad]
     if not asked:

@@ -1,4 +1,4 @@
-"""The interface between layers and whatever divides tokens over processes."""
+"""The interface between layers and the division of tokens over processes."""
 
 from __future__ import annotations
 
@@ -20,44 +20,44 @@ class Divided(Protocol):
 
     @property
     def local_tokens(self) -> int:
-        """Tokens of each process, with those that fill up."""
+        """Tokens of each process, padding included."""
 
     def positions(self, device: torch.device) -> Tensor:
-        """Where this process's tokens stand in the whole, int64 ``(local,)``; those that fill up at the last place."""
+        """Return the positions of this process's tokens in the whole, int64 ``(local,)``; the last one for padding."""
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
-        """The whole sequence's tensor from each process's part of it, without gradient."""
+        """Return the whole sequence's tensor from each process's part of it, without gradient."""
 
     def sum(self, x: Tensor) -> Tensor:
-        """Over all processes, without gradient."""
+        """Return the sum over all processes, without gradient."""
 
     def largest(self, x: Tensor) -> Tensor:
-        """The elementwise maximum over all processes."""
+        """Return the elementwise maximum over all processes."""
 
     def same(self, number: int) -> int:
-        """Broadcast the first process's number."""
+        """Return the first process's number."""
 
     def loss(self, part: Tensor) -> Tensor:
-        """The sum of each process's part of a loss, of which each differentiates its own."""
+        """Return the sum of all processes' parts of a loss; each process differentiates its own part."""
 
     def may_hold(self, h: int, kv: int) -> bool:
-        """Can attention be computed of so many query and key/value heads alone?"""
+        """Return whether attention can be computed for a group of ``h`` query and ``kv`` key/value heads."""
 
     def way(self, within: Any, request: Any) -> Any:
-        """A way of computing attention over all tokens by one that computes tiles."""
+        """Return how to compute attention over all tokens, given the way that computes tiles."""
 
 
 _active: ContextVar[Divided | None] = ContextVar("divided", default=None)
 
 
 def active() -> Divided | None:
-    """The active division of tokens; None where this process holds all of them."""
-    # What is compiled runs eagerly where tokens are divided, so a compiler never asks in vain.
+    """Return the active division of tokens; None if this process holds all of them."""
+    # Compiled code runs eagerly where tokens are divided, so None is right under a compiler.
     return None if torch.compiler.is_compiling() else _active.get()
 
 
 def whole_tokens(tokens: int) -> int:
-    """Those of the whole sequence, of which ``tokens`` are here."""
+    """Return the number of tokens of the whole sequence, of which this process has ``tokens``."""
     divided = active()
     return tokens if divided is None or tokens != divided.local_tokens else divided.num_tokens
 

@@ -2,7 +2,7 @@
 
 A dry run sends fake tensors through the real code: nothing is computed, every allocation is seen. It runs only a few
 iterations of a loop whose iterations are alike, records which module is at work, and makes the choices of the device
-that is planned for. Outside of a dry run these functions do nothing: whole loops, no record, the device itself.
+that is planned for. Outside a dry run these functions change nothing: loops run whole, devices are themselves.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ T = TypeVar("T")
 Alike = tuple[object, ...] | None
 
 STAND_IN = torch.device("cpu", 0)
-"""Where tensors lie in a dry run for a device other than the CPU: the CPU by another name, ``cpu`` being the host."""
+"""The device of tensors in a dry run for another device than the CPU: the CPU by another name; ``cpu`` is the host."""
 
 
 class DryRun(Protocol):
@@ -31,7 +31,7 @@ class DryRun(Protocol):
     def few_of(
         self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int, alike: Alike
     ) -> Iterable[T]:
-        """A few of the parts, each standing for several; none if an equal loop has run already."""
+        """Return a few of the parts, which stand for all; none if an equal loop has run already."""
 
     def working_on(self, owner: object) -> AbstractContextManager[None]:
         """Attribute the work inside to ``owner``: a parameter of the module that does it, or ``"loss"``."""
@@ -43,14 +43,14 @@ class DryRun(Protocol):
         """Note that the running loop keeps this tensor, and one like it for every part that was skipped."""
 
     def exchanges(self, collective: str, arguments: tuple[Any, ...]) -> None:
-        """Note a collective among processes that are not there. What it would write stays as it is."""
+        """Record a collective without peers; tensors that it would write stay unchanged."""
 
 
 _current: ContextVar[DryRun | None] = ContextVar("dry_run", default=None)
 
 
 def current() -> DryRun | None:
-    """The active dry run, or None."""
+    """Return the active dry run, or None."""
     return None if torch.compiler.is_compiling() else _current.get()
 
 
@@ -75,16 +75,16 @@ def each(
     """Iterate over the parts of a loop that takes the same memory in every iteration.
 
     A dry run goes through the ``first`` few (accumulators are created in one and may widen in the next) and the
-    ``last`` (which may be ragged). size: the work of a part, where they differ. alike: the name of the loop and all
-    that its memory depends on, of tensors their layouts; it leaves none behind that it took. Then a dry run goes
-    through one such loop for all. None: no other is alike.
+    ``last`` (which may be ragged). size: the work of a part, where parts differ. alike: a key of the loop's name and
+    all that its memory depends on, tensors counting by their layouts; such a loop must leave no memory allocated, and a
+    dry run goes through only one of those with the same key. None: the loop is like no other.
     """
     dry_run = current()
     return parts if dry_run is None else dry_run.few_of(parts, size, first, last, alike)
 
 
 def working_on(owner: object) -> AbstractContextManager[None]:
-    """Tell a dry run whose work is done inside."""
+    """Tell a dry run which module, or the loss, does the work inside."""
     dry_run = current()
     return nullcontext() if dry_run is None else dry_run.working_on(owner)
 
@@ -103,12 +103,12 @@ def keeps(tensor: Tensor) -> None:
 
 
 def device_type(device: torch.device) -> str:
-    """The type of a tensor's device; in a dry run that of the device planned for, where another stands in for it."""
+    """Return the type of a tensor's device; in a dry run, that of the planned device where the CPU stands in for it."""
     dry_run = current()
     return device.type if dry_run is None or device != STAND_IN else dry_run.device_type
 
 
 def num_threads() -> int:
-    """CPU threads of PyTorch's kernels."""
+    """Return the number of CPU threads of PyTorch's kernels; in a dry run that planned for."""
     dry_run = current()
     return torch.get_num_threads() if dry_run is None else dry_run.threads

@@ -8,7 +8,7 @@ from typing import Any
 
 
 class MissingExtraError(ModuleNotFoundError, ValueError):
-    """A feature needs a package of an optional dependency that is not installed."""
+    """Raised when a feature needs an optional dependency that is not installed."""
 
 
 def require(condition: bool, argument: str, expected: str, got: Any) -> None:
@@ -40,7 +40,7 @@ def brought_by(extra: str) -> Iterator[None]:
 
 
 def nearest(name: str, known: Iterable[str]) -> str:
-    """A suggestion to append to an error, `` (did you mean X?)``, or nothing if no known name resembles ``name``."""
+    """Return a suggestion to append to an error, `` (did you mean X?)``, or "" if no known name resembles ``name``."""
     import difflib
 
     matches = difflib.get_close_matches(name, list(known), n=1, cutoff=0.5)

@@ -1,4 +1,4 @@
-"""Gradients of leaves, summed over the parts of a backward pass, in ``.grad`` itself where that cannot be observed."""
+"""Sum gradients of leaves over the parts of a backward pass, in ``.grad`` itself where that cannot be observed."""
 
 from __future__ import annotations
 
@@ -19,10 +19,10 @@ from .products import add_product
 
 
 def accumulator(leaf: Tensor) -> Tensor:
-    """The tensor in which a backward pass sums the gradient of ``leaf``: its ``.grad`` where possible, else zeros.
+    """Return the tensor in which a backward pass sums ``leaf``'s gradient: its ``.grad`` where possible, else zeros.
 
     For the backward of an autograd Function that has ``leaf`` among its inputs and returns :func:`left_to_add` for it.
-    A gradient made apart would exist beside that of earlier batches until autograd adds the two. Megatron-LM calls this
+    A separate gradient would exist beside that of earlier batches until autograd adds the two. Megatron-LM calls this
     gradient accumulation fusion.
 
     ``.grad`` is added to where autograd would do so itself and the difference cannot be observed: in a ``.backward()``
@@ -41,37 +41,37 @@ def accumulator(leaf: Tensor) -> Tensor:
 
 
 def left_to_add(leaf: Tensor, total: Tensor) -> Tensor | None:
-    """What a Function returns as the gradient of ``leaf``, ``total`` being what :func:`accumulator` gave, filled."""
+    """Return what a Function returns as ``leaf``'s gradient, once the ``total`` of :func:`accumulator` is complete."""
     if torch.compiler.is_compiling() or not leaf.is_leaf or total is not leaf.grad:
         return total.to(leaf.dtype)
     return _nothing(leaf)
 
 
 def _nothing(leaf: Tensor) -> Tensor | None:
-    # A device's streams wait for each other at what the engine hands on, so it gets something: zeros without memory.
+    # On devices with streams the engine synchronises at each gradient, so it gets one: zeros without memory.
     return None if device_type(leaf.device) == "cpu" else leaf.new_zeros(()).expand_as(leaf)
 
 
 def fresh_total(leaf: Tensor) -> Tensor:
-    """Zeros in the leaf's shape, in fp32 at least."""
+    """Return zeros in the leaf's shape, in fp32 at least."""
     return torch.zeros_like(leaf, dtype=full_dtype(leaf.dtype), memory_format=torch.contiguous_format)
 
 
 def may_add_in_place(leaf: Tensor) -> bool:
-    """True if :func:`accumulator` could return the gradient of ``leaf``, as far as is known before backward."""
+    """Return True if, as far as is known before backward, :func:`accumulator` could return ``leaf.grad``."""
     if torch.compiler.is_compiling():
         return False
     grad = leaf.grad if leaf.is_leaf and leaf.requires_grad else None
     if grad is None or tensor_is_watched(leaf):
         return False
-    # Tensors of other types may do anything when added to; one with a graph is somebody's to differentiate.
+    # Tensors of other types may do anything when added to; one with a graph may still be differentiated.
     plain = are_plain(leaf, grad) and all(t.layout == torch.strided for t in (leaf, grad))
     ours = plain and grad.is_contiguous() and not grad.requires_grad and not grad.is_inference()
     return ours and (grad.dtype, grad.device, grad.shape) == (full_dtype(leaf.dtype), leaf.device, leaf.shape)
 
 
 def _will_accumulate(leaf: Tensor) -> bool:
-    """True inside a ``.backward()`` that will add to ``leaf.grad`` without hooks."""
+    """Return True inside a ``.backward()`` that will add to ``leaf.grad`` without hooks."""
     node = get_gradient_edge(leaf).node
     return accumulates(node) and not node_is_watched(node) and _on_default_stream(leaf.device)
 
@@ -84,16 +84,16 @@ def _on_default_stream(device: torch.device) -> bool:
 
 
 class GradientSums:
-    """The gradients of some leaves, each summed over the parts of one backward pass, in fp32 at least.
+    """Sums the gradients of leaves over the parts of one backward pass, in fp32 at least.
 
     A single complete gradient is kept as it is; a second one, a partial one or a product is added to what ``total``
     returns.
 
     Args:
-        leaves: all different, those for which an autograd Function returns :attr:`results`.
+        leaves: distinct leaves, for which an autograd Function returns :attr:`results`.
         needed: for each leaf whether its gradient is wanted. Others are not computed, and None.
-        total: makes what a leaf's gradient is summed in: ``.grad`` itself where that can be (:func:`accumulator`,
-            inside a backward pass alone), or zeros (:func:`fresh_total`, anywhere).
+        total: returns the tensor in which a leaf's gradient is summed: ``.grad`` itself where possible
+            (:func:`accumulator`, only inside a backward pass), or zeros (:func:`fresh_total`, anywhere).
     """
 
     def __init__(
@@ -106,7 +106,7 @@ class GradientSums:
         self._totals: dict[Tensor, Tensor] = {}
 
     def total(self, leaf: Tensor) -> Tensor | None:
-        """What the leaf's gradient is summed in, to be added to; None where none is wanted."""
+        """Return the tensor in which the leaf's gradient is summed, to be added to; None if it is not wanted."""
         if leaf not in self._needed:
             return None
         if leaf not in self._totals:
@@ -140,7 +140,7 @@ class GradientSums:
 
     @property
     def results(self) -> list[Tensor | None]:
-        """What backward returns for each leaf once all is added: what its ``.grad`` lacks, in its dtype."""
+        """What backward returns for each leaf: the part of its gradient not yet in ``.grad``, in its dtype."""
         single = {leaf: gradient.to(leaf.dtype) for leaf, gradient in self._first.items()}
         summed = {leaf: left_to_add(leaf, total) for leaf, total in self._totals.items()}
         return [summed.get(leaf, single.get(leaf)) for leaf in self._leaves]

@@ -12,7 +12,7 @@ PACKAGE = __name__.partition(".")[0]
 
 
 def names_from(module: str, homes: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """``__getattr__`` and ``__dir__`` of ``module`` (PEP 562) for names that live elsewhere in this package.
+    """Return ``__getattr__`` and ``__dir__`` of ``module`` (PEP 562) for names defined elsewhere in this package.
 
     Submodules of the package are found too.
 

@@ -13,7 +13,7 @@ from ..torch_internals.hooks import get_buffer, put_buffer, put_parameter, tenso
 
 
 class SeenParameters:
-    """Where some modules' parameters were during a forward pass, each parameter once.
+    """Records where modules held their parameters during a forward pass, each parameter once.
 
     Backward differentiates what forward saw, even if the modules hold other parameters by then
     (``torch.func.functional_call``). The caller keeps the tensors themselves: see :meth:`take`.
@@ -33,10 +33,10 @@ class SeenParameters:
         return tensors
 
     def leaves(self, tensors: Sequence[Tensor], needed: Sequence[bool]) -> list[Tensor]:
-        """What is to be differentiated in place of ``tensors``, those of :meth:`take`.
+        """Return the leaves to differentiate in place of ``tensors``, those of :meth:`take`.
 
-        Each is the parameter itself, or a stand-in where the modules hold another by now or it has hooks: those are to
-        run once, on the whole gradient, in the pass that receives it.
+        Each is the parameter itself, or a stand-in if the modules hold another by now or if it has hooks, which must
+        run once, on the whole gradient.
         """
         return [
             tensor
@@ -62,7 +62,7 @@ _SMALL = 2**16
 
 
 class SeenBuffers:
-    """The buffers of some modules as they were before a forward pass that may change them.
+    """Keeps modules' buffers as they were before a forward pass that may change them.
 
     Batch norms update running statistics and spectral norms iterate, once, in forward: recomputation starts from the
     values that forward started from, and its changes are discarded. State kept elsewhere is not covered.

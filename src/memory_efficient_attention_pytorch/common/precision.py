@@ -10,21 +10,21 @@ from torch import Tensor
 
 
 def full_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of sums, softmax and norms: at least fp32."""
+    """Return the dtype of sums, softmax and norms: at least fp32."""
     return torch.promote_types(dtype, torch.float32)
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
-    """Autocast's dtype on the device, None where it is off."""
+    """Return autocast's dtype on the device, None if it is off."""
     kind = device.type
-    # A compiler does not follow the first question (PyTorch 2.11), and meets no device of which the second is an error.
+    # PyTorch 2.11's compiler cannot trace is_autocast_available; on its devices is_autocast_enabled does not raise.
     known = torch.compiler.is_compiling() or torch.amp.is_autocast_available(kind)
     on = known and torch.is_autocast_enabled(kind)
     return torch.get_autocast_dtype(kind) if on else None
 
 
 def compute_dtype(tokens: Tensor) -> torch.dtype:
-    """The dtype that a linear layer computes in: autocast's where it is on (not for fp64), else the tokens' own."""
+    """Return the dtype a linear layer computes in: autocast's if it is on (not for fp64), else the tokens' own."""
     return tokens.dtype if tokens.dtype == torch.float64 else autocast_dtype(tokens.device) or tokens.dtype
 
 

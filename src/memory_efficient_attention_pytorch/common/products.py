@@ -18,20 +18,20 @@ from torch import Tensor
 from ..torch_internals import onednn
 from .dry_run import Alike, device_type, each
 
-# oneDNN writes to memory of its own, so a part of the product exists once more: this many elements, which stay in a
-# CPU's cache.
+# oneDNN writes to memory of its own, so a part of the product exists twice: this many elements, which fit in a CPU's
+# cache.
 PART = 2**18
-# It compiles a kernel for each shape, of which some hundred KiB stay. Lengths vary freely, multiples of this less so.
+# It compiles a kernel for each shape and keeps a few hundred KiB of it. There are fewer multiples of this than lengths.
 MULTIPLE = 64
-# By how much oneDNN must be faster to be worth it.
+# How many times as fast oneDNN must be to be worth it.
 LEAST_GAIN = 1.5
-# Terms of a sum. With fewer, making that memory costs what the product gains; more are split, again for few shapes.
+# Terms of a sum. With fewer, allocating that memory costs what the product gains; more are split, to have few shapes.
 LEAST_TERMS, MOST_TERMS = 256, 2048
 MOST_COLUMNS = PART // MULTIPLE
 
 
 def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-    """``out (n, j) = values (n, k) @ weightᵀ (k, j) + bias (j,)``; all of one dtype. Returns out."""
+    """Compute ``out (n, j) = values (n, k) @ weightᵀ (k, j) + bias (j,)``; all of one dtype. Returns out."""
     if not (has_onednn(values, weight) and _worthwhile(values.shape[1], len(weight))):
         return _usual(out, values, weight, bias)
     if len(weight) > MOST_COLUMNS:
@@ -48,7 +48,7 @@ def linear_into(out: Tensor, values: Tensor, weight: Tensor, bias: Tensor | None
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total (i, j) += leftᵀ (i, n) @ right (n, j)``; left and right of one dtype, the total of it or a wider one."""
+    """Compute ``total (i, j) += leftᵀ (i, n) @ right (n, j)``; factors of one dtype, the total of it or a wider one."""
     if has_onednn(left, right) and _worthwhile(len(left), total.shape[1]) and len(left) % MULTIPLE == 0:
         for terms in _parts(len(left), PART // MOST_TERMS, alike=("add_product", total, left, right)):
             part, by = left[terms], _dense(right[terms].t())
@@ -57,21 +57,21 @@ def add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
     elif total.dtype == left.dtype:
         total.addmm_(left.t(), right)
     else:
-        # A product in low precision cannot add to fp32: it goes through a part, on a CPU a small one.
+        # A product in low precision cannot add to fp32, so it is computed in parts, small ones on a CPU.
         size = PART if device_type(total.device) == "cpu" else 2**24
         for rows in _parts(len(total), total.shape[1], size, alike=("add_product", total, left, right)):
             total[rows] += left[:, rows].t() @ right
 
 
 def product(values: Tensor, weight: Tensor) -> Tensor:
-    """``values (n, k) @ weightᵀ`` of a weight ``(j, k)`` without gaps, in either order."""
+    """Return ``values (n, k) @ weightᵀ`` of a dense weight ``(j, k)``, in row- or column-major order."""
     if len(weight) % MULTIPLE or weight.shape[1] % MULTIPLE or not has_onednn(values, weight):
         return values @ weight.t()
     return _onednn(values, weight)
 
 
 class PackedWeight:
-    """One matrix of many products, in the order in which oneDNN multiplies by it fastest.
+    """Packs a matrix used in many products in the layout in which oneDNN multiplies by it fastest.
 
     weight: ``(j, k)`` of any strides and floating-point dtype. length: whichever of j and k varies; oneDNN
     is used for multiples of 64 only. rows: the number that most of the other matrices have.
@@ -84,7 +84,7 @@ class PackedWeight:
             self._packed = self._onednn.pack(weight.to(torch.float32), rows)
 
     def add_product(self, total: Tensor, values: Tensor) -> None:
-        """``total (n, j) += values (n, k) @ weightᵀ (k, j)``, both of them contiguous and fp32."""
+        """Compute ``total (n, j) += values (n, k) @ weightᵀ (k, j)``, both contiguous and fp32."""
         if self._onednn is None or len(values) % MULTIPLE:
             total.addmm_(values, self.weight.to(values.dtype).t())
         else:
@@ -94,8 +94,8 @@ class PackedWeight:
 class Scratch:
     """Named buffers, allocated once and reused by every piece of a pass.
 
-    A fresh buffer for each product costs more than a tenth of the product where the allocator gives memory back to the
-    system, since every page of it is mapped and cleared anew.
+    A fresh buffer for each product costs more than a tenth of the product where the allocator returns memory to the
+    system, since every page is mapped and cleared again.
     """
 
     def __init__(self, dtype: torch.dtype, device: torch.device) -> None:
@@ -103,21 +103,21 @@ class Scratch:
         self._buffers: dict[str, Tensor] = {}
 
     def take(self, name: str, *shape: int) -> Tensor:
-        """An uninitialised tensor that reuses the memory of the last one of this name."""
+        """Return an uninitialised tensor that reuses the memory of the last one of this name."""
         size = math.prod(shape)
         if name not in self._buffers or self._buffers[name].numel() < size:
             self._buffers[name] = torch.empty(size, dtype=self.dtype, device=self.device)
         return self._buffers[name][:size].view(shape)
 
     def linear(self, name: str, values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
-        """``values (…, k) @ weightᵀ (k, j) + bias``."""
+        """Return ``values (…, k) @ weightᵀ (k, j) + bias (j,)`` in the buffer of this name."""
         rows = values.reshape(-1, values.shape[-1])
         out = self.take(name, len(rows), len(weight))
         return linear_into(out, rows, weight, bias).view(*values.shape[:-1], len(weight))
 
 
 def _parts(length: int, width: int, size: int = PART, alike: Alike = None) -> Iterable[slice]:
-    """Slices of ``length`` rows of ``width``, of ``size`` elements at most but ``MULTIPLE`` rows at least."""
+    """Cut ``length`` rows of ``width`` into slices of at most ``size`` elements, but at least ``MULTIPLE`` rows."""
     step = max(MULTIPLE, size // max(width, 1) // MULTIPLE * MULTIPLE)
     # A product's first part allocates nothing that the others would reuse.
     return each([slice(start, min(start + step, length)) for start in range(0, length, step)], first=1, alike=alike)
@@ -136,7 +136,7 @@ def _onednn(values: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tenso
 
 
 def _dense(weight: Tensor) -> Tensor:
-    """Make a weight dense, in either order: only for those oneDNN has a fast kernel."""
+    """Make a weight dense, row- or column-major: oneDNN has fast kernels only for those."""
     return weight if weight.is_contiguous() or weight.t().is_contiguous() else weight.contiguous()
 
 
@@ -145,13 +145,13 @@ def _worthwhile(terms: int, columns: int) -> bool:
 
 
 def has_onednn(*tensors: Tensor) -> bool:
-    """True if oneDNN can multiply these tensors and is the faster library."""
+    """Return True if oneDNN can multiply these tensors and is the faster library."""
     usable = all(t.dtype == torch.float32 and onednn_is_usable(t.device) for t in tensors)
     return usable and onednn_is_faster() and onednn.linear() is not None
 
 
 def onednn_is_usable(device: torch.device) -> bool:
-    """True if oneDNN can multiply fp32 matrices here: on a CPU, outside of a compiler, which has its own products."""
+    """Return True if oneDNN can multiply fp32 here: on a CPU, outside a compiler, which has its own products."""
     if torch.compiler.is_compiling() or device_type(device) != "cpu" or not torch.backends.mkldnn.is_available():
         return False
     enabled = onednn.is_enabled()
@@ -160,23 +160,23 @@ def onednn_is_usable(device: torch.device) -> bool:
 
 @cache
 def onednn_is_faster() -> bool:
-    """True if oneDNN multiplies fp32 faster than PyTorch's usual library by enough to make up for its overhead.
+    """Return True if oneDNN multiplies fp32 faster than PyTorch's usual library by enough to make up for its overhead.
 
-    Measured once in a process, in some 20 to 80 ms, on one core: the best of ten products by each, in turn. On an AMD
-    EPYC of family 25, whose AVX-512 comes in halves, the rates differ by 1.17, on one of family 26 by 2.2.
+    Measured once per process, in 20 to 80 ms, on one core: the best of ten products by each, in turn. On an AMD EPYC of
+    family 25, which executes AVX-512 in halves, the rates differ by a factor of 1.17, on one of family 26 by 2.2.
     """
     if not torch.backends.mkldnn.is_available() or onednn.linear() is None:
         return False
-    # In a thread of its own no autocast, grad or dispatch mode is at work, and the number of its threads is its own.
+    # A new thread has no autocast, grad or dispatch mode, and its own number of threads.
     with ThreadPoolExecutor(1) as thread:
         usual, by_onednn = thread.submit(_seconds_of_products).result()
     return usual >= LEAST_GAIN * by_onednn > 0
 
 
 def _seconds_of_products() -> tuple[float, float]:
-    """The least processor time of a product of 512 × 512 matrices, by PyTorch's usual library and by oneDNN.
+    """Return the least processor time of a product of 512 × 512 matrices, by PyTorch's usual library and by oneDNN.
 
-    Processor time of this one thread: beside other work, elapsed times differ by any factor.
+    It is the time of this thread alone: beside other work, elapsed times differ by any factor.
     """
     torch.set_num_threads(1)
     values, weight = (torch.ones(512, 512, device="cpu") for _ in range(2))

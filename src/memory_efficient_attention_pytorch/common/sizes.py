@@ -1,4 +1,4 @@
-"""Sizes as people write them, and how much memory there is."""
+"""Parse and format sizes of memory, and find out how much is free."""
 
 from __future__ import annotations
 
@@ -25,9 +25,9 @@ _SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE
 
 
 def parse_size(size: int | float | str, argument: str = "budget") -> int:
-    """Bytes of ``"8GB"`` (10⁹ each), ``"8GiB"`` (2³⁰ each), ``"8000M"``, ``"1.5 t"`` or a number of bytes.
+    """Return the bytes of ``"8GB"`` (10⁹ each), ``"8GiB"`` (2³⁰ each), ``"8000M"``, ``"1.5 t"`` or a number of bytes.
 
-    Raises ValueError, naming ``argument``, for anything else and for what is below one byte.
+    Raises ValueError, naming ``argument``, for anything else and for sizes below one byte.
 
     Examples:
         >>> from memory_efficient_attention_pytorch.planner import parse_size
@@ -44,7 +44,7 @@ def parse_size(size: int | float | str, argument: str = "budget") -> int:
 
 
 def format_size(nbytes: float) -> str:
-    """``"1.50 GiB"``: three digits and a binary unit.
+    """Format bytes with three digits and a binary unit.
 
     Examples:
         >>> from memory_efficient_attention_pytorch.planner import format_size
@@ -59,9 +59,9 @@ def format_size(nbytes: float) -> str:
 
 
 def available_memory(device: torch.device | str = "cpu") -> int:
-    """Bytes that could be allocated now: free memory of a CUDA device, or RAM within the limits of this process.
+    """Return the bytes that could be allocated now: a CUDA device's free memory, or RAM within this process's limits.
 
-    Raises NotImplementedError where the system does not tell.
+    Raises NotImplementedError where the system does not report it.
 
     Examples:
         >>> from memory_efficient_attention_pytorch.planner import available_memory
@@ -72,7 +72,7 @@ def available_memory(device: torch.device | str = "cpu") -> int:
     if device.type == "cuda" and torch.cuda.is_available():
         return torch.cuda.mem_get_info(device)[0]
     if device.type != "cpu":
-        raise NotImplementedError(f"how much memory device {str(device)!r} has is not known here: give a budget")
+        raise NotImplementedError(f"the free memory of device {str(device)!r} is not known here: give a budget")
     return min(_free_ram(), *_control_group_rooms())
 
 
@@ -84,11 +84,11 @@ def _free_ram() -> int:
     try:
         return os.sysconf("SC_AVPHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (ValueError, OSError) as error:
-        raise NotImplementedError("this system does not tell how much memory is free: give a budget") from error
+        raise NotImplementedError("this system does not report how much memory is free: give a budget") from error
 
 
 def _control_group_rooms() -> list[int]:
-    """What the control groups of this process leave, from its own up to the root's (versions 2 and 1)."""
+    """Return the bytes left by this process's control groups, from its own up to the root (versions 2 and 1)."""
     rooms = [2**63]
     memberships = Path("/proc/self/cgroup")
     for line in memberships.read_text().splitlines() if memberships.exists() else ():

@@ -1,7 +1,7 @@
-"""Independent parts of a pass, each computed by one CPU thread whose operators are single-threaded.
+"""Compute independent parts of a pass, each on one CPU thread whose operators are single-threaded.
 
-Threads that share an operator wait for one another at its end. Parts of the size of a head have no such ends, keep what
-they work on in one core's cache, and where another process is busy the free core takes more of them.
+Threads that share an operator wait for one another at its end. Parts of the size of a head need no such waits, keep
+their data in one core's cache, and balance themselves when other processes keep some cores busy.
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ T = TypeVar("T")
 def in_threads(
     parts: Sequence[T], worker: Callable[[], Callable[[T], None]], *, apart: bool = True, alike: Alike = None
 ) -> None:
-    """Call ``worker()`` once on each thread, and what it returns with part after part; without gradients.
+    """Call ``worker()`` once on each thread, and the function that it returns with part after part; without gradients.
 
-    Neither autocast nor dispatch modes nor context variables of the caller are at work there, nor is it said which
-    thread computes a part, or in which order: none of it may matter. An exception of a part is the caller's, and no
-    further part is begun then. The calling thread computes all of them where it has but one thread, for fewer parts
-    than threads, under a compiler or a dispatch mode, and if they are not to be computed ``apart``; a dry run goes
-    through a few of them there, and counts what the threads hold at once. alike: as in :func:`.dry_run.each`.
+    The caller's autocast, dispatch modes and context variables do not apply there, and parts run on any thread in any
+    order: the result must not depend on that. An exception in a part is raised to the caller, and no further part is
+    begun. The calling thread computes all parts if PyTorch has one thread, for fewer parts than threads, under a
+    compiler or a dispatch mode, and without ``apart``. A dry run goes through a few of them there, and counts what all
+    threads hold at once. alike: as in :func:`.dry_run.each`.
     """
     threads = num_threads()
     if not apart or len(parts) < threads:
@@ -50,7 +50,7 @@ def in_threads(
                 while part := _taken(left):
                     compute(*part)
             finally:
-                left.clear()  # the last was taken, or something was raised
+                left.clear()  # the last part was taken, or an exception was raised
 
     running: list[Future[None]] = []
     try:
@@ -64,7 +64,7 @@ def in_threads(
 
 
 def _taken(left: list[T]) -> tuple[()] | tuple[T]:
-    """The last that is left, if any is."""
+    """Take the last remaining part, as a tuple of one, or return ()."""
     try:
         return (left.pop(),)
     except IndexError:
@@ -73,22 +73,22 @@ def _taken(left: list[T]) -> tuple[()] | tuple[T]:
 
 @cache
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
-    """Single-threaded threads, all of them started. process: after a fork there are none of them any more."""
+    """Start a pool of single-threaded threads. process: part of the key, since a forked process has no threads."""
     pool, ready = ThreadPoolExecutor(threads, "attention", _begin_alone), Barrier(threads)
     try:
         wait([pool.submit(ready.wait) for _ in range(threads)])
     finally:
-        ready.abort()  # nobody waits for a thread that could not be started
-        torch.set_num_threads(threads)  # what threads to come begin with: the last one to set its own decides that
+        ready.abort()  # stop waiting for threads that could not be started
+        torch.set_num_threads(threads)  # the default of later threads, which the last call anywhere decides
     return pool
 
 
 def _begin_alone() -> None:
-    torch.get_num_threads()  # the first question to a thread gives it the number of others, which would come later
+    torch.get_num_threads()  # the first call in a thread sets its number to the default, which would come later
     torch.set_num_threads(1)
 
 
 def _watched() -> bool:
-    """True where somebody sees what this thread computes, and would not see it on another."""
+    """Return True under a compiler or a dispatch mode, which would not see operators on other threads."""
     modes = dispatch_modes()
     return torch.compiler.is_compiling() or modes is None or modes() > 0

@@ -1,3 +1,3 @@
-"""The package's version, written here alone: the distribution's metadata is made from it."""
+"""The package's version, from which the distribution's metadata is made."""
 
 __version__ = "1.0.0"

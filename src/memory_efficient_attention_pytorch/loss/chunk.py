@@ -1,6 +1,6 @@
 """The arithmetic of one chunk of tokens: logits, losses, gradients.
 
-Letters of this room: N tokens, d hidden width, V vocabulary, c tokens of a chunk.
+Letters in this folder: N tokens, d hidden width, V vocabulary, c tokens of a chunk.
 """
 
 from __future__ import annotations
@@ -17,10 +17,11 @@ from ..common.products import add_product, linear_into
 
 
 class Settings(NamedTuple):
-    """The validated options of a loss. ``gradients_wait``: for backward; otherwise forward makes them. ``divided``: by
-    whom the tokens are, over processes.
+    """The validated options of a loss.
 
     ``product_dtype``: of the matrix products; everything else is in fp32, for fp64 in fp64. ``softcap``: 0 for none.
+    ``gradients_wait``: gradients are computed in backward, else in forward. ``divided``: the division of tokens over
+    processes, if any.
     """
 
     ignore_index: int
@@ -36,16 +37,14 @@ class Settings(NamedTuple):
 
 
 class ChunkLoss:
-    """The losses of one chunk of tokens after another, and the gradients of their weighted sum.
-
-    The logits' buffer is the same in every call.
+    """Computes losses chunk by chunk, and the gradients of their weighted sum, in one buffer for logits.
 
     Args:
         weight, bias: ``(V, d)``, and ``(V,)`` or None.
-        of_head: what the gradients of weight and bias are added to, None where one is not needed.
-        rows: the most tokens a call may bring.
+        of_head: tensors that the gradients of weight and bias are added to, None for one that is not needed.
+        rows: the most tokens of a chunk.
         class_weights: ``(V,)`` or None.
-        z_loss: what multiplies the square of a row's log-sum-exp: a number, or a tensor that holds one; None for 0.
+        z_loss: factor of a row's squared log-sum-exp: a number, or a tensor that holds one; None for 0.
     """
 
     def __init__(
@@ -67,7 +66,7 @@ class ChunkLoss:
         self.grad_weight, self.grad_bias = of_head
 
     def losses(self, hidden: Tensor, labels: Tensor) -> Tensor:
-        """``(c, d)`` and ``(c,)`` labels in ``[0, V)`` → losses ``(c,)``; :meth:`add_gradients` may follow."""
+        """Return the losses ``(c,)`` of hidden ``(c, d)`` and labels ``(c,)``; :meth:`add_gradients` may follow."""
         logits, products = self.logits[: len(hidden)], self.products[: len(hidden)]
         scale, softcap, smoothing = self.settings.scale, self.settings.softcap, self.settings.label_smoothing
         linear_into(products, hidden.to(products.dtype), self.weight)
@@ -105,9 +104,9 @@ class ChunkLoss:
         return losses
 
     def add_gradients(self, hidden: Tensor, labels: Tensor, row_weight: Tensor, of_hidden: bool) -> Tensor | None:
-        """Differentiate ``sum(row_weight * losses)`` of the chunk that :meth:`losses` just had; row_weight ``(c,)``.
+        """Differentiate ``sum(row_weight * losses)`` of the last chunk of :meth:`losses`; row_weight ``(c,)``.
 
-        Returns the hidden vectors' gradient ``(c, d)`` if that is asked for.
+        Returns the hidden vectors' gradient ``(c, d)`` if ``of_hidden``.
         """
         logits, products = self.logits[: len(hidden)], self.products[: len(hidden)]
         row_weight = row_weight[:, None] * self.settings.scale
@@ -129,7 +128,7 @@ class ChunkLoss:
     def _softmax(self, logits: Tensor, largest: Tensor) -> Tensor:
         """Turn logits into probabilities in place; return the logarithm of each row's largest ``(c,)``.
 
-        Not those that are capped: the slope of the cap is known from them alone, so they stay till gradients are made.
+        Capped logits stay unchanged until gradients are computed, since the cap's slope follows from them.
         """
         if not self.settings.softcap:
             torch.softmax(logits, 1, out=logits)
@@ -165,5 +164,5 @@ class ChunkLoss:
 
     @property
     def _block(self) -> int:
-        """Rows of capped logits that are worked on at once, so that what is needed beside them stays small."""
+        """Rows of capped logits that are processed at once, so that temporary tensors stay small."""
         return max(1, len(self.logits) // 16)

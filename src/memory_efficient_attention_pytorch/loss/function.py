@@ -1,8 +1,8 @@
 """The loss as one autograd Function over chunks of rows.
 
-Gradients made in forward take three products there and none in backward, which scales what was kept of them, in place
-or, where the graph is kept, into copies. Gradients that wait for backward keep the inputs alone and have the logits
-computed again, four products in all. A gradient that is not needed costs neither its product nor its memory.
+Gradients computed in forward take three products there and none in backward, which scales them in place or, if the
+graph is retained, into copies. Gradients that wait for backward need only the inputs stored, but the logits are
+computed again: four products in all. A gradient that is not needed costs neither its product nor its memory.
 """
 
 from __future__ import annotations
@@ -34,8 +34,8 @@ def chunked_loss(
     labels: Tensor,
     class_weights: Tensor | None = None,
 ) -> Tensor:
-    """The losses ``(N,)`` of rows against labels ``(N,)``, or their sum or mean; class_weights ``(V,)``."""
-    # Inside a Function gradients are off whatever the caller chose, so whether any is wanted must be asked here.
+    """Return the losses ``(N,)`` of rows with labels ``(N,)``, or their sum or mean; class_weights ``(V,)``."""
+    # Inside a Function gradients are off whatever the caller chose, so whether any is wanted must be found out here.
     inputs = (weight, bias, *source.tensors)
     wanted = torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in inputs)
     waits = not wanted or settings.reduction == "none" or gradients_wait(settings.product_dtype, source.shape, weight)
@@ -47,7 +47,7 @@ def chunked_loss(
 
 
 class LinearCrossEntropy(torch.autograd.Function):
-    """Inputs that are differentiated: weight, bias and what the rows are made of."""
+    """Computes the loss; differentiable in weight, bias and the tensors that the rows are made of."""
 
     @staticmethod
     def forward(
@@ -78,7 +78,7 @@ class LinearCrossEntropy(torch.autograd.Function):
         needed = ctx.needs_input_grad[5:]
         if not ctx.settings.gradients_wait:
             factor = cotangent * first
-            # A graph that is not kept has no more use for the gradients: scaling them in place spares a second (V, d).
+            # Unless the graph is retained the gradients are not used again: scaling in place spares a second (V, d).
             scale = torch.mul if torch.compiler.is_compiling() or graph_is_kept() else Tensor.mul_
             pairs = zip(others, ctx.dtypes, strict=True)
             return *[None] * 5, *(x if x is None else scale(x, factor).to(dtype) for x, dtype in pairs)
@@ -103,10 +103,11 @@ def over_chunks(
     row_weight: Tensor,
     total: Callable[[Tensor], Tensor] = fresh_total,
 ) -> tuple[Tensor, list[Tensor | None]]:
-    """Losses ``(N,)``, 0 where ignored, and the gradients of ``sum(row_weight * losses)`` for the needed inputs.
+    """Return losses ``(N,)``, 0 where ignored, and gradients of ``sum(row_weight * losses)`` for the needed inputs.
 
-    targets: labels and class weights. inputs: weight, bias, and what the rows are made of. row_weight: ``(N,)``, or one
-    for all. total: makes what the gradients of weight and bias are added to; they come back in its dtype.
+    targets: labels and class weights. inputs: weight, bias, and the tensors that the rows are made of. row_weight:
+    ``(N,)``, or one for all. total: returns the tensors that the gradients of weight and bias are added to, which are
+    returned.
     """
     weight, bias, *made_of = inputs
     labels, class_weights = targets
@@ -124,30 +125,30 @@ def over_chunks(
         for chunk in each(chunks):
             hidden = rows.forward(chunk)
             losses[chunk] = chunk_loss.losses(hidden, labels[chunk])
-            # One branch after the other: under Python 3.13 PyTorch's compiler cannot follow one within the other here.
+            # One branch after the other: under Python 3.13 PyTorch's compiler cannot trace nested ones here.
             gradient = None
             if any(needed):
                 gradient = chunk_loss.add_gradients(hidden, labels[chunk], row_weight[chunk], any(needed[2:]))
             if gradient is not None:
                 rows.backward(chunk, gradient)
             del gradient
-    # Not in place: a compiled Function of PyTorch 2.11 that returns a tensor under two names loses its cotangent.
+    # Not in place: in PyTorch 2.11 a compiled Function that returns a tensor under two names loses its cotangent.
     return losses.masked_fill(~counted, 0), [*of_head, *rows.gradients()]
 
 
 def even_chunks(tokens: int, chunk_size: int) -> list[slice]:
-    """As few chunks as the size allows, of equal length, so that no short one is left over."""
+    """Return as few chunks as the size allows, of equal length, so that no short one is left over."""
     count = max(1, -(-tokens // chunk_size))
     size = max(1, -(-tokens // count))
     return [slice(start, min(start + size, tokens)) for start in range(0, tokens, size)]
 
 
 def gradients_wait(product_dtype: torch.dtype, shape: Sequence[int], weight: Tensor) -> bool:
-    """Whether gradients wait for backward, although the loss is one number; shape: of the hidden vectors ``(…, d)``.
+    """Return whether gradients wait for backward though the loss is a scalar; shape: of hidden vectors ``(…, d)``.
 
-    They do where the weight's is larger than the hidden vectors', and the weight has a ``.grad`` that backward can add
-    to: made in the forward pass it would exist beside that. Not with products in fp16, which take a loss scaler's
-    factor only after they are rounded (see :func:`share_of_each`).
+    They do if the weight's gradient is larger than the hidden vectors' and the weight has a ``.grad`` that backward can
+    add to: a gradient made in forward would exist beside that. Not with products in fp16, to which a loss scaler's
+    factor would be applied after rounding (see :func:`share_of_each`).
     """
     large = weight.numel() > math.prod(shape) and product_dtype != torch.float16
     return large and may_add_in_place(weight)
@@ -156,10 +157,11 @@ def gradients_wait(product_dtype: torch.dtype, shape: Sequence[int], weight: Ten
 def share_of_each(
     settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The factor of the sum of losses (one over the weight of the valid labels, or one), and its two parts.
+    """Return the factor of the sum of losses (one over the weight of the valid labels, or one), and its two parts.
 
-    Gradients take the first, in [1/2, 1], when they are made and the second, a power of two, in backward. So they are
-    rounded once, and one kept in fp16 has not lost its small values before a loss scaler's factor comes to save them.
+    Gradients are multiplied by the first part, in [1/2, 1], when they are computed and by the second, a power of two,
+    in backward. So they are rounded once, and gradients kept in fp16 do not lose small values before a loss scaler's
+    factor is applied.
     """
     one = labels.new_ones((), dtype=full_dtype(dtype))
     if settings.reduction != "mean":
@@ -172,7 +174,7 @@ def share_of_each(
 def z_loss_of_each(
     settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype
 ) -> Tensor | float | None:
-    """The factor of each squared log-sum-exp that gives all of them equal weight in a weighted mean."""
+    """Return the factor of each squared log-sum-exp that gives all of them equal weight in a weighted mean."""
     if not settings.z_loss:
         return None
     if class_weights is None or settings.reduction != "mean":
@@ -182,7 +184,7 @@ def z_loss_of_each(
 
 
 def _total_weight(settings: Settings, labels: Tensor, class_weights: Tensor | None, dtype: torch.dtype) -> Tensor:
-    """The total weight of the valid labels, without class weights their number; 1 if it would be 0."""
+    """Return the total weight of the valid labels, without class weights their number; 1 if it would be 0."""
     counted = labels != settings.ignore_index
     of_all = (lambda x: x) if settings.divided is None else settings.divided.sum
     if class_weights is None:

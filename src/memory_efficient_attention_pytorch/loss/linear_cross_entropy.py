@@ -32,18 +32,18 @@ def linear_cross_entropy(
     softcap: float | None = None,
     z_loss: float = 0.0,
 ) -> Tensor:
-    """Cross-entropy of ``hidden @ weight.T + bias`` against ``labels`` without the ``(N, V)`` logits.
+    """Compute the cross-entropy of ``hidden @ weight.T + bias`` and ``labels`` without the ``(N, V)`` logits.
 
     N is the number of tokens, d the width of a hidden vector, V the vocabulary and c the tokens of a chunk.
 
     Equal to ``F.cross_entropy(F.linear(hidden, weight, bias), labels, ...)``: with logits x, label y and smoothing e,
     ``loss = logsumexp(x) - (1 - e) x_y - e mean(x)``, and 0 where the label is ``ignore_index``; ``"mean"`` divides the
     sum by the number of the other labels. With none of those the mean is 0 with zero gradients (PyTorch's is NaN).
-    Divide a ``"sum"`` for a mean over a count of your own, as that of a batch whose parts are accumulated.
+    For a mean over another count, such as that of an accumulated batch, divide the ``"sum"``.
 
     The logits are ``x = scale (hidden @ weight.T + bias)``, and with a softcap ``softcap · tanh(x / softcap)`` of that
-    (Gemma Team 2024, arXiv:2408.00118). ``z_loss`` adds its multiple of ``logsumexp(x)²`` to each token's loss; of
-    these terms ``"mean"`` takes the plain mean (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
+    (Gemma Team 2024, arXiv:2408.00118). ``z_loss`` adds its multiple of ``logsumexp(x)²`` to each token's loss;
+    ``"mean"`` averages these terms without class weights (PaLM, Chowdhery et al. 2022, arXiv:2204.02311).
 
     Args:
         hidden: ``(..., d)``, floating point; or a :class:`RowSource`, which makes these vectors chunk by chunk.
@@ -64,7 +64,7 @@ def linear_cross_entropy(
     Returns:
         The loss in fp32, for fp64 in fp64. Gradients have the dtypes of their tensors.
 
-    ``"mean"`` and ``"sum"`` compute the gradients in the forward pass, while the logits are there: backward receives
+    ``"mean"`` and ``"sum"`` compute the gradients in the forward pass, while the logits exist: backward receives
     one number, which can only scale them. ``"none"`` computes the logits a second time in backward and so takes four
     matrix products instead of three. The other two do the same where a weight with ``V > N`` has a ``.grad`` from
     earlier batches, to which backward can add in place. A gradient that is not needed is not computed; under
@@ -78,8 +78,8 @@ def linear_cross_entropy(
     Differentiable once; forward-mode differentiation and ``torch.func`` are not supported.
 
     Raises:
-        ValueError: a wrong shape, dtype, device or option; on a CPU also a label out of range. Other devices assert on
-            such a label by themselves, since the host would have to wait for them to see it.
+        ValueError: a wrong shape, dtype, device or option; on a CPU also a label out of range. Other devices assert
+            such labels themselves, since a check on the host would have to wait for them.
 
     Examples:
         >>> import torch
@@ -117,10 +117,10 @@ def linear_cross_entropy(
 
 
 def default_chunk_size(vocabulary: int, device: torch.device) -> int:
-    """Tokens per chunk by default: 128, or as many as make 2**18 logits if that is more.
+    """Return the default number of tokens per chunk: 128, or as many as make 2**18 logits if that is more.
 
-    On a CPU fewer rows make the matrix products repack the weight too often and more gain little. Accelerators get 1024
-    instead of 128, so that reading and writing the ``(V, d)`` tensors once a chunk does not outweigh the products.
+    On a CPU fewer rows make the matrix products repack the weight too often, and more gain little. Accelerators get
+    1024 instead of 128, so that reading and writing the ``(V, d)`` tensors per chunk does not outweigh the products.
     """
     return max(128 if device_type(device) == "cpu" else 1024, 2**18 // vocabulary)
 
@@ -147,7 +147,7 @@ def _check_tensors(hidden: RowSource, weight: Tensor, labels: Tensor, bias: Tens
             converted = tensor.is_floating_point() and tensor.dtype != torch.float64
             require(converted, name, "a dtype that autocast converts (fp32, bf16 or fp16)", tensor.dtype)
     product_dtype = autocast or hidden.dtype
-    # Few CPUs multiply fp16, and the others take tens of times as long as for fp32.
+    # Few CPUs multiply fp16; the others take tens of times as long as for fp32.
     slow = product_dtype == torch.float16 and device_type(hidden.device) == "cpu"
     return torch.float32 if slow else product_dtype
 
@@ -166,7 +166,7 @@ def _is_finite(value: object) -> bool:
 
 
 def _check_labels(labels: Tensor, vocabulary: int, ignore_index: int) -> None:
-    # A tensor of another type may have no values to look at.
+    # A tensor of another type may have no values to check.
     if type(labels) is not Tensor or labels.device.type != "cpu" or torch.compiler.is_compiling():
         return
     outside = (labels != ignore_index) & ((labels < 0) | (labels >= vocabulary))

@@ -1,7 +1,7 @@
-"""The rows of a reversible language model's loss: its two streams summed and normed, a chunk of tokens at a time.
+"""Rows of a reversible language model's loss: the sum of its two streams, normed, a chunk of tokens at a time.
 
-Neither the sum of the streams nor its norm exists as a whole. What is kept for backward besides the two streams, which
-reversal needs anyway, is the gradient of their sum; nothing where gradients wait for backward.
+Neither the sum of the streams nor its norm exists as a whole. Besides the two streams, which reversal needs anyway,
+only the gradient of their sum is kept for backward, and not even that where gradients wait for backward.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ from .rows import RowSource
 
 
 def normed_sum(norm: nn.Module, chain: Chain, y1: Tensor, y2: Tensor) -> RowSource:
-    """``norm(y1 + y2)``: of :meth:`ReversibleSequence.streams` ``(b, n, d)``, by a token-wise norm."""
+    """Return rows ``norm(y1 + y2)`` of :meth:`ReversibleSequence.streams` ``(b, n, d)``; the norm is token-wise."""
     seen = SeenParameters([norm])
     tensors = (ChainEnd.apply(chain, True, y1, y2), y2.detach(), *seen.take())
     return RowSource(y1.shape, chain.dtype, tensors, partial(_NormedSum, norm, seen, chain.dtype), random=True)
 
 
 class _NormedSum:
-    """Rows ``norm(y1 + y2)``; their gradient passes through the norm to the sum, represented by y1."""
+    """Computes rows ``norm(y1 + y2)``; their gradient passes through the norm to the sum, represented by y1."""
 
     def __init__(
         self, norm: nn.Module, seen: SeenParameters, dtype: torch.dtype, needed: Sequence[bool], *tensors: Tensor

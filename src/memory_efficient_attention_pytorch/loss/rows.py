@@ -1,4 +1,4 @@
-"""Sources of a loss's hidden vectors, chunk by chunk, and receivers of their gradients."""
+"""Sources of a loss's hidden vectors, chunk by chunk, which also receive their gradients."""
 
 from __future__ import annotations
 
@@ -13,20 +13,20 @@ class Rows(Protocol):
     """The hidden vectors ``(N, d)`` in one pass over the chunks: forward, then backward if a gradient is needed."""
 
     def forward(self, chunk: slice) -> Tensor:
-        """The chunk's hidden vectors ``(c, d)``."""
+        """Return the chunk's hidden vectors ``(c, d)``."""
 
     def backward(self, chunk: slice, cotangent: Tensor) -> None:
         """Backpropagate the chunk's gradient ``(c, d)``, in any dtype, to the source tensors."""
 
     def gradients(self) -> list[Tensor | None]:
-        """The gradients of the source tensors once all chunks are done; None where not needed."""
+        """Return the gradients of the source tensors once all chunks are done; None where not needed."""
 
 
 class RowSource(NamedTuple):
     """Hidden vectors ``(…, d)``, given by the tensors that they are computed from.
 
-    ``make(needed, *tensors)`` gives the rows of one pass, ``needed`` saying whose gradients are wanted. The tensors
-    become inputs of the autograd Function, and ``make`` holds none that is to be differentiated. ``random``: making the
+    ``make(needed, *tensors)`` returns the rows of one pass; ``needed`` says which gradients are wanted. The tensors
+    become inputs of the autograd Function, and ``make`` must hold none that is differentiated. ``random``: making the
     rows may draw random numbers, so that a second pass must replay the first.
     """
 
@@ -42,7 +42,7 @@ class RowSource(NamedTuple):
 
 
 class WholeRows:
-    """Rows stored as one tensor ``(…, d)``."""
+    """Takes rows from one tensor ``(…, d)``."""
 
     def __init__(self, needed: Sequence[bool], hidden: Tensor) -> None:
         self.hidden = hidden.reshape(-1, hidden.shape[-1])

@@ -1,4 +1,4 @@
-"""The rule by which hand-written arithmetic may replace a module's ``forward``, one for every such layer."""
+"""Decide whether hand-written arithmetic may replace a module's ``forward``, by one rule for all layers."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from ..torch_internals.tensors import are_plain
 
 
 def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
-    """Why the module's own ``forward`` has to run, in words; None if its class alone determines what it computes.
+    """Return why the module's own ``forward`` must run; None if its class alone determines what it computes.
 
     known: the classes whose arithmetic the caller has written out, subclasses excluded. Without any, the class is not
     checked, only whether this module was changed (hooks, a replaced ``forward``).
     """
     if known and type(module) not in known:
         return f"it is a {type(module).__name__}, no {' or '.join(kind.__name__ for kind in known)}"
-    # Hooks that were removed leave the class's own ``forward`` behind as an attribute (accelerate).
+    # accelerate leaves the class's own ``forward`` as an attribute when its hooks are removed.
     own = module.forward
     if getattr(own, "__func__", None) is not type(module).forward or getattr(own, "__self__", None) is not module:
         return "its forward has been replaced"

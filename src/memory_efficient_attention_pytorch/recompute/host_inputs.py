@@ -1,4 +1,4 @@
-"""Checkpoints whose inputs are kept in host memory, copied while the device computes."""
+"""Keep the inputs of checkpoints in host memory, copied while the device computes."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ..torch_internals.tensors import are_plain
 
 
 class Lane:
-    """Copies between a device and the host, in order, on a stream of their own where the device has streams."""
+    """Copies between a device and the host, in order, on a stream of its own where the device has streams."""
 
     def __init__(self, device: torch.device) -> None:
         accelerator = None if current() else torch.accelerator.current_accelerator()
@@ -25,7 +25,7 @@ class Lane:
 
     @staticmethod
     def serves(tensor: Tensor) -> bool:
-        """True if the tensor is not on the host."""
+        """Return True if the tensor is not on the host."""
         return device_type(tensor.device) != "cpu"
 
     def copy(self, target: Tensor, source: Tensor) -> Any:
@@ -58,8 +58,8 @@ class InputsOnHost:
     def __init__(self, checkpoint: Callable[..., Any], lane: type[Lane] = Lane) -> None:
         self.checkpoint, self.lane = checkpoint, lane
         self.lanes: dict[torch.device, Lane] = {}
-        self.last: Callable[[], _Call | None] = lambda: None  # whose inputs may be on the device
-        self.ahead: Callable[[], _Call | None] = lambda: None  # whose inputs are on the way back
+        self.last: Callable[[], _Call | None] = lambda: None  # the call whose inputs may be on the device
+        self.ahead: Callable[[], _Call | None] = lambda: None  # the call whose inputs are being copied back
 
     def __call__(self, function: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
         if not any(isinstance(x, Tensor) and self.moves(x) for x in args):
@@ -69,7 +69,7 @@ class InputsOnHost:
             return self.checkpoint(function, *args, **kwargs)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> InputsOnHost:
-        return InputsOnHost(self.checkpoint, self.lane)  # inputs that wait belong to graphs, which are not copied
+        return InputsOnHost(self.checkpoint, self.lane)  # waiting inputs belong to graphs, which are not copied
 
     def moves(self, tensor: Tensor) -> bool:
         # PyTorch 2.11's checkpoint saves an empty tensor besides its inputs.
@@ -133,7 +133,7 @@ class _Input:
         self.copied = lane.copy(self.on_host, tensor)
 
     def arrive(self) -> Tensor:
-        """The tensor on the device, whose contents may be in transit until :meth:`leave`."""
+        """Return the tensor on the device, whose contents may be in transit until :meth:`leave`."""
         if self.on_device is None:
             self.on_device = torch.empty_like(self.on_host, device=self.device)
             self.copied = self.lane.copy(self.on_device, self.on_host)

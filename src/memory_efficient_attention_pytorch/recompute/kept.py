@@ -1,4 +1,4 @@
-"""Results of a forward pass kept on purpose, so that recomputation in backward can skip them."""
+"""Keep results of a forward pass on purpose, so that recomputation in backward can skip them."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ _active: ContextVar[KeptResults | None] = ContextVar("kept_results", default=Non
 
 
 class KeptResults:
-    """Results of some calls within one forward pass, in call order.
+    """Keeps results of some calls within one forward pass, in call order.
 
     The code that recomputes a pass runs it inside :meth:`keeping`, saves what :meth:`release` returns, and reruns it
     inside :meth:`repeating`; the code that computes a result to be kept calls :meth:`fetch`. Objects nest: an inner one
-    fetches what it lacks from an outer one that is repeating. Copies to and from host memory are asynchronous, so only
-    the device's stream may read them.
+    fetches missing results from an outer one that is repeating. Copies to and from host memory are asynchronous, so
+    only the device's stream may read them.
     """
 
     def __init__(self) -> None:
@@ -76,7 +76,7 @@ class KeptResults:
         option, named in errors.
 
         Raises:
-            ValueError: the repetition asks in another order than the forward pass did.
+            ValueError: the repetition calls in another order than the forward pass.
         """
         if self._repeated is None:
             description, tensors = (

@@ -1,6 +1,6 @@
-"""Slices of a tensor, normalised on demand, never as a whole; shared by hand-written branches.
+"""Normalise slices of a tensor on demand, never the whole; shared by hand-written branches.
 
-Under autograd every piece would allocate its own gradient of every weight before it is added to the others'.
+Under autograd every piece would allocate its own gradient of every weight before adding it to the others'.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ SLAB_PART, SLAB_MINIMUM = 1 / 16, 512
 
 
 def slabs(x: Tensor) -> Sequence[Index]:
-    """Slices of the first two dimensions of ``(b, n, …)``, each contiguous: a slab of tokens."""
+    """Return slices of the first two dimensions of ``(b, n, …)``, each a contiguous slab of tokens."""
     b, n = x.shape[:2]
     size = max(SLAB_MINIMUM, math.ceil(b * n * SLAB_PART))
     if n > size and b:
@@ -31,7 +31,7 @@ def slabs(x: Tensor) -> Sequence[Index]:
 
 
 class Normed:
-    """``norm(x)``, x itself without a norm: a slice at a time, forward and backward.
+    """Computes ``norm(x)``, or x without a norm, a slice at a time, forward and backward.
 
     norm: computes each token's values from that token alone (see :func:`is_norm_of_tokens`).
     """
@@ -40,11 +40,11 @@ class Normed:
         self.x, self.norm = x, norm
 
     def at(self, index: Index) -> Tensor:
-        """The normalised slice ``index``, for a forward pass."""
+        """Return the normalised slice ``index``, for a forward pass."""
         return self.x[index] if self.norm is None else self.norm(self.x[index])
 
     def with_graph(self, index: Index) -> Tensor:
-        """The same, for :meth:`backward` to be called next."""
+        """Return the normalised slice ``index``, with :meth:`backward` to be called next."""
         self._piece = self._value = self.x[index].detach()
         if self.norm is not None:
             with torch.enable_grad():
@@ -63,6 +63,6 @@ class Normed:
 
 
 def is_norm_of_tokens(norm: nn.Module) -> bool:
-    """True for a plain norm over the last dimension, which can be computed for some tokens at a time."""
+    """Return True for a plain norm over the last dimension, which can be computed for some tokens at a time."""
     known = reason_against(norm, nn.LayerNorm, nn.RMSNorm) is None
     return known and len(norm.normalized_shape) == 1  # type: ignore[arg-type]

@@ -1,4 +1,4 @@
-"""A residual branch as a sum of pieces, each recomputed and differentiated on its own.
+"""Compute a residual branch as a sum of pieces, each recomputed and differentiated on its own.
 
 Each piece reads a slice of the branch's input and adds to a slice of its output. So a branch can be added to a stream
 in place, subtracted from it in place, and, since the cotangent is known, recomputed and differentiated in one pass: a
@@ -30,7 +30,7 @@ Add = Callable[[Index, Tensor], None]
 
 
 class Branch:
-    """A module, after its norm if it has one, bound to its keyword arguments, as pieces over slices of its input.
+    """A module with its norm, if any, and keyword arguments, computed in pieces over slices of its input.
 
     A module offers pieces by a method ``as_branch(x, kwargs, norm=None)`` that returns one of these, and that
     :class:`ReversibleSequence`, :class:`PreNorm` and the planner ask for. It has to stand in for ``forward``, which
@@ -93,7 +93,7 @@ class Branch:
         return *tensors, *self._parameters.take()
 
     def kwargs(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
-        """The keyword arguments, with tensors from ``inputs``."""
+        """Return the keyword arguments, with tensors from ``inputs``."""
         found: dict[str, Any] = _map_leaves(
             lambda leaf: inputs[leaf.number] if isinstance(leaf, _Place) else leaf, self._kwargs
         )
@@ -163,12 +163,12 @@ class Branch:
         return value
 
     def _working(self, inputs: Sequence[Tensor]) -> AbstractContextManager[None]:
-        """Tell a dry run whose work is done inside: a norm's parameters come first, the branch's own last."""
+        """Tell a dry run which module is at work, by a parameter: a norm's come first, the branch's own last."""
         return working_on(inputs[-1] if len(inputs) > self._count else None)
 
 
 class Repetition(NamedTuple):
-    """The arguments of a branch's recomputation: its output's cotangent and the receivers of its results.
+    """Holds the arguments of a branch's recomputation: its output's cotangent and the receivers of its results.
 
     sums: gradients of keyword arguments and parameters. add: the value of each piece. add_gradient: its gradient for x.
     """
@@ -200,32 +200,32 @@ def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 
 
 def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
-    """``module(x)`` of a stream x that is still needed: a module that works in place gets a copy.
+    """Return ``module(x)`` of a stream x that is still needed: a module that works in place gets a copy.
 
     Raises ValueError for a module that changes x without having an attribute ``inplace``.
     """
     in_place = any(getattr(part, "inplace", False) for part in module.modules())
     before = version(x)
     value: Tensor = module(x.clone() if in_place else x, **kwargs)
-    expected = "a branch that leaves its input as it is, or one of whose modules has an attribute inplace = True"
+    expected = "a branch that leaves its input unchanged, or has a module with an attribute inplace = True"
     require(version(x) == before, type(module).__name__, expected, "an input changed in place")
     return value
 
 
 def branch_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:
-    """The module's own pieces of x if it offers any (``as_branch``), else a single piece."""
+    """Return the module's own pieces of x if it offers any (``as_branch``), else a single piece."""
     offer = pieces_of(module)
     return Branch(module, kwargs) if offer is None else offer(x, kwargs)
 
 
 def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:
-    """``module.as_branch`` if it is equivalent to ``module.forward``, which pieces do not call; else None."""
+    """Return ``module.as_branch`` if it is equivalent to ``module.forward``, which pieces do not call; else None."""
     order = type(module).__mro__
     offers, computes = (
         next((place for place, kind in enumerate(order) if name in vars(kind)), len(order))
         for name in ("as_branch", "forward")
     )
-    # A subclass that has a forward of its own has to offer its own pieces, too.
+    # A subclass with a forward of its own must offer its own pieces, too.
     if offers > computes or reason_against(module) is not None:
         return None
     found: Callable[..., Branch] = module.as_branch  # type: ignore[assignment]
@@ -294,7 +294,7 @@ class _Piecewise(torch.autograd.Function):
 
 
 class ChunkBranch(Branch):
-    """Pieces over equal slices of one dimension, by their number or their size."""
+    """Computes pieces over equal slices of one dimension, given by their number or their size."""
 
     def __init__(
         self,

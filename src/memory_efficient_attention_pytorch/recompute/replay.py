@@ -1,4 +1,4 @@
-"""Recomputation under the circumstances of the first pass: random state, autocast, division of tokens, kept results."""
+"""Recompute under the conditions of the first pass: random state, autocast, division of tokens, kept results."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .kept import KeptResults
 
 
 class Replay:
-    """The circumstances of a forward pass. Create it before the pass, with gradients on if there will be a backward."""
+    """Records the conditions of a forward pass. Create it before, with gradients on if there will be a backward."""
 
     def __init__(self, *tensors: Tensor) -> None:
         self.cpu_state = torch.get_rng_state()
@@ -29,7 +29,7 @@ class Replay:
 
     @contextmanager
     def _settings(self) -> Iterator[None]:
-        """Restore the recorded autocast settings, without its weight cache, and the division of tokens.
+        """Restore the recorded autocast settings, without autocast's weight cache, and the division of tokens.
 
         A weight cast under ``no_grad`` and then found in the cache by the repetition would get no gradient.
         """

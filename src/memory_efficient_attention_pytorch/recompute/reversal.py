@@ -1,4 +1,4 @@
-"""Reversal: a step's backward rebuilds its input from its output, so no activation is stored.
+"""Rebuild a step's input from its output in backward, so that no activation is stored.
 
 Two streams, ``y1 = x1 + f(x2)`` and ``y2 = x2 + g(y1)`` (Gomez et al., "The reversible residual network", 2017,
 arXiv:1707.04585). A block is the same step twice: ``(a, b) → (b, a + f(b))``.
@@ -25,7 +25,7 @@ from .replay import Replay
 
 
 class Grid:
-    """Rounding to multiples of ``step``, a power of two.
+    """Rounds to multiples of ``step``, a power of two. Raises ValueError for another step.
 
     Sums of such multiples are exact in fp32 while they stay below ``2**24 · step``, so a subtraction undoes an addition
     bit for bit.
@@ -36,17 +36,17 @@ class Grid:
         self.step = step
 
     def round(self, value: Tensor) -> Tensor:
-        """``value`` in at least fp32, on the grid; a new tensor."""
+        """Return ``value`` rounded, as a new tensor in at least fp32."""
         wide = value.detach().to(full_dtype(value.dtype))
         return torch.mul(wide, 1 / self.step).round_().mul_(self.step)
 
     def limit(self, dtype: torch.dtype) -> float:
-        """The magnitude below which ``dtype`` represents every multiple of ``step``."""
+        """Return the magnitude below which ``dtype`` represents every multiple of ``step``."""
         return self.step * 2 / torch.finfo(dtype).eps
 
 
 class OntoGrid(torch.autograd.Function):
-    """Rounding whose gradient is the identity."""
+    """Rounds to the grid; its gradient is the identity."""
 
     @staticmethod
     def forward(ctx: Any, value: Tensor, grid: Grid) -> Tensor:
@@ -59,10 +59,10 @@ class OntoGrid(torch.autograd.Function):
 
 
 class Chain:
-    """What the steps of one forward call share: the rebuilt streams and the gradients that they may overwrite.
+    """Holds what the steps of one forward call share: the rebuilt streams, and the gradients that they may overwrite.
 
-    dtype: of what enters and leaves the chain. rebuild: backward will rebuild the streams. in_pieces: branches may be
-    computed in pieces. watched: hooks may get hold of the streams between the steps, and so of their gradients.
+    dtype: of the chain's input and output. rebuild: backward will rebuild the streams. in_pieces: branches may be
+    computed in pieces. watched: hooks may see the streams between the steps, and so their gradients.
     """
 
     def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool, in_pieces: bool) -> None:
@@ -108,7 +108,7 @@ class Chain:
 
     def begin(self, y1: Tensor, y2: Tensor, *gradients: Tensor) -> None:
         """Start backward from the last block's output; the steps may overwrite ``gradients``."""
-        # Tensors of the chain's own: any others that share their memory belong to someone else.
+        # New tensor objects, so that any other tensor that shares their memory belongs to someone else.
         self.streams = (y1.detach(), y2.detach())
         self.own(*gradients)
 
@@ -191,9 +191,9 @@ class _Step(torch.autograd.Function):
 
 
 class ChainEnd(torch.autograd.Function):
-    """The first stream. Its gradient is that of the streams' sum, so of both, and starts the chain's backward.
+    """Returns the first stream. Its gradient, that of the streams' sum and so of both, starts the chain's backward.
 
-    spare: this gradient is not shared, so the steps may overwrite it.
+    spare: the gradient is not shared, so the steps may overwrite it.
     """
 
     @staticmethod
@@ -212,7 +212,7 @@ class ChainEnd(torch.autograd.Function):
 
 
 def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-    """``(a, b) → (b, a + module(b))``. The sum is the same bit for bit whether or not backward will rebuild it."""
+    """Return ``(b, a + module(b))``. The sum is the same bit for bit whether or not backward will rebuild it."""
     branch = branch_of(module, b, kwargs) if chain.in_pieces else None
     if branch is not None and branch.single_piece:
         if not chain.rebuild:
