@@ -241,7 +241,7 @@ def test_names_that_are_no_utf8(text, here):
 def test_a_pipe_cannot_be_read_twice(mea, here):
     os.mkfifo(here / "pipe")
     result = mea("train", "--data", "pipe", "--vocab-size", "300", *TINY)
-    refused(result, "pipe can be read once", "mea train --data -")
+    refused(result, "pipe can be read only once", "mea train --data -")
 
 
 def test_a_terminal_shows_a_bar(here, text):
