@@ -244,7 +244,7 @@ def test_indices_from_0_are_refused_beside_a_cache():
     for name, function in (("attn_bias", soft_cap), ("mask", lambda b, h, q, k: q >= k)):
         with (
             torch.no_grad(),
-            pytest.raises(ValueError, match=f"{name}: expected no function of indices beside a cache"),
+            pytest.raises(ValueError, match=f"{name}: expected no function of indices together with a cache"),
         ):
             layer(torch.randn(B, 3, 16), cache=KVCache(), **{name: function})
 

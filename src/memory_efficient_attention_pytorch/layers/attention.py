@@ -25,7 +25,7 @@ from .working_set import head_chunks_for
 
 
 class Attention(nn.Module):
-    """Multi-head attention, ``to_out(attend(to_q(x), to_kv(context)))``, exact and in memory linear in tokens.
+    """Computes multi-head attention, ``to_out(attend(to_q(x), to_kv(context)))``, exactly, in memory linear in tokens.
 
     Args:
         dim: width of x, context and output.
@@ -33,17 +33,17 @@ class Attention(nn.Module):
         dropout: probability of dropping a normalised attention weight, in training.
         causal: query i sees keys ``j <= i + m − n``.
         memory_efficient: accepted for code written for version 0.1, where it chose between an n × n matrix and tiles.
-            Both values give the same numbers here, and neither holds n × n (``backend="naive"`` does).
+            Both values give the same result here, without an n × n matrix (``backend="naive"`` makes one).
         q_bucket_size, k_bucket_size: sides of a tile; ``forward`` may override them for a call.
         kv_heads: key/value heads, a divisor of ``heads`` (None: as many; 1: multi-query attention).
         window: keys before and after its own position that a query sees: an integer for both, or a pair.
         head_chunks: split the heads into this many groups and compute one group at a time, in forward and backward.
-            x is all that is kept for backward then, and the memory of q, k, v and output falls with the number. A group
-            should hold at least as many heads × batch as there are CPU threads. 1: all at once. None: chosen at each
-            call from shapes and threads so that a group's working set stays small (see :mod:`.working_set`).
-        keep_attention: where backward computes activations again (head groups, reversible blocks), do not compute
-            attention again but keep its output and log-sum-exp, ``b·n·heads·(dim_head + 1)`` elements: True on the
-            device, ``"cpu"`` in host memory, which for a model on the CPU is the same. Results are the same.
+            Then only x is kept for backward, and the memory of q, k, v and output falls with the number of groups. A
+            group should have at least as many heads × batch as there are CPU threads. 1: all at once. None: chosen at
+            each call from shapes and threads so that a group's working set stays small (see :mod:`.working_set`).
+        keep_attention: where backward recomputes activations (head groups, reversible blocks), keep attention's output
+            and log-sum-exp, ``b·n·heads·(dim_head + 1)`` elements, instead of recomputing them: True on the device,
+            ``"cpu"`` in host memory, which is the same for a model on the CPU. Results are the same.
         backend: see :func:`dot_product_attention`.
 
     Raises:
@@ -117,11 +117,13 @@ class Attention(nn.Module):
         rotary: tuple[Tensor, Tensor] | None = None,
         cache: KVCache | None = None,
     ) -> Tensor:
-        """x ``(b, n, dim)``, context ``(b, m, dim)`` (default x) → ``(b, n, dim)``.
+        """Attend from x ``(b, n, dim)`` to context ``(b, m, dim)`` (default x); return ``(b, n, dim)``.
 
         mask, attn_bias, document_ids: as for :func:`dot_product_attention`. rotary: cosines and sines of the tokens'
-        positions (see :class:`RotaryEmbedding`), for attention of x to itself. cache: keys and values of earlier
-        tokens; mask, a tensor then, and document_ids cover those too.
+        positions (see :class:`RotaryEmbedding`), for self-attention. cache: keys and values of earlier tokens; mask,
+        which must then be a tensor, and document_ids cover those too.
+
+        Raises ValueError for wrong shapes and for arguments that do not go together.
         """
         self.check(x, context, rotary, cache, mask, attn_bias)
         given: dict[str, Any] = {"mask": mask, "attn_bias": attn_bias, "document_ids": document_ids, "rotary": rotary}
@@ -140,7 +142,7 @@ class Attention(nn.Module):
         return merged
 
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
-        """Pieces over groups of heads, or a single piece if the projections must run their own ``forward``."""
+        """Return pieces over groups of heads, or a single piece if the projections must run their own ``forward``."""
         kwargs = _shared_by_groups({k: v for k, v in kwargs.items() if k != "memory_efficient"})
         refuse_captured(kwargs.get("attn_bias"), x.device)
         if "cache" not in kwargs:
@@ -156,7 +158,7 @@ class Attention(nn.Module):
         return HeadGroup.split(self.heads, self.kv_heads, number)
 
     def _comes_in_groups(self, groups: tuple[HeadGroup, ...]) -> bool:
-        """True where the projections can be computed for some heads at a time; else a warning says why not."""
+        """Return whether projections can be computed for some heads at a time; if several groups cannot, warn why."""
         for name in ("to_q", "to_kv", "to_out"):
             projection = getattr(self, name)
             reason = reason_against(projection, nn.Linear) or ("it has a bias" if projection.bias is not None else None)
@@ -178,9 +180,9 @@ class Attention(nn.Module):
         cache: KVCache | None = None,
         **given: Any,
     ) -> Tensor:
-        """Projected heads ``(b, h, n, d)``, ``(b, kv, m, d)`` twice → ``(b, h, n, d)``.
+        """Attend with projected heads q ``(b, h, n, d)``, k and v ``(b, kv, m, d)``; return ``(b, h, n, d)``.
 
-        group: which heads. given: the other keywords of :meth:`forward`, where they are not None.
+        group: which heads. given: the other keywords of :meth:`forward` that are not None.
         """
         q, k, scale = self.prepare(q, k, slice(None) if group is None else group.heads)
         if rotary is not None:
@@ -194,7 +196,7 @@ class Attention(nn.Module):
             }
         given = {"q_bucket_size": self.q_bucket_size, "k_bucket_size": self.k_bucket_size, **given}
         dropout = self.dropout if self.training else 0.0
-        # As keywords of a call, since those refuse to be given twice.
+        # dict(**…) instead of a literal, since a call refuses duplicate keywords.
         own = {"causal": self.causal, "window": self.window, "backend": self.backend, "dropout": dropout}
         options: dict[str, Any] = dict(**own, scale=scale, **given)
         kept = KeptResults.active() if self.keep_attention else None
@@ -203,7 +205,7 @@ class Attention(nn.Module):
             return out
         decision, q, k, v = decide(q, k, v, keep=True, **options)
         how: Any = {"offload": self.keep_attention == "cpu", "option": "keep_attention"}
-        # The way of the forward pass, whatever would be decided now.
+        # The recomputation must use the forward pass's way, whatever would be decided now.
         way, results = kept.fetch(self, lambda: (decision.way, decision.compute(q, k, v)), **how)
         return Decision(decision.request, way).attend(q, k, v, results)[0]
 
@@ -233,7 +235,7 @@ class Attention(nn.Module):
         # Indices are counted from 0, and a cache drops keys.
         of_indices = callable(mask), is_score_function(attn_bias)
         for name, refused in zip(("mask", "attn_bias"), of_indices, strict=True):
-            require(cache is None or not refused, name, "no function of indices beside a cache", "one")
+            require(cache is None or not refused, name, "no function of indices together with a cache", "one")
 
 
 def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
@@ -259,7 +261,7 @@ def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
 
 
 class FlashAttention(Attention):
-    """:class:`Attention` under its other name, with the positional order of arguments of version 0.1.
+    """:class:`Attention` under another name, with version 0.1's order of positional arguments.
 
     Examples:
         >>> import torch
@@ -273,7 +275,7 @@ class FlashAttention(Attention):
     def __init__(self, *, dim: int, **kwargs: Any) -> None:
         super().__init__(dim=dim, **{"memory_efficient": True, **kwargs})
 
-    as_branch = Attention.as_branch  # which its forward agrees with
+    as_branch = Attention.as_branch  # defined here too, since a class with its own forward must offer its own pieces
 
     def forward(  # type: ignore[override]
         self,
@@ -284,6 +286,6 @@ class FlashAttention(Attention):
         k_bucket_size: int | None = None,
         **kwargs: Any,
     ) -> Tensor:
-        """x ``(b, n, dim)`` → ``(b, n, dim)``; further keywords as for :meth:`Attention.forward`."""
+        """Map x ``(b, n, dim)`` to ``(b, n, dim)``; further keywords as for :meth:`Attention.forward`."""
         buckets: dict[str, Any] = {"q_bucket_size": q_bucket_size, "k_bucket_size": k_bucket_size}
         return super().forward(x, context, mask, **buckets, **kwargs)

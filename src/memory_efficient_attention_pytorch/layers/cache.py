@@ -1,4 +1,4 @@
-"""Keys and values of tokens already seen, for generation."""
+"""The cache of keys and values of earlier tokens, for generation."""
 
 from __future__ import annotations
 
@@ -12,21 +12,21 @@ from ..common.errors import require, require_positive_int
 
 
 class KVCache:
-    """Keys and values of the tokens seen so far, for every attention layer; pass the same object to each forward call.
+    """Holds keys and values of the tokens seen so far, for every attention layer; pass one object to each forward call.
 
-    ``length``: tokens seen. A layer with a window keeps only the keys that a later query can see. Buffers grow in
-    doublings, so a layer holds at most ``2 · 2 · b · kv · d · min(length, window + n)`` elements, n being the tokens of
+    ``length``: tokens seen. A layer with a window keeps only the keys that a later query can see. Buffers double in
+    size, so a layer holds at most ``2 · 2 · b · kv · d · min(length, window + n)`` elements, n being the tokens of
     a call (1 while generating). For inference only.
 
     limit: a query sees its own token and the ``limit − 1`` before it, as with a window of ``(limit − 1, 0)`` in every
-    layer. Meant for a first call of at most ``limit`` tokens and then one token a call: the layers themselves know
-    nothing of the limit, so among the tokens of one call a query sees all before its own.
+    layer. Meant for a first call of at most ``limit`` tokens and then one token per call: layers do not apply the limit
+    among the tokens of one call, where a query sees all tokens before its own.
 
     A copy (``copy.deepcopy``) or a pickle holds keys and values only, without their layers: the first forward pass that
-    receives it assigns them in the order of its layers, in the same model or another with the same weights.
+    gets it assigns them in the order of its layers, in the same model or another with the same weights.
 
-    Every layer extends once in a forward pass, which then advances. A pass cut short by an exception leaves layers that
-    have seen unequal numbers of tokens; this raises at the next call, and the cache can no longer be used.
+    In a forward pass every layer calls ``extend`` once, then the model calls ``advance``. After a pass cut short by an
+    exception layers have seen different numbers of tokens; the next call raises ValueError, and the cache is unusable.
 
     Examples:
         >>> import torch
@@ -63,8 +63,8 @@ class KVCache:
     def extend(self, layer: nn.Module, k: Tensor, v: Tensor, left: int | None = None) -> tuple[Tensor, Tensor]:
         """Append ``(b, kv, n, ·)`` to the layer's keys and values and return all that the n new queries may see.
 
-        left: how many keys before its own position a query of this layer sees (None: all). The tensors returned are
-        views that hold until the next call.
+        left: how many keys before its own position a query of this layer sees (None: all). The returned tensors are
+        views that are valid until the next call.
 
         Raises:
             ValueError: gradients are enabled, another shape, dtype or device than before, or a layer out of step.
@@ -81,7 +81,7 @@ class KVCache:
         return mine.extend(k, v, left)
 
     def advance(self, tokens: int) -> None:
-        """To be called once per forward pass, after every layer has extended."""
+        """Count the tokens of a forward pass; call it once per pass, after every layer has extended."""
         self.length += tokens
 
 
@@ -124,12 +124,12 @@ class _LayerCache:
 
 
 def _kind(k: Tensor, v: Tensor) -> tuple[Any, ...]:
-    """The properties that may not change from call to call."""
+    """Return the properties that may not change from call to call."""
     return *k.shape[:2], k.shape[3], v.shape[3], k.dtype, v.dtype, k.device
 
 
 def _roomy(content: Tensor, capacity: int) -> Tensor:
-    """A buffer of ``capacity`` places, the first of which hold ``content``."""
+    """Return a buffer of ``capacity`` places, the first of which hold ``content``."""
     buffer = content.new_empty(*content.shape[:2], capacity, content.shape[3])
     buffer[:, :, : content.shape[2]] = content
     return buffer

@@ -1,4 +1,4 @@
-"""Chunked execution of any token-wise module, in forward and in backward."""
+"""Run any token-wise module in chunks, in forward and in backward."""
 
 from __future__ import annotations
 
@@ -12,12 +12,12 @@ from ..recompute.pieces import Branch, ChunkBranch, apply_piecewise
 
 
 class Chunked(nn.Module):
-    """Any token-wise module applied to one chunk of tokens at a time, in forward and in backward.
+    """Applies any token-wise module to one chunk of tokens at a time, in forward and in backward.
 
     ``Chunked(module)(x)`` equals ``module(x)`` in outputs and gradients for a module that treats each position along
-    ``dim`` on its own; what the module keeps for backward exists for one chunk at a time. x is all that is kept: each
-    chunk is computed once more in backward. Dropout draws one mask per chunk, the same in both passes; autocast
-    settings are recorded. Differentiable once.
+    ``dim`` independently. Only x is kept for backward, where each chunk is recomputed, so the module's own saved
+    tensors exist for one chunk at a time. Dropout draws one mask per chunk, the same in both passes; autocast settings
+    are recorded. Differentiable once.
 
     Args:
         module: takes and returns a tensor, keeping ``dim``.

@@ -19,11 +19,13 @@ from .working_set import chunks_for
 
 
 class FeedForward(nn.Module):
-    """``Linear(dim, mult·dim) → GELU → Linear(mult·dim, dim)``, in ``chunks`` chunks of tokens.
+    """Computes ``Linear(dim, mult·dim) → GELU → Linear(mult·dim, dim)`` in ``chunks`` chunks of tokens.
 
-    x ``(b, n, dim)`` → ``(b, n, dim)``. With more than one chunk the hidden values ``(b, n, mult·dim)`` never exist
-    as a whole: only x is kept, and backward recomputes one chunk at a time. None: as many chunks as keep a chunk's
-    working set small (see :mod:`.working_set`).
+    Maps x ``(b, n, dim)`` to ``(b, n, dim)``. With more than one chunk the hidden values ``(b, n, mult·dim)`` never
+    exist as a whole: only x is kept, and backward recomputes one chunk at a time. None: as many chunks as keep a
+    chunk's working set small (see :mod:`.working_set`).
+
+    Raises ValueError for a size below 1.
 
     Examples:
         >>> import torch
@@ -48,7 +50,7 @@ class FeedForward(nn.Module):
 
     @property
     def _plain(self) -> bool:
-        """True if the layers are as built and have no hooks."""
+        """Whether the layers are as built and have no hooks."""
         parts, kinds = (self.net, *self.net), (nn.Sequential, nn.Linear, nn.GELU, nn.Linear)
         known = len(parts) == len(kinds) and not any(map(reason_against, parts, kinds))
         return known and self.net[0].bias is not None and self.net[2].bias is not None
@@ -58,7 +60,7 @@ class FeedForward(nn.Module):
 
 
 class FeedForwardBranch(ChunkBranch):
-    """``net(norm(x))`` in chunks of tokens, with the weights' gradients summed in place."""
+    """Computes ``net(norm(x))`` in chunks of tokens, with the weights' gradients summed in place."""
 
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
         normed = Normed(x, self.norm)
@@ -86,7 +88,7 @@ class FeedForwardBranch(ChunkBranch):
 
 
 class _Cast:
-    """The network's weights in its compute dtype, and buffers for one chunk."""
+    """Holds the network's weights in its compute dtype, and buffers for one chunk."""
 
     def __init__(self, net: Any, x: Tensor) -> None:
         inner, self.activation, outer = net
@@ -95,7 +97,7 @@ class _Cast:
         self.scratch = Scratch(dtype, x.device)
 
     def hidden(self, values: Tensor) -> tuple[Tensor, Tensor]:
-        """``(…, dim)`` → the hidden values ``(…, mult·dim)`` after and before the activation."""
+        """Return the hidden values ``(…, mult·dim)`` of ``(…, dim)``, after and before the activation."""
         before = self.scratch.linear("before", values, *self.inner)
         after = self.scratch.take("hidden", *before.shape)
         return torch.ops.aten.gelu.out(before, approximate=self.activation.approximate, out=after), before
@@ -104,7 +106,7 @@ class _Cast:
         return self.scratch.linear("out", hidden, *self.outer)
 
     def through_activation(self, upstream: Tensor, before: Tensor) -> Tensor:
-        """From the output's cotangent to that of ``before``; overwrites the hidden values."""
+        """Return the cotangent of ``before`` from the output's; overwrites the hidden values."""
         inward = self.scratch.linear("hidden", upstream, self.outer[0].t())
         how = self.activation.approximate
         torch.ops.aten.gelu_backward.grad_input(inward, before, approximate=how, grad_input=inward)
@@ -120,7 +122,7 @@ def _over_tokens(upstream: Tensor) -> Tensor:
 
 
 class PreNorm(nn.Module):
-    """``fn(LayerNorm(x))``; where fn is computed in pieces, each piece includes its norm.
+    """Computes ``fn(LayerNorm(x))``; where fn is computed in pieces, each piece includes its norm.
 
     Examples:
         >>> import torch

@@ -1,4 +1,4 @@
-"""Attention as a sum of pieces: one group of heads after another, projections included.
+"""Compute attention as a sum of pieces: one group of heads after another, projections included.
 
 Queries, keys, values, output and their cotangents exist for one group at a time. The norm before the projections is
 applied to one slab of tokens at a time, in forward and backward, and its output never exists as a whole.
@@ -22,14 +22,17 @@ from .working_set import splits
 
 
 class HeadGroup(NamedTuple):
-    """Query heads ``heads`` and the key/value heads ``kv_heads`` that they read."""
+    """Query heads ``heads`` and the key/value heads ``kv_heads`` that they use."""
 
     heads: slice
     kv_heads: slice
 
     @staticmethod
     def split(heads: int, kv_heads: int, groups: int) -> tuple[HeadGroup, ...]:
-        """Equal groups, each of whole sets of heads that share a key/value head, or a part of one such set."""
+        """Return equal groups, each of whole sets of heads that share a key/value head, or a part of one such set.
+
+        Raises ValueError if the heads cannot be split so.
+        """
         share, size = heads // kv_heads, heads // groups
         expected = f"a number that splits {heads} heads evenly, {share} of which share each key/value head"
         require(groups in splits(heads, kv_heads), "head_chunks", expected, groups)
@@ -40,7 +43,7 @@ class HeadGroup(NamedTuple):
 
 
 class _Source(NamedTuple):
-    """Tokens to be projected, x after its norm or a context, with the rows of the weights that project them."""
+    """Tokens to project (x after its norm, or a context), with the rows of the weights that project them."""
 
     tokens: Normed
     rows: tuple[tuple[Tensor, slice], ...]
@@ -51,10 +54,10 @@ class _Source(NamedTuple):
 
 
 class HeadGroupBranch(Branch):
-    """``to_out(attend(norm(x)))`` as a sum over groups of an attention module's heads.
+    """Computes ``to_out(attend(norm(x)))`` as a sum over groups of an attention module's heads.
 
     The module has plain projections ``to_q``, ``to_kv`` and ``to_out`` and attends with some heads at a time:
-    ``attend(q, k, v, group=group, …)`` of ``(b, heads, n, d)`` → the same shape.
+    ``attend(q, k, v, group=group, …)`` maps ``(b, heads, n, d)`` to the same shape.
     """
 
     overlapping = True
@@ -98,13 +101,13 @@ class HeadGroupBranch(Branch):
     def _parts(self, x: Tensor, context: Tensor | None) -> Iterator[_Projections]:
         scratch = Scratch(compute_dtype(x), x.device)
         tokens = (Normed(x, self.norm), None if context is None else Normed(context))
-        # What is kept of each group adds up: the last finds that of all others, as in the whole loop.
+        # Results kept of each group add up, so a dry run must run the last group, which exists beside all others'.
         for group in each(self.groups, last=1 if self.module.keep_attention else 0):
             yield _Projections(self.module, group, *tokens, scratch)
 
 
 class _Projections:
-    """One group's part of the projections, from tokens to heads and back, in buffers shared by all groups."""
+    """Computes one group's part of the projections, from tokens to heads and back, in buffers shared by all groups."""
 
     def __init__(self, module: Any, group: HeadGroup, x: Normed, context: Normed | None, scratch: Scratch) -> None:
         self.group, self.scratch, self.width, self.output = group, scratch, module.dim_head, module.to_out.weight
@@ -116,7 +119,7 @@ class _Projections:
         self.sources = [_Source(x, own), *([] if context is None else [_Source(context, (k, v), is_context=True)])]
 
     def project(self) -> tuple[Tensor, ...]:
-        """q, k and v of the group's heads ``(b, heads, tokens, d)``, views of one buffer per source."""
+        """Return q, k and v of the group's heads ``(b, heads, tokens, d)``, views of one buffer per source."""
         found: list[Tensor] = []
         for number, source in enumerate(self.sources):
             x, weight = source.tokens.x, source.weight(self.scratch.dtype)
@@ -129,13 +132,13 @@ class _Projections:
         return tuple(found)
 
     def emit(self, values: Tensor, add: Add) -> None:
-        """Through the output projection: from ``values (b, n, heads·d)`` to the group's part of the output."""
+        """Project ``values (b, n, heads·d)`` to the group's part of the output, passed to ``add`` slab by slab."""
         weight = self.output[:, self.columns].to(values.dtype)
         for index in each(slabs(values)):
             add(index, self.scratch.linear("slab", values[index], weight))
 
     def through_output(self, values: Tensor, again: Repetition) -> Tensor:
-        """Back through the output projection: the gradient of ``values``."""
+        """Backpropagate through the output projection; return the gradient of ``values``."""
         weight = self.output[:, self.columns].to(values.dtype)
         back = self.scratch.take("back", *values.shape)
         for index in each(slabs(values)):
@@ -146,7 +149,7 @@ class _Projections:
         return back
 
     def through_projections(self, of_heads: list[Any], again: Repetition) -> None:
-        """Back through the projections and the norm, slab by slab; consumes ``of_heads``."""
+        """Backpropagate through the projections and the norm, slab by slab; consumes ``of_heads``."""
         for source in self.sources:
             mine = [of_heads.pop(0).transpose(1, 2) for _ in source.rows]
             x, weight = source.tokens.x, source.weight(self.scratch.dtype)
@@ -167,16 +170,16 @@ class _Projections:
 
 
 def _scaled(heads: slice, width: int, offset: int = 0) -> slice:
-    """The features of some heads."""
+    """Return the slice of features of some heads."""
     return slice(offset + heads.start * width, offset + heads.stop * width)
 
 
 def _tokens(heads: Tensor) -> Tensor:
-    """``(b, heads, n, d)`` → ``(b, n, heads·d)``."""
+    """Merge heads: ``(b, heads, n, d)`` → ``(b, n, heads·d)``."""
     return heads.transpose(1, 2).flatten(2)
 
 
 def _heads(tokens: Tensor, like: Tensor) -> Tensor:
-    """``(b, n, heads·d)`` → ``(b, heads, n, d)``."""
+    """Split heads: ``(b, n, heads·d)`` → ``(b, heads, n, d)``."""
     heads: Tensor = tokens.unflatten(-1, (like.shape[1], like.shape[3]))
     return heads.transpose(1, 2)

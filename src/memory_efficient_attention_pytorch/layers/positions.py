@@ -37,22 +37,22 @@ class RotaryEmbedding(nn.Module):
         self.dim, self.base = dim, base
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
-        """positions ``(n,)`` or ``(b, n)`` → cosines and sines ``(…, n, dim/2)`` in fp32."""
-        # Made here: a buffer would lose its contents on the meta device and its digits in low precision.
+        """Return cosines and sines ``(…, n, dim/2)`` in fp32 of positions ``(n,)`` or ``(b, n)``."""
+        # Computed here: a buffer would lose its contents on the meta device and its precision in a bf16 model.
         exponents = -torch.arange(0, self.dim, 2, dtype=torch.float32, device=positions.device) / self.dim
         angles = positions[..., None].float() * self.base**exponents
         return angles.cos(), angles.sin()
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
-    """x ``(b, h, n, d)`` turned by ``RotaryEmbedding(d)(positions)``, in x's dtype; computed in fp32."""
+    """Rotate x ``(b, h, n, d)`` by ``RotaryEmbedding(d)(positions)``, in fp32; return it in x's dtype."""
     cos, sin = (t[:, None] if t.dim() == 3 else t for t in table)
     first, second = x.to(full_dtype(x.dtype)).chunk(2, dim=-1)
     return torch.cat((first * cos - second * sin, second * cos + first * sin), dim=-1).to(x.dtype)
 
 
 class AlibiBias(nn.Module):
-    """``−slope_h · |i − j|``, nothing to learn. Source: Press et al., "ALiBi" (2021), arXiv:2108.12409.
+    """Computes the bias ``−slope_h · |i − j|``, without parameters. Source: Press et al., "ALiBi", arXiv:2108.12409.
 
     Slopes are ``2**(−8/h), 2**(−16/h), …`` for h a power of two; for other h those of the next lower power, completed
     by every second slope of the next higher one, as in the paper's code.
@@ -65,7 +65,7 @@ class AlibiBias(nn.Module):
     """
 
     several_threads = True
-    """May call it at the same time, each for heads of its own."""
+    """Several threads may call it at the same time, each for heads of its own."""
 
     def __init__(self, heads: int) -> None:
         super().__init__()
@@ -80,7 +80,7 @@ class AlibiBias(nn.Module):
         return -self.slopes(query_positions.device)[heads, None, None] * distance
 
     def slopes(self, device: torch.device | None = None) -> Tensor:
-        """Slopes ``(h,)`` in fp32, computed where they are used, as the frequencies of :class:`RotaryEmbedding` are."""
+        """Return slopes ``(h,)`` in fp32, computed on use, as the frequencies of :class:`RotaryEmbedding` are."""
         lower = 2 ** math.floor(math.log2(self.heads))
         number = torch.arange(self.heads, dtype=torch.float32, device=device)
         return 2.0 ** torch.where(number < lower, -8 * (number + 1), -4 * (2 * (number - lower) + 1)).div(lower)
@@ -115,7 +115,7 @@ class RelativePositionBias(nn.Module):
         self.weight = nn.Parameter(torch.randn(num_buckets, heads) * heads**-0.5)
 
     def bucket(self, relative: Tensor) -> Tensor:
-        """The bucket of each distance, key position minus query position."""
+        """Return the bucket of each distance, key position minus query position."""
         count = self.num_buckets
         start = torch.zeros_like(relative)
         if self.bidirectional:
@@ -130,7 +130,7 @@ class RelativePositionBias(nn.Module):
         return start + torch.where(distance < single, distance, far)
 
     def forward(self, query_positions: Tensor, key_positions: Tensor, heads: slice = slice(None)) -> Tensor:
-        """Positions ``(i,)`` and ``(j,)`` → ``(h, i, j)``, of the ``heads`` asked for."""
+        """Return the bias ``(h, i, j)`` of positions ``(i,)`` and ``(j,)`` for these ``heads``."""
         i, j = len(query_positions), len(key_positions)
         # Only i + j − 1 distances occur in a tile: look each up once and slide along them.
         steps = torch.arange(i + j - 1, device=key_positions.device)

@@ -50,18 +50,18 @@ class ReversibleSequence(nn.Sequential):
 
     Args:
         blocks: pairs (f, g) of modules that map ``(…, d)`` to the same shape.
-        args_route: for each keyword of ``forward``, per block a pair of booleans: does it go to f, does it go to g.
+        args_route: for each keyword of ``forward``, per block a pair of booleans: whether it goes to f, and to g.
             Tensors among the keywords (also nested in tuples, lists and dictionaries) and parameters of modules passed
             as keywords receive gradients.
-        exact: streams of fp32 (at least) on a grid: the input and everything added to a stream is rounded to a multiple
+        exact: streams in fp32 (at least) on a grid: the input and everything added to a stream is rounded to a multiple
             of ``grid``, with gradient 1. While every stream stays below ``2**24 · grid`` the rebuilt values equal the
             original ones bit for bit, whatever precision f and g compute in, provided they are deterministic. A stream
             that leaves this range is reported by a warning.
         grid: the step, a power of two.
-        reversible: False stores activations instead, by the same arithmetic.
+        reversible: False stores activations instead, with the same arithmetic.
 
     Raises:
-        ValueError: a keyword without a route, a route that does not name every block, a grid that is no power of two.
+        ValueError: a keyword without a route, a route that does not cover every block, a grid that is no power of two.
 
     Works under ``eval()``, autocast, dropout, frozen inputs or parameters, several forwards before a backward,
     ``retain_graph``, ``torch.autograd.grad``, DDP, and FSDP2 applied to each block. Differentiable once.
@@ -106,7 +106,7 @@ class ReversibleSequence(nn.Sequential):
         return tuple(self)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
-        """x ``(…, d)`` → ``(…, d)`` in x's dtype."""
+        """Map x ``(…, d)`` to ``(…, d)``, in x's dtype."""
         chain, y1, y2 = self.streams(x, **kwargs)
         if self.reverses:
             y1, y2 = ChainEnd.apply(chain, False, y1, y2), y2.detach()
@@ -114,17 +114,20 @@ class ReversibleSequence(nn.Sequential):
 
     @property
     def reverses(self) -> bool:
-        """True if backward will rebuild activations: gradients are on and ``reversible`` is not False."""
+        """Whether backward will rebuild activations: gradients are on and ``reversible`` is not False."""
         return self.reversible and torch.is_grad_enabled()
 
     def streams(self, x: Tensor, **kwargs: Any) -> tuple[Chain, Tensor, Tensor]:
-        """Both streams after the last block, and their chain; its consumer's backward must call :meth:`Chain.begin`."""
+        """Return the chain and both streams ``(…, d)`` after the last block.
+
+        The backward of whatever consumes them must call :meth:`Chain.begin`. Raises ValueError for an unrouted keyword.
+        """
         for keyword in kwargs:
             expected = f"a keyword of args_route ({', '.join(self.args_route)})"
             require(keyword in self.args_route, keyword, expected, "no route")
         chain = Chain(self.grid if self.exact else None, x.dtype, self.reverses, in_pieces="cache" not in kwargs)
         stream = OntoGrid.apply(x, self.grid) if self.exact else x
-        # Two nodes in the graph: gradients are then added up in one order, whether activations are stored or not.
+        # Two nodes in the graph, so that gradients are summed in the same order whether activations are stored or not.
         streams = (stream.view_as(stream), stream.view_as(stream))
         for i, block in enumerate(self):
             routed = [{k: v for k, v in kwargs.items() if self.args_route[k][i][side]} for side in (0, 1)]
@@ -140,9 +143,9 @@ def _rename_upstream_keys(module: nn.Module, state_dict: dict[str, Any], prefix:
 
 
 def take_over_keys(sequence: nn.Module, state_dict: dict[str, Any], source: str, prefix: str) -> None:
-    """Rename keys under ``source`` that name the sequence's tensors by version 0.1's names or its own; drop doubles.
+    """Rename keys under ``source`` that name the sequence's tensors, by old or new names; drop duplicates.
 
-    prefix: the sequence's own. Keys that name none of its tensors stay, and are reported as any others.
+    prefix: the sequence's own. Other keys are kept, and reported as unexpected if they are.
     """
     known = {name for name, _ in (*sequence.named_parameters(), *sequence.named_buffers())}
     for key in [name for name in state_dict if name.startswith(source)]:

@@ -1,8 +1,8 @@
-"""The default number of pieces of a branch: enough to keep the working set of one piece small.
+"""Choose the default number of pieces of a branch: enough to keep the working set of one piece small.
 
-The numbers follow from shapes, the kind of device and the CPU's threads, not from free memory, so that a run is cut the
-same way when it is repeated. They are chosen once per call, in its forward pass. Where tokens are divided over
-processes there are as many pieces as of the whole sequence, so that each process takes its share of the memory.
+The number follows from shapes, the kind of device and the CPU's threads, not from free memory, so that a repeated run
+is divided in the same way. It is chosen once per call, in the forward pass. Where tokens are divided over processes
+there are as many pieces as for the whole sequence, so that each process needs its share of the memory.
 """
 
 from __future__ import annotations
@@ -19,16 +19,16 @@ from ..common.precision import compute_dtype
 from ..torch_internals.tensors import are_plain
 
 WHOLE = 32 << 20
-"""Bytes that a branch may work with as a whole: below, pieces would save next to nothing."""
+"""Largest working set, in bytes, of a branch in one piece: below, pieces would save next to nothing."""
 PIECE = {"cpu": 16 << 20}
-"""Bytes that a piece may work with where the whole takes more: on a CPU less, which has them nearer then."""
+"""Largest working set, in bytes, of a piece where there are several: smaller on a CPU, for its caches."""
 LEAST_TOKENS = {"cpu": 256}
-"""Tokens of a piece of the feed-forward. With fewer, matrix products suffer, and the sums of their gradients."""
+"""Fewest tokens per feed-forward piece: with fewer, matrix products and sums of gradients become slow."""
 LEAST_TOKENS_ELSEWHERE = 1024
 
 
 def feed_forward_chunks(batch: int, tokens: int, hidden: int, itemsize: int, device_type: str = "cpu") -> int:
-    """Number of chunks of tokens. The working set of a chunk is its hidden values, ``hidden`` per token, twice."""
+    """Return the number of chunks of tokens. A chunk's working set is its ``hidden`` values per token, twice."""
     per_token = 2 * hidden * itemsize
     all_tokens = batch * tokens
     if all_tokens * per_token <= WHOLE:
@@ -39,7 +39,7 @@ def feed_forward_chunks(batch: int, tokens: int, hidden: int, itemsize: int, dev
 
 
 def any_number(heads: int, kv_heads: int) -> bool:
-    """A group may be of so many heads."""
+    """Allow a group of any number of heads."""
     return True
 
 
@@ -54,7 +54,7 @@ def head_chunks(
     divided: bool = False,
     may_hold: Callable[[int, int], bool] = any_number,
 ) -> int:
-    """Number of head groups. The working set of a group is its queries, keys, values, output and their cotangents.
+    """Return the number of head groups. A group's working set is its q, k, v, output and their cotangents.
 
     tokens: queries and keys. heads: of queries, and of keys and values. On a CPU a group holds at least as many heads ×
     batch as there are threads, which are busy with one each. divided: tokens are, over processes, to which each group
@@ -75,14 +75,14 @@ def head_chunks(
 
 
 def splits(heads: int, kv_heads: int) -> list[int]:
-    """The possible numbers of equal head groups: whole sets that share a key/value head, or parts of one."""
+    """Return the possible numbers of equal head groups: whole sets that share a key/value head, or parts of one."""
     share = heads // kv_heads
     sizes = {n: heads // n for n in range(1, heads + 1) if heads % n == 0}
     return [n for n, size in sizes.items() if size % share == 0 or share % size == 0]
 
 
 def chunks_for(x: Tensor, hidden: int) -> int:
-    """:func:`feed_forward_chunks` of x ``(b, n, …, dim)``, 1 for less than three dimensions."""
+    """Return :func:`feed_forward_chunks` for x ``(b, n, …, dim)``, 1 for fewer than three dimensions."""
     if not _may_be_cut(x):
         return 1
     rows = math.prod(x.shape[:-1]) // max(x.shape[1], 1)
@@ -91,7 +91,7 @@ def chunks_for(x: Tensor, hidden: int) -> int:
 
 
 def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], dim_head: int) -> int:
-    """:func:`head_chunks` of x ``(b, n, dim)`` and the tokens whose keys and values it sees."""
+    """Return :func:`head_chunks` for x ``(b, n, dim)`` and the context ``(b, m, dim)`` that it attends to."""
     seen = x if context is None else context
     if not _may_be_cut(x, seen):
         return 1
@@ -104,7 +104,7 @@ def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], d
 
 
 def _may_be_cut(*inputs: Tensor) -> bool:
-    """False under a compiler, which plans memory itself and may not know the shape, and under torch.func transforms."""
+    """Return False under a compiler, which plans memory itself and may not know shapes, and under torch.func."""
     return not torch.compiler.is_compiling() and are_plain(*inputs) and all(x.dim() > 2 for x in inputs)
 
 

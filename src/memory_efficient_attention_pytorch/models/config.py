@@ -1,6 +1,6 @@
-"""The one description of a Transformer: each knob with its type, default, help and range, for code and command line.
+"""The single description of a Transformer: type, default, help and range of each setting, for code and command line.
 
-Loads no PyTorch, so that the command line can explain the knobs before it.
+Does not import PyTorch, so that the command line can print help quickly.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ M = TypeVar("M")
 
 
 def knob(help: str, *, low: float | None = None, choices: tuple[str, ...] = (), unset: str = "") -> dict[str, Any]:
-    """Metadata of a field: its help, least value, choices, and the meaning of None."""
+    """Return a field's metadata: its help, least value, choices, and the meaning of None."""
     return {"help": help, "low": low, "choices": choices, "unset": unset}
 
 
@@ -32,7 +32,7 @@ _BY_SHAPE = "by shapes and threads; 1 if not reversible"
 class TransformerConfig:
     """The arguments of a :class:`Transformer`.
 
-    Raises ValueError for a count below 1 and an unknown kind of positions; the layers check what concerns them alone.
+    Raises ValueError for a count below 1 and an unknown kind of positions; layers check their own arguments.
     """
 
     num_tokens: int = field(metadata=knob("size of the vocabulary", low=1))
@@ -42,13 +42,13 @@ class TransformerConfig:
     dim: int = field(metadata=knob("width of the model", low=1))
     depth: int = field(metadata=knob("number of blocks", low=1))
     causal: bool = field(
-        default=False, metadata=knob("a language model: a token sees those before it; otherwise all others")
+        default=False, metadata=knob("language model: a token sees only those before it; otherwise all")
     )
     dim_head: int = field(default=64, metadata=knob("width of one head", low=1))
     heads: int = field(default=8, metadata=knob("attention heads", low=1))
     ff_mult: int = field(default=4, metadata=knob("width of the feed-forward's hidden layer, in units of dim", low=1))
     ff_chunks: int | None = field(
-        default=None, metadata=knob("pieces the feed-forward is computed in", low=1, unset=_BY_SHAPE)
+        default=None, metadata=knob("chunks of tokens that the feed-forward is computed in", low=1, unset=_BY_SHAPE)
     )
     use_flash_attn: bool = field(
         default=True, metadata=knob("kept from version 0.1, where it chose between two algorithms; both agree here")
@@ -58,26 +58,26 @@ class TransformerConfig:
     )
     window: int | tuple[int | None, int | None] | None = field(
         default=None,
-        metadata=knob("tokens before and after it that a token sees: a number for both, or a pair", unset="all"),
+        metadata=knob("tokens that a token sees before and after it: a number for both, or a pair", unset="all"),
     )
     positions: str = field(
-        default="learned", metadata=knob("how positions are told", choices=("learned", "rotary", "alibi", "none"))
+        default="learned", metadata=knob("position encoding", choices=("learned", "rotary", "alibi", "none"))
     )
-    dropout: float = field(default=0.0, metadata=knob("dropout of the attention's weights", low=0))
+    dropout: float = field(default=0.0, metadata=knob("dropout of attention weights", low=0))
     head_chunks: int | None = field(
-        default=None, metadata=knob("groups of heads the attention is computed in", low=1, unset=_BY_SHAPE)
+        default=None, metadata=knob("groups of heads that attention is computed in", low=1, unset=_BY_SHAPE)
     )
     keep_attention: bool | str = field(
         default=False,
         metadata=knob(
-            "keep attention's outputs for backward, which is faster and takes memory; cpu: in host memory",
+            "keep attention's outputs for backward, which saves time and takes memory; cpu: in host memory",
             choices=("cpu",),
         ),
     )
     reversible: bool = field(default=True, metadata=knob("rebuild activations in backward instead of storing them"))
     exact: bool = field(default=False, metadata=knob("rebuild activations bit for bit"))
     tie_embeddings: bool = field(
-        default=False, metadata=knob("use the token embedding for the output layer too, which then has no bias")
+        default=False, metadata=knob("use the token embedding as the output layer too, then without bias")
     )
     loss_chunk_size: int | None = field(
         default=None, metadata=knob("tokens whose logits exist at once", low=1, unset="by the size of the vocabulary")
@@ -97,7 +97,7 @@ class TransformerConfig:
 
 
 KNOBS = {each.name: each.metadata for each in fields(TransformerConfig)}
-"""What is said of each field of TransformerConfig: a mapping of `help`, `low`, `choices` and `unset`."""
+"""Metadata of each field of TransformerConfig: a mapping of `help`, `low`, `choices` and `unset`."""
 
 SETTINGS = ("reversible", "exact", "keep_attention", "ff_chunks", "head_chunks", "loss_chunk_size")
 """The fields that trade memory for time and change no result, which a memory budget may decide."""
@@ -109,9 +109,9 @@ TransformerConfig.__doc__ = f"{TransformerConfig.__doc__}\n    Fields:\n" + "\n"
 
 @functools.cache
 def value_type(config: type, name: str) -> type:
-    """The type of a field's value where it is not None: the first of several, `tuple` for a tuple of strings.
+    """Return the type of a field's value other than None: the first of several, `tuple` for a tuple of strings.
 
-    Of a switch (`bool`) that has choices too, each of them is a way of being on.
+    A `bool` field may have choices too, each of which means on.
     """
     hint = typing.get_type_hints(config)[name]
     first = typing.get_args(hint)[0] if isinstance(hint, types.UnionType) else hint

@@ -1,4 +1,4 @@
-"""Generation with a network that predicts the next token."""
+"""Train and generate with a network that predicts the next token."""
 
 from __future__ import annotations
 
@@ -24,9 +24,9 @@ class AutoregressiveWrapper(nn.Module):
     Args:
         net: a module with an attribute ``max_seq_len`` that maps tokens ``(b, n)`` to logits ``(b, n, num_tokens)`` and
             takes ``labels`` (for training only). If its ``forward`` also has a parameter ``cache``, as the
-            Transformer's has, it is handed a :class:`KVCache` and each token once; otherwise the whole sequence anew
-            for every token. With a parameter ``mask`` it can generate from prompts of unequal lengths together.
-        pad_value: what stands behind the end of a row that ended before the others.
+            Transformer's has, it gets a :class:`KVCache` and each token once; otherwise the whole sequence again for
+            every token. With a parameter ``mask`` it can generate from prompts of unequal lengths together.
+        pad_value: the token that follows the end of a row that ended before the others.
 
     Examples:
         >>> import torch
@@ -48,12 +48,12 @@ class AutoregressiveWrapper(nn.Module):
     def beyond_max_seq_len(self) -> str:
         """How generation goes on once prompt and new tokens exceed ``max_seq_len``.
 
-        ``"window"``: every layer has a window and positions are relative (rotary, ALiBi, none): as before.
-        ``"slide"``: positions are relative: a token sees the last ``max_seq_len`` tokens, the others leave the cache.
-        To see more than in training makes rotary models worse, and costs more memory the longer it goes on.
-        ``"recompute"``: positions are numbered up to ``max_seq_len`` (learned), or nothing is known of them (a net from
-        elsewhere): for every token the net reads the last ``max_seq_len`` anew, numbered from 0, since every token's
-        number changes and no cached key stays right.
+        ``"window"``: every layer has a window and positions are relative (rotary, ALiBi, none), so nothing changes.
+        ``"slide"``: positions are relative; a token sees the last ``max_seq_len`` tokens, earlier ones leave the cache.
+        Seeing more than in training would make rotary models worse, and take ever more memory.
+        ``"recompute"``: positions are learned up to ``max_seq_len``, or unknown (another kind of net); for every token
+        the net reads the last ``max_seq_len`` again, numbered from 0, since each token's position changes and cached
+        keys become wrong.
         """
         if getattr(self.net, "pos_emb", self.net) is not None:
             return "recompute"
@@ -61,7 +61,7 @@ class AutoregressiveWrapper(nn.Module):
         return "window" if reaches and None not in reaches else "slide"
 
     def forward(self, x: Tensor, mask: Tensor | None = None, **kwargs: Any) -> Tensor:
-        """The net's loss when it predicts ``x[:, 1:]`` from ``x[:, :-1]``.
+        """Return the net's loss when it predicts ``x[:, 1:]`` from ``x[:, :-1]``.
 
         x: tokens ``(b, n)``. mask: bool ``(b, n)``, True = a token; padding is neither attended to nor predicted.
         Further keywords go to the net.
@@ -70,7 +70,7 @@ class AutoregressiveWrapper(nn.Module):
             ValueError: fewer than two tokens, or a mask of another shape or dtype.
         """
         require(x.dim() == 2 and x.shape[1] > 1, "x", "shape (batch, tokens) with two tokens or more", tuple(x.shape))
-        labels = x[:, 1:] if x.is_floating_point() else x[:, 1:].long()  # a mask writes a negative number
+        labels = x[:, 1:] if x.is_floating_point() else x[:, 1:].long()  # the mask below writes a negative number
         if mask is not None:
             _check_mask(mask, x.shape, "x")
             labels = labels.masked_fill(~(mask[:, 1:] & mask[:, :-1]), kwargs.get("ignore_index", -100))
@@ -87,7 +87,7 @@ class AutoregressiveWrapper(nn.Module):
         filter_thres: float = 0.9,
         **options: Any,
     ) -> Tensor:
-        """The new tokens alone, int64 ``(b, at most seq_len)``: fewer columns when every row has ended before.
+        """Return the new tokens alone, int64 ``(b, seq_len)``, with fewer columns if every row ends earlier.
 
         All arguments are those of :meth:`stream`: ``top_k``, ``top_p``, ``mask``, ``generator``, ``use_cache`` too.
         """
@@ -113,27 +113,27 @@ class AutoregressiveWrapper(nn.Module):
 
         Args:
             start_tokens: prompts, integers ``(b, n)`` with n of at least 1.
-            seq_len: how many tokens to make.
-            eos_token: a row ends with this token (made, not found in its prompt); ``pad_value`` follows.
+            seq_len: how many tokens to generate at most.
+            eos_token: a row ends when this token is generated (in the prompt it does not count); ``pad_value`` follows.
             temperature: the logits are divided by it; 0 takes the likeliest token.
             filter_thres: sample among the ``ceil((1 − filter_thres) · num_tokens)`` likeliest tokens, at least one.
             top_k: sample among this many of the likeliest instead.
-            top_p: and of those only among the likeliest whose probabilities add up to this (Holtzman et al., "The
+            top_p: of those, sample only among the likeliest whose probabilities add up to this (Holtzman et al., "The
                 curious case of neural text degeneration", 2019, arXiv:1904.09751).
             mask: bool ``(b, n)``, False = padding on the left of a shorter prompt (see :func:`pad_left`). Padding
-                changes nothing: each row is what it is alone.
-            generator: source of chance (None: the device's default); or one per row, with which a row draws the same
-                whatever stands beside it.
-            use_cache: False makes the net read everything anew for each token, for the same result up to
+                changes nothing: each row gets the same tokens as alone.
+            generator: random generator (None: the device's default); or one per row, so that a row's tokens do not
+                depend on the other rows.
+            use_cache: False makes the net read the whole sequence again for each token, with the same result up to
                 ``max_seq_len`` tokens.
-            kwargs: go to the net at every call.
+            kwargs: passed to the net at every call.
 
         Beyond ``max_seq_len`` see :attr:`beyond_max_seq_len`.
 
-        The net is in eval mode and without gradients during each step, and as it was between the steps.
+        During each step the net is in eval mode and without gradients; its mode is restored between steps.
 
         Raises:
-            ValueError: at once for an argument out of range; on the way for logits that are NaN.
+            ValueError: immediately for an argument out of range; during generation for logits that are not finite.
         """
         require(isinstance(seq_len, int) and seq_len >= 0, "seq_len", "an integer of at least 0", repr(seq_len))
         tokens, mask = _check_prompts(start_tokens, mask)
@@ -155,9 +155,10 @@ class AutoregressiveWrapper(nn.Module):
 
 
 def pad_left(prompts: Sequence[Sequence[int]], pad_value: int = 0) -> tuple[Tensor, Tensor]:
-    """Prompts of unequal lengths as ``start_tokens`` and ``mask`` of :meth:`AutoregressiveWrapper.generate`.
+    """Pad prompts of unequal lengths to ``start_tokens`` and ``mask`` of :meth:`AutoregressiveWrapper.generate`.
 
-    Returns int64 ``(b, longest)`` and bool ``(b, longest)``, which is False on the padding.
+    Returns int64 ``(b, longest)`` and bool ``(b, longest)``, which is False on the padding. Raises ValueError without
+    a prompt.
     """
     require(len(prompts) > 0, "prompts", "at least one", "none")
     longest = max(map(len, prompts))
@@ -187,7 +188,7 @@ class _Reader:
 
     @torch.no_grad()
     def predict(self) -> Tensor:
-        """Logits of the next token, ``(b, num_tokens)``."""
+        """Return the logits of the next token, ``(b, num_tokens)``."""
         if self.beyond == "recompute" and self.tokens.shape[1] > self.max_seq_len:
             self.cache = None
         if self.beyond != "window" and (self.cache is None or not self.cache.length):
@@ -229,10 +230,10 @@ class _Sampler:
             require(len(self.generator) == rows, "generator", f"one for each of {rows} rows", len(self.generator))
 
     def __call__(self, logits: Tensor) -> Tensor:
-        """``(b, num_tokens)`` → int64 ``(b,)``.
+        """Draw tokens, int64 ``(b,)``, from logits ``(b, num_tokens)``.
 
-        The winner of ``p_i / e_i`` with e_i exponentially distributed is token i with probability p_i. Every token has
-        its own e_i, drawn whatever is filtered, so two nearly equal logits that change ranks do not change the draw.
+        With e_i exponentially distributed, ``p_i / e_i`` is largest for token i with probability p_i. Every token has
+        its own e_i, drawn before any filter, so two nearly equal logits that swap ranks do not change the draw.
         """
         logits = logits.float()
         best = logits.amax(dim=-1, keepdim=True)
@@ -254,7 +255,7 @@ class _Sampler:
         return (drawn if candidates is None else candidates.gather(-1, drawn)).squeeze(-1)
 
     def _keep(self, num_tokens: int) -> int:
-        # (1 − 0.7) · 10 is a little more than 3 in binary, and means 3.
+        # (1 − 0.7) · 10 is a little more than 3 in floating point, but means 3.
         share = math.ceil((1 - self.filter_thres) * num_tokens - 1e-6)
         return min(num_tokens, max(1, share) if self.top_k is None else self.top_k)
 
@@ -294,7 +295,7 @@ def _check_prompts(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor 
     _check_mask(mask, tokens.shape, "start_tokens")
     left = bool(mask[:, -1].all() and (mask[:, 1:] >= mask[:, :-1]).all())
     require(left, "mask", "padding (False) only on the left of a row, before at least one token", "other padding")
-    # Whatever stands on the padding need not be a token of the net's.
+    # Padding may hold anything, so replace it by a valid token.
     return tokens.long().masked_fill(~mask, 0), None if mask.all() else mask
 
 

@@ -33,7 +33,7 @@ _OF_ATTENTION = (
 
 
 class Transformer(nn.Module):
-    """Embeddings, ``depth`` reversible blocks of attention and feed-forward, a norm and a linear layer to the logits.
+    """Embeddings, ``depth`` reversible blocks of attention and feed-forward, a norm, and a linear layer to the logits.
 
     The sum of token and position embeddings enters both streams of :class:`ReversibleSequence`; f is the pre-normed
     attention, g the pre-normed feed-forward; the two streams are summed at the end.
@@ -66,7 +66,7 @@ class Transformer(nn.Module):
         self.rotary = RotaryEmbedding(config.dim_head) if config.positions == "rotary" else None
         self.alibi = AlibiBias(config.heads) if config.positions == "alibi" else None
         attention = FlashAttention if config.use_flash_attn else Attention
-        # Where activations are stored, pieces would only cost a recomputation, so they are used on request alone.
+        # Where activations are stored, pieces would only cost a recomputation, so they are used only on request.
         unset = None if config.reversible else 1
         chosen = {name: getattr(config, name) for name in _OF_ATTENTION}
         chosen["head_chunks"] = config.head_chunks or unset
@@ -88,7 +88,7 @@ class Transformer(nn.Module):
         cache: KVCache | None = None,
         ignore_index: int = -100,
     ) -> Tensor:
-        """Logits, or the mean cross-entropy in nats when ``labels`` are given.
+        """Return logits, or the mean cross-entropy in nats if ``labels`` are given.
 
         Args:
             x: token numbers ``(b, n)`` of any integer dtype, or what stands in their embeddings' place ``(b, n, dim)``.
@@ -107,10 +107,10 @@ class Transformer(nn.Module):
         self._check(x, labels, mask, cache)
         x, labels = x if x.is_floating_point() else x.long(), None if labels is None else labels.long()
         if callable(mask):
-            mask = mask_function(mask)  # what one layer finds out of its tiles serves all
+            mask = mask_function(mask)  # so that all layers share what one finds out about its tiles
         head: Any = self.to_logits[1] if len(self.to_logits) > 1 else None
         if labels is not None and self._plain_head:
-            # Only _rows has what enters the first block: where the loss is made it would be n · dim elements too many.
+            # The first block's input is held only inside _rows: during the loss it would take n · dim elements more.
             rows = self._rows(*self._embed(x, mask, cache))
             options: dict[str, Any] = {"bias": getattr(head, "bias", None), "chunk_size": self.loss_chunk_size}
             weight = self._tied_weight(x) if head is None else head.weight
@@ -128,19 +128,19 @@ class Transformer(nn.Module):
         weight = self.token_emb.weight
         if weight.device == x.device:
             return weight
-        # It is here while the embedding runs, and elsewhere after (accelerate's offloading).
+        # With accelerate's offloading the weight is on this device only while the embedding runs.
         every_row: Tensor = self.token_emb(torch.arange(self.num_tokens, device=x.device))
         return every_row
 
     @property
     def _plain_head(self) -> bool:
-        """True if the last layer is as built, without hooks, so that its weights determine what it computes."""
+        """Whether the last layer is as built, without hooks, so that its weights determine what it computes."""
         _, *head = self.to_logits
         known = ((self.to_logits, nn.Sequential), *((layer, nn.Linear) for layer in head))
         return all(reason_against(module, kind) is None for module, kind in known)
 
     def _rows(self, tokens: Tensor, given: dict[str, Any]) -> Tensor | RowSource:
-        """The last layer's input, computed chunk by chunk if the blocks and the norm are as built and have no hooks."""
+        """Return the last layer's input, in chunks if the blocks and the norm are as built and have no hooks."""
         norm = self.to_logits[0]
         if not is_norm_of_tokens(norm) or reason_against(self.layers) is not None:
             hidden: Tensor = norm(self._through(self.layers, tokens, given))
@@ -154,7 +154,7 @@ class Transformer(nn.Module):
         return out
 
     def _embed(self, x: Tensor, mask: Mask | None, cache: KVCache | None) -> tuple[Tensor, dict[str, Any]]:
-        """The input of the first block ``(b, n, dim)``, and the blocks' keywords."""
+        """Return the input of the first block ``(b, n, dim)``, and the blocks' keywords."""
         try:
             tokens = x if x.is_floating_point() else self.token_emb(x)
         except IndexError:
@@ -169,7 +169,7 @@ class Transformer(nn.Module):
         return tokens, {name: value for name, value in given.items() if value is not None}
 
     def _positions(self, x: Tensor, mask: Mask | None, cache: KVCache | None) -> Tensor:
-        """``(n,)``, or ``(b, n)`` where rows may start late."""
+        """Return positions ``(n,)``, or ``(b, n)`` where rows may start late."""
         before = 0 if cache is None else cache.length
         total = before + x.shape[1]
         fits = self.pos_emb is None or total <= self.max_seq_len
@@ -184,8 +184,8 @@ class Transformer(nn.Module):
         return (positions - padding).clamp(min=0)[:, before:]
 
     def _of_divided(self, divided: Divided, x: Tensor, mask: Mask | None) -> Tensor:
-        """:meth:`_positions` of this process's tokens within the whole sequence."""
-        expected = f"{divided.local_tokens} tokens, as many as each process has of the sequence"
+        """Return :meth:`_positions` of this process's tokens within the whole sequence."""
+        expected = f"{divided.local_tokens} tokens, each process's part of the sequence"
         require(x.shape[1] == divided.local_tokens, "x", expected, x.shape[1])
         total, positions = divided.num_tokens, divided.positions(x.device)
         fits = self.pos_emb is None or total <= self.max_seq_len
@@ -204,7 +204,7 @@ class Transformer(nn.Module):
             require(labels.shape == x.shape[:2], "labels", expected, tuple(labels.shape))
             require(_is_integer(labels), "labels", "an integer dtype", labels.dtype)
         if callable(mask):
-            require(cache is None, "mask", "a tensor beside a cache, which may drop keys", "a function")
+            require(cache is None, "mask", "a tensor together with a cache, which may drop keys", "a function")
         elif mask is not None:
             shape = (x.shape[0], x.shape[1] + (0 if cache is None else cache.length))
             fits = mask.dtype == torch.bool and mask.shape == shape
@@ -243,7 +243,7 @@ def pieces_chosen(
 
 
 def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Tensor:
-    """As :func:`linear_cross_entropy` defines it, from logits ``(b, n, V)``: 0 without a valid label."""
+    """Return the mean of :func:`linear_cross_entropy` from logits ``(b, n, V)``: 0 without a valid label."""
     logits, targets = logits.flatten(0, 1), labels.flatten()
     total = nn.functional.cross_entropy(logits, targets, ignore_index=ignore_index, reduction="sum")
     count, divided = (labels != ignore_index).sum(), active()
@@ -253,8 +253,5 @@ def _mean_cross_entropy(logits: Tensor, labels: Tensor, ignore_index: int) -> Te
 
 
 def _drop_upstream_duplicates(module: nn.Module, state_dict: dict[str, Any], prefix: str, *_: Any) -> None:
-    """Drop the second copy of the layers that upstream's Transformer saves under ``net.*`` besides ``layers.*``.
-
-    So has that of memory_efficient_attention_pytorch 0.1.
-    """
+    """Drop the second copy of the layers that version 0.1's Transformer saves, under ``net.*``."""
     take_over_keys(module.layers, state_dict, f"{prefix}net.", f"{prefix}layers.")  # type: ignore[arg-type]
