@@ -1,6 +1,6 @@
-"""Biases: what changes the scores, evaluated per tile, and its gradient.
+"""Biases and functions of the score, evaluated per tile, and their gradients.
 
-A tensor or a module is added to the scores; a function of the score replaces them."""
+A tensor's or a module's values are added to the scores; a function of the score replaces them."""
 
 from __future__ import annotations
 
@@ -24,8 +24,8 @@ from .score_function import captured_by, exchanged, is_score_mod, modified, stan
 from .visibility import Tile
 
 BiasModule = Callable[..., Tensor]
-"""Called with the positions of queries ``(i,)`` and keys ``(j,)``; returns what broadcasts to ``(b, h, i, j)``. Or with
-a score and four indices, as ``ScoreMod``."""
+"""Called with positions of queries ``(i,)`` and keys ``(j,)``; returns a tensor that broadcasts to ``(b, h, i, j)``. Or
+called with a score and four indices, as ``ScoreMod``."""
 
 
 @dataclass(frozen=True)
@@ -34,9 +34,9 @@ class Bias:
 
     values: a tensor of four dimensions or a module; None while the tensor is kept elsewhere.
 
-    wants_gradient: of a tensor, whatever the grad mode, since a forward pass without gradients and its repetition with
-    them are to do the same; of a module, where gradients are on. of_score: values is a function of the score, of which
-    ``captured`` are the tensors with gradients that are no parameters of its.
+    wants_gradient: for a tensor, whatever the grad mode, since a forward pass without gradients and its repetition with
+    gradients must do the same; for a module, only with gradients on. of_score: values is a function of the score;
+    ``captured`` are the tensors with gradients that it uses besides its parameters.
     """
 
     values: Tensor | BiasModule | None
@@ -47,7 +47,7 @@ class Bias:
 
     @staticmethod
     def of(values: Tensor | BiasModule, shape: tuple[int, int, int, int], q: Tensor) -> Bias:
-        """Validate ``attn_bias``; ``device`` is that of q."""
+        """Validate ``attn_bias`` for scores of ``shape`` on q's device."""
         if isinstance(values, Tensor):
             expected = "a floating-point dtype (a bool mask goes to mask)"
             require(values.is_floating_point(), "attn_bias", expected, values.dtype)
@@ -77,7 +77,7 @@ class Bias:
 
     @property
     def several_threads(self) -> bool:
-        """True if several threads may evaluate tiles at once."""
+        """Whether several threads may evaluate tiles at once."""
         return isinstance(self.values, Tensor) or serves_several_threads(self.values)
 
     @property
@@ -88,11 +88,11 @@ class Bias:
         return self.captured if self.tensor is None else (self.tensor,)
 
     def with_tensor(self, tensor: Tensor | None) -> Bias:
-        """The same bias with another tensor in place of its own; a module stays as it is."""
+        """Return the same bias with another tensor in place of its own; a module is kept."""
         return replace(self, values=tensor) if self.values is None or self.tensor is not None else self
 
     def tile(self, tile: Tile, batch: slice, heads: slice, device: torch.device) -> Tensor:
-        """The bias of one tile, broadcastable to ``(b, h, i, j)`` of a part of the batch and the heads."""
+        """Return the bias of one tile, broadcastable to ``(b, h, i, j)`` of a part of the batch and the heads."""
         if isinstance(self.values, Tensor):
             return narrow_broadcast(self.values, batch, heads, tile.queries, tile.keys)
         assert self.values is not None
@@ -115,15 +115,15 @@ class Bias:
 
 
 class BiasGradient:
-    """The gradient of a bias, summed over tiles in the bias's own broadcast shape.
+    """Sums the gradient of a bias over tiles, in the bias's own broadcast shape.
 
-    needed: of each of the bias's leaves. dtype: of the sums, where the leaf's is not wider.
+    needed: for each of the bias's leaves. dtype: of the sums, if the leaf's is not wider.
     """
 
     def __init__(self, bias: Bias | None, needed: Sequence[bool], dtype: torch.dtype) -> None:
         self.bias = bias
         module = None if bias is None or not isinstance(bias.values, nn.Module) else bias.values
-        # Stand-ins of parameters that are watched: their hooks run once, on the whole gradient.
+        # Stand-ins for parameters with hooks, which must run once, on the whole gradient.
         self._seen = SeenParameters([] if module is None else [module])
         self._leaves = [] if module is None else self._seen.leaves(self._seen.take(), needed)
         self._stand_ins = stand_ins(() if bias is None else bias.captured)
@@ -147,7 +147,7 @@ class BiasGradient:
         self._sums.backward(values, grad_scores.sum_to_size(values.shape).to(values.dtype))
 
     def modified(self, tile: Tile, batch: slice, heads: slice, scores: Tensor) -> Tensor:
-        """:meth:`Bias.modified`, recording a graph for :meth:`through`."""
+        """Call :meth:`Bias.modified`, recording a graph for :meth:`through`."""
         assert self.bias is not None
         known = {*self._leaves, *self._stand_ins.values(), scores.requires_grad_()}
         with self._seen.held(self._leaves), exchanged(self._stand_ins, known), torch.enable_grad():
@@ -167,7 +167,7 @@ class BiasGradient:
 
 
 def is_score_function(bias: Tensor | BiasModule | None) -> TypeGuard[BiasModule]:
-    """True for a function of the score; False for what is added to it."""
+    """Return True for a function of the score, False for a bias that is added to it."""
     return callable(bias) and not isinstance(bias, Tensor) and is_score_mod(bias)
 
 
@@ -193,7 +193,7 @@ class _ScoreOfHeads(nn.Module):
 
 
 class BiasOfHeads(nn.Module):
-    """A bias module restricted to some of its heads."""
+    """Restricts a bias module to some of its heads."""
 
     def __init__(self, bias: BiasModule, heads: slice) -> None:
         super().__init__()
@@ -209,7 +209,7 @@ class BiasOfHeads(nn.Module):
 
 
 def serves_several_threads(bias: object) -> bool:
-    """True if the module's class declares itself safe to call from several threads and the module has no hooks."""
+    """Return True if the module's class declares ``several_threads`` and the module has no hooks."""
     if not isinstance(bias, nn.Module) or module_is_watched(bias) or all_modules_are_watched():
         return False
     of_heads = isinstance(bias, BiasOfHeads)
@@ -217,6 +217,6 @@ def serves_several_threads(bias: object) -> bool:
 
 
 def accepts_heads(bias: BiasModule) -> bool:
-    """True if the module can evaluate some heads only: its ``forward`` takes a slice as ``heads``."""
+    """Return True if the module can evaluate only some heads: its ``forward`` takes a slice as ``heads``."""
     call = getattr(bias, "forward", bias)
     return "heads" in inspect.signature(call).parameters

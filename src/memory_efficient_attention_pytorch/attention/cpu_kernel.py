@@ -1,4 +1,4 @@
-"""PyTorch's fused CPU kernel applied per tile, for masks and windows that it does not support as a whole."""
+"""Apply PyTorch's fused CPU kernel per tile, for masks and windows that it does not support as a whole."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class CpuKernel(Tiled):
         if not request.moderate:
             return IMMODERATE
         if request.dropout:
-            return "it drops nothing of a tile"
+            return "it has no dropout within a tile"
         if request.bias is not None and request.bias.of_score:
             return OF_SCORE
         if request.d != request.e:
@@ -38,7 +38,7 @@ class CpuKernel(Tiled):
     def add_gradients(
         self, request: AttentionRequest, given: BackwardInputs, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> None:
-        # The kernel takes no gradient of the log-sum-exp and gives none of the scores.
+        # The kernel accepts no gradient of the log-sum-exp and returns none of the scores.
         by_products = given.grad_lse is not None or given.bias_gradient.wanted
         add = Products().add_gradients if by_products else super().add_gradients
         add(request, given, grad_q, grad_k, grad_v)
@@ -71,6 +71,5 @@ class CpuKernel(Tiled):
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copies where the last dimension is not contiguous or rows overlap: PyTorch's kernels take for granted that it is,
-    and that they do not."""
+    """Copy tensors whose last dimension is not contiguous or whose rows overlap: PyTorch's kernels expect neither."""
     return tuple(t if t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] else t.contiguous() for t in tensors)

@@ -1,4 +1,4 @@
-"""CUDA's memory-efficient kernel per tile, for masks, windows, documents and biases no kernel supports as a whole."""
+"""Apply CUDA's memory-efficient kernel per tile, for masks, windows, documents and biases no kernel supports whole."""
 
 from __future__ import annotations
 
@@ -19,13 +19,13 @@ from .request import AttentionRequest
 from .tiles import Found, LogSumExp, Part, QueryBucket, Scores, Tiled, TileGradients, finite
 from .way import OF_SCORE, BackwardInputs
 
-# The least sides of a tile: each is a launch, which has to fill the device.
+# Least sides of a tile: each tile is a launch, which must fill the device.
 QUERIES, KEYS = 2048, 4096
-LSE_MULTIPLE = 32  # to which the kernel pads the log-sum-exp of a row of queries
+LSE_MULTIPLE = 32  # the kernel pads the log-sum-exp to a multiple of this many queries
 
 
 class CudaKernel(Tiled):
-    """Tiles by CUDA's memory-efficient kernel.
+    """Computes tiles by CUDA's memory-efficient kernel.
 
     It never holds the scores. It does not support grouped queries, so a tile's keys and values are repeated. Its
     dropout draws its own random numbers, so dropout is left to plain products."""
@@ -43,7 +43,7 @@ class CudaKernel(Tiled):
         if request.bias is not None and request.bias.of_score:
             return OF_SCORE
         if request.d != request.e or request.d % ALIGNMENT:
-            return f"q and v are to have one width, a multiple of {ALIGNMENT}, not {request.d} and {request.e}"
+            return f"q and v must have one width, a multiple of {ALIGNMENT}, not {request.d} and {request.e}"
         if not are_plain(q, k, v):
             return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
         return "this PyTorch does not have it" if attention_kernels.efficient_kernel() is None else None
@@ -56,7 +56,7 @@ class CudaKernel(Tiled):
     def add_gradients(
         self, request: AttentionRequest, given: BackwardInputs, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> None:
-        if given.grad_lse is not None:  # which the kernel does not take
+        if given.grad_lse is not None:  # the kernel does not accept it
             return Products().add_gradients(request, given, grad_q, grad_k, grad_v)
         return super().add_gradients(_in_large_tiles(request), given, grad_q, grad_k, grad_v)
 
@@ -96,7 +96,7 @@ class CudaKernel(Tiled):
 
 def _kernel() -> Kernel:
     found = attention_kernels.efficient_kernel()
-    assert found is not None  # the objection's business
+    assert found is not None  # else objection() refuses
     return found
 
 
@@ -111,7 +111,7 @@ def _for_each_query_head(q: Tensor, *of_keys: Tensor) -> tuple[Tensor, ...]:
 
 
 def _laid_out(added: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """The additive mask in the layout that the kernel requires: q's dtype, not broadcast, rows aligned."""
+    """Return the additive mask in the layout that the kernel requires: q's dtype, not broadcast, rows aligned."""
     if added is None:
         return None
     (b, h, i, _), j = q.shape, k.shape[2]

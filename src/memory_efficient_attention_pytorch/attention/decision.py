@@ -1,4 +1,4 @@
-"""The choice of how a request is computed: made once, and used in forward, recomputation and backward."""
+"""Choose how a request is computed: once, for forward, recomputation and backward."""
 
 from __future__ import annotations
 
@@ -27,10 +27,10 @@ from .tiles import Tiled
 from .way import BackwardInputs, Way
 
 WAYS: tuple[Way, ...] = (OneDnn(), Sdpa(), Cpu(), Flash(), Efficient(), CudaKernel(), CpuKernel(), Products(), Naive())
-"""Every way of computing attention, the preferred ones first."""
+"""All ways of computing attention, preferred ones first."""
 
 BACKENDS = ("naive", "tiled", "fused", "auto")
-"""The kinds of ways that a caller may ask for, and ``"auto"`` for any; a way's own name is taken, too."""
+"""The kinds of ways that a caller may ask for, and ``"auto"`` for any; a way's own name is accepted, too."""
 
 
 @dataclass(frozen=True)
@@ -43,10 +43,10 @@ class Decision:
     def attend(
         self, q: Tensor, k: Tensor, v: Tensor, results: Sequence[Tensor] | None = None
     ) -> tuple[Tensor, Tensor | None]:
-        """Output ``(b, h, n, e)`` and log-sum-exp ``(b, h, n)``, which may be None where it was not asked for.
+        """Return the output ``(b, h, n, e)`` and log-sum-exp ``(b, h, n)``, which may be None if not asked for.
 
-        Differentiable once in q, k, v, the bias (a tensor or a module's parameters) and through the log-sum-exp.
-        results: what :meth:`compute` returned for the same q, k, v; nothing of the forward pass is computed then.
+        Differentiable once in q, k, v and the bias (a tensor or a module's parameters), also through the log-sum-exp.
+        results: those of :meth:`compute` for the same q, k, v, which replace the forward pass.
         """
         if results is None and self.way.by_autograd:
             out, *lse = self.way.forward(self.request, q, k, v)
@@ -65,17 +65,17 @@ class Decision:
 def decide(
     q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", keep: bool = False, **arguments: Any
 ) -> tuple[Decision, Tensor, Tensor, Tensor]:
-    """What :func:`dot_product_attention` does with these arguments, and q, k and v as autocast has them.
+    """Decide how :func:`dot_product_attention` computes these arguments; also return q, k and v cast by autocast.
 
-    The way is the first of that ``backend`` without a drawback, else the first that can. keep: the results are to be
-    kept, by :meth:`Decision.compute`, for a repetition, which must come to the same request: gradients count as there.
+    The way is the first of ``backend`` without a drawback, else the first without an objection. keep: the results of
+    :meth:`Decision.compute` will be kept for a repetition with gradients; decide as for that repetition.
 
-    Raises ValueError for a wrong argument, and NotImplementedError where no way of that name can compute the request.
+    Raises ValueError for a wrong argument, and NotImplementedError if no way of that name can compute the request.
     """
     q, k, v = _autocast(q, k, v)
     scale = arguments.get("scale")
     if isinstance(scale, Tensor):
-        # Autograd has its gradient then, whatever the way.
+        # Multiplied into q, so that autograd computes the scale's gradient, whatever the way.
         expected = "a number, or a floating-point tensor that broadcasts to (batch, heads, queries, 1)"
         fits = scale.is_floating_point() and canonical_broadcast(scale, (*q.shape[:-1], 1), "scale") is not None
         require(fits, "scale", expected, scale.dtype)
@@ -87,7 +87,7 @@ def decide(
     divided = active()
     for way in _named(backend):
         if divided is not None and not isinstance(way, Tiled):
-            objection = objection or "it does not compute the tiles of tokens that are divided over processes"
+            objection = objection or "it cannot compute tiles of tokens that are divided over processes"
             continue
         nothing_kept = "it leaves nothing that could be kept for backward" if keep and way.by_autograd else None
         against = nothing_kept or way.objection(request, q, k, v)
@@ -122,9 +122,9 @@ def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 class _Attention(torch.autograd.Function):
-    """A way's forward and backward.
+    """Runs a way's forward and backward.
 
-    results: those of the forward pass, where they were kept. tensors: q, k, v and the request's.
+    results: those of the forward pass, if they were kept. tensors: q, k, v and the request's.
     """
 
     @staticmethod
@@ -142,7 +142,7 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad_out: Tensor | None, grad_lse: Tensor | None) -> tuple[Tensor | None, ...]:
-        q, k, v, out, lse, *rest = ctx.saved_tensors  # asked for once: a checkpoint hands each out a single time
+        q, k, v, out, lse, *rest = ctx.saved_tensors  # read once: a checkpoint returns each tensor a single time
         request = ctx.decision.request.with_tensors(*rest[: ctx.others])
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         bias_gradient = BiasGradient(request.bias, ctx.needs_input_grad[7:], request.compute_dtype)

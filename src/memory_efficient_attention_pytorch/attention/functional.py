@@ -1,4 +1,4 @@
-"""The functional interface: exact attention, and which way of computing it is chosen and why."""
+"""The functional interface: exact attention, and the way of computing it that is chosen, with reasons."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from .visibility import Mask, Window
 
 @dataclass(frozen=True)
 class BackendChoice:
-    """Which backend and way of computing run, why, and what was ruled out for which reason.
+    """The chosen backend and way of computing, the reason, and why each other backend was ruled out.
 
     Examples:
         >>> import torch
@@ -73,33 +73,32 @@ def dot_product_attention(
     k_bucket_size: int = 1024,
     return_lse: bool = False,
 ) -> Tensor | tuple[Tensor, Tensor]:
-    r"""Exact attention, ``softmax(scale · q kᵀ + attn_bias) v`` over what each query may see, in O(n + m) memory.
+    r"""Compute exact attention, ``softmax(scale · q kᵀ + attn_bias) v`` over visible keys, in O(n + m) memory.
 
     Args:
         q, k, v: ``(b, h, n, d)``, ``(b, kv, m, d)``, ``(b, kv, m, e)``; floating point, one dtype and device;
             h a multiple of kv (grouped queries: query head i uses key/value head ``i // (h // kv)``).
         mask: bool, True = may attend; key padding ``(b, m)``, or any shape broadcastable to ``(b, h, n, m)``. Or a
             function of indices, ``mask(batch, head, query, key) -> bool``, as FlexAttention's ``mask_mod``: called per
-            tile with integer tensors that broadcast, queries and keys counted from 0. A :class:`MaskFunction` keeps
+            tile with integer tensors that broadcast, queries and keys counted from 0. A :class:`MaskFunction` remembers
             for later calls which tiles are empty or full.
         attn_bias: added to the scaled scores before masking: a tensor broadcastable to ``(b, h, n, m)``, or a module
             called per tile as ``module(query_positions (i,), key_positions (j,))`` that returns a tensor broadcastable
-            to ``(b, h, i, j)``. Positions are those of the keys, consecutive; query i stands at ``i + m - n``.
-            Gradients reach the tensor or the module's parameters. Or a function of the score and of indices,
-            ``f(score, batch, head, query, key) -> score``, as FlexAttention's ``score_mod``, whose result takes the
-            scaled score's place; queries and keys are counted from 0. Gradients go through it, and reach the tensors
-            that it captures.
-        causal: query i sees keys ``j <= i + m - n``: aligned at the end, so a decode step equals the full pass.
+            to ``(b, h, i, j)``. Positions are counted along the keys; query i is at ``i + m - n``. Gradients reach the
+            tensor or the module's parameters. Or a function of the score and of indices, ``f(score, batch, head, query,
+            key) -> score``, as FlexAttention's ``score_mod``, whose result replaces the scaled score; queries and keys
+            are counted from 0. Gradients pass through it, and reach the tensors that it captures.
+        causal: query i sees keys ``j <= i + m - n``: aligned at the end, so a decoding step equals the full pass.
         window: ``(left, right)``, how many keys before and after its own position a query sees; w means (w, w).
-        document_ids: integers ``(b, m)``; a token sees its own document only. The queries are the last n.
+        document_ids: integers ``(b, m)``; a token sees only its own document. The queries are the last n tokens.
         dropout: probability in [0, 1) of dropping a normalised weight; survivors are scaled by 1/(1 − dropout).
             Applied whenever it is above 0. The seed comes from PyTorch's default CPU generator.
         scale: defaults to ``d ** -0.5``. A tensor that broadcasts to ``(b, h, n, 1)`` multiplies q in
             q's dtype, and may require a gradient.
-        backend: ``"auto"`` picks; ``"naive"`` (O(n·m) memory, the reference), ``"tiled"`` and ``"fused"``, and the name
-            of any single way (``select_backend(...).way``), are honoured or refused.
-        q_bucket_size, k_bucket_size: the tiles' sides. They change time and memory, not the result (except which
-            weights dropout drops).
+        backend: ``"auto"`` chooses; ``"naive"`` (O(n·m) memory, the reference), ``"tiled"``, ``"fused"`` and the name
+            of a single way (``select_backend(...).way``) are used or refused.
+        q_bucket_size, k_bucket_size: the tiles' sides in tokens. They change time and memory, not the result (except
+            which weights dropout drops).
         return_lse: also return the log-sum-exp of each row.
 
     Returns:
@@ -108,14 +107,14 @@ def dot_product_attention(
 
     Raises:
         ValueError: an argument has the wrong shape, dtype, device or value.
-        NotImplementedError: the backend asked for cannot serve the request.
+        NotImplementedError: the backend asked for cannot compute the request.
 
     Scores, softmax and accumulators are fp32, or fp64 for fp64. A bias over a whole row may be of any finite size: the
     largest value that a row sees is subtracted first, unless even fp64 would round the scores away beside it (2**56
     and above, such as finfo.min: the scores then count as equal). Hidden keys and values, if finite, affect neither
     output nor gradients. On a CPU the magnitudes of q, k and v are checked first, and where scores may exceed 2**16
     another way of computing is chosen, which rounds differently. Other devices skip the check, and PyTorch's kernels
-    there lose scores above 2**16 in the log-sum-exp and return NaN for hidden products beyond fp32;
+    there lose scores above 2**16 in the log-sum-exp and return NaN for hidden products beyond fp32's range;
     ``backend="products"`` does not. oneDNN's tiles, chosen by name, have the same limits.
 
     Under autocast q, k and v are cast as for PyTorch's own attention. Differentiable once (the tiled backend raises on
@@ -148,7 +147,7 @@ def dot_product_attention(
     out, lse = decision.attend(q, k, v)
     if not return_lse:
         return out
-    assert lse is not None  # a way that has none objects
+    assert lse is not None  # ways without one object to return_lse
     return out, lse
 
 

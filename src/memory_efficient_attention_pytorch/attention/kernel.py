@@ -1,4 +1,4 @@
-"""PyTorch's fused kernels through operators that return the log-sum-exp; keeping it saves a second forward.
+"""Call PyTorch's fused kernels by operators that return the log-sum-exp; keeping it saves a second forward.
 
 ``scaled_dot_product_attention`` runs the same operators.
 """
@@ -20,11 +20,11 @@ from .sdpa import Fused, fused_kernels, not_whole, whole_mask
 from .tiles import additive
 from .way import BackwardInputs
 
-ALIGNMENT = 8  # what the CUDA kernels ask of a width, in elements
+ALIGNMENT = 8  # the CUDA kernels need widths that are multiples of this
 
 
 class WholeKernel(Fused):
-    """A kernel through its own operators; ``find`` returns them, or None if this PyTorch lacks them."""
+    """Calls a kernel by its own operators; ``find`` returns them, or None if this PyTorch lacks them."""
 
     find: Callable[[], Kernel | None]
 
@@ -32,7 +32,7 @@ class WholeKernel(Fused):
     def kernel(self) -> Kernel:
         """PyTorch's operators."""
         found = type(self).find()
-        assert found is not None  # the objection's business
+        assert found is not None  # else objection() refuses
         return found
 
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
@@ -99,7 +99,7 @@ class Efficient(WholeKernel):
 
 
 def _added(request: AttentionRequest) -> Tensor | None:
-    """Mask and bias as one additive tensor in the layout that the kernels require."""
+    """Return mask and bias as one additive tensor in the layout that the kernels require."""
     added = whole_mask(request)
     if added is not None and added.dtype == torch.bool:
         added = additive(added, None, request.dtype)

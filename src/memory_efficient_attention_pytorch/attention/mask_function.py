@@ -1,4 +1,4 @@
-"""Masks as functions of indices, evaluated one tile at a time: FlexAttention's ``mask_mod``."""
+"""Evaluate masks that are functions of indices, one tile at a time: FlexAttention's ``mask_mod``."""
 
 from __future__ import annotations
 
@@ -25,23 +25,23 @@ class Place(NamedTuple):
     keys: slice
 
     def indices(self, device: torch.device) -> list[Tensor]:
-        """The indices, int64, as ``(b, 1, 1, 1)``, ``(1, h, 1, 1)``, ``(1, 1, i, 1)`` and ``(1, 1, 1, j)``."""
+        """Return the indices, int64, as ``(b, 1, 1, 1)``, ``(1, h, 1, 1)``, ``(1, 1, i, 1)`` and ``(1, 1, 1, j)``."""
         ranges = (torch.arange(place.start, place.stop, device=device) for place in self)
         return [r.view([-1 if axis == own else 1 for axis in range(4)]) for own, r in enumerate(ranges)]
 
 
 @dataclass(frozen=True)
 class MaskFunction:
-    """A ``mask_mod`` with its classification of tiles, shared by calls and layers.
+    """Holds a ``mask_mod`` with its classification of tiles, shared by calls and layers.
 
-    Each tile is evaluated once and classified as empty, full or partial; the answer, one byte a tile, is kept with
+    Each tile is evaluated once and classified as empty, full or partial; the answer, one byte per tile, is kept in
     this object for later calls of the same sizes. A plain function passed as ``mask`` is classified in every call.
 
     Args:
         function: ``(batch, head, query, key) → bool``, element by element. Indices are int64 tensors that broadcast
             against each other; query and key are counted from 0, wherever causality aligns them. It may index tensors
             that it captures, which must not change while the object is in use.
-        first_head: what is added to head numbers, where a call has only some of a layer's heads.
+        first_head: added to head indices, where a call has only some of a layer's heads.
 
     Examples:
         >>> import torch
@@ -60,11 +60,14 @@ class MaskFunction:
         return self.function(batch, head + self.first_head if self.first_head else head, query, key)
 
     def of_heads(self, heads: slice) -> MaskFunction:
-        """The same function for a call that has these heads only; the classification is shared."""
+        """Return the same function for a call that has only these heads; the classification is shared."""
         return replace(self, first_head=self.first_head + heads.start)
 
     def at(self, indices: Sequence[Tensor]) -> Tensor:
-        """The mask at a place: bool, four dimensions, broadcastable with the indices."""
+        """Return the mask at these indices: bool, four dimensions, broadcastable with them.
+
+        Raises ValueError if the function returns something else.
+        """
         visible = self(*indices)
         came = visible.dtype if isinstance(visible, Tensor) else type(visible).__name__
         require(came == torch.bool, "mask function's output", "a tensor of dtype torch.bool (True = may attend)", came)
@@ -72,12 +75,12 @@ class MaskFunction:
         return canonical_broadcast(visible, (b, h, n, m), "mask function's output")
 
     def looks_at(self, device: torch.device) -> tuple[bool, bool]:
-        """Whether the mask depends on the sequence, and whether it depends on the head."""
+        """Return whether the mask depends on the sequence, and whether it depends on the head."""
         zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
         b, h, _, _ = self.at((zero.expand(2, 1, 1, 1), zero.expand(1, 2, 1, 1), zero, zero)).shape
         return b > 1, h > 1
 
 
 def mask_function(mask: MaskMod) -> MaskFunction:
-    """Wrap a function; a :class:`MaskFunction` is returned as it is, so that what it keeps is shared."""
+    """Wrap a function; a :class:`MaskFunction` is returned unchanged, so that its classification is shared."""
     return mask if isinstance(mask, MaskFunction) else MaskFunction(mask)

@@ -1,4 +1,4 @@
-"""The executable definition: the whole score matrix, no tiles. Every other way is tested against this one."""
+"""The executable definition: the whole score matrix, no tiles. All other ways are tested against it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from .way import Way
 
 
 class Naive(Way):
-    r"""``softmax(scale · q kᵀ + bias)`` over the visible keys, dropped out, times v; O(n·m) memory.
+    r"""Computes ``softmax(scale · q kᵀ + bias)`` over the visible keys, with dropout, times v; O(n·m) memory.
 
     A row that sees nothing has output 0 and log-sum-exp −∞.
     """
@@ -34,7 +34,8 @@ class Naive(Way):
             bias, visible = everything.bias, everything.visible
             level = None
             if bias is not None:
-                # Scores above the largest bias a row sees, at which fp32 would round them away, up to where fp64 would.
+                # Scores relative to the largest bias a row sees, beside which fp32 would round them away; beyond
+                # ROUNDED_AWAY fp64 would too, so there the scores count as equal.
                 seen_bias = bias.detach() if visible is None else bias.detach().masked_fill(~visible, float("-inf"))
                 level = finite(seen_bias.to(dtype).amax(dim=-1, keepdim=True))
                 scores = torch.where(level.abs() < ROUNDED_AWAY, scores, scores - scores.detach())
@@ -58,7 +59,7 @@ class Naive(Way):
 
 
 def _survivors(request: AttentionRequest) -> Tensor:
-    """The dropout masks of all tiles side by side: bool ``(b, h, n, m)``."""
+    """Return the dropout masks of all tiles side by side: bool ``(b, h, n, m)``."""
     keep = torch.ones(request.score_shape, dtype=torch.bool, device=request.device)
     for part in parts(request):
         for row in part.rows(request):

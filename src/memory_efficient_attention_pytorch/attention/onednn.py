@@ -1,9 +1,9 @@
-"""Attention tiles whose products oneDNN adds in place, for CPUs on which MKL leaves AVX-512 unused, and for dropout.
+"""Compute attention tiles by oneDNN's in-place products, for CPUs on which MKL leaves AVX-512 unused and for dropout.
 
-PyTorch's fused CPU kernel multiplies with MKL inside. A tile here is the same arithmetic by whole-tile operators: the
-products reach twice MKL's rate, and powers of two take a quarter of the time of ``exp``, so scores are kept in units of
-log 2. In backward a tile stands with keys as rows, ``(j, i)``: then three of its four other products are oneDNN's too,
-as they are. Each head of a sequence is computed by one thread.
+PyTorch's fused CPU kernel multiplies with MKL. Here a tile is the same arithmetic in whole-tile operators: the products
+reach twice MKL's rate, and powers of two take a quarter of the time of ``exp``, so scores are in units of log 2. In
+backward a tile has keys as rows, ``(j, i)``, so that three of its other four products can use oneDNN without copies.
+Each head of a sequence is computed by one thread.
 """
 
 from __future__ import annotations
@@ -27,21 +27,21 @@ from .tiles import LogSumExp, Part, QueryBucket, Scores, alike_to, cut, empty_re
 from .visibility import Tile
 from .way import OF_SCORE, BackwardInputs, Way
 
-# The scores of a tile and the width below which calling its operators costs more than they gain, the scores of a head
-# below which PyTorch's fused kernel is no slower, and the CPU's threads above which one tile is too little for all.
+# Scores of a tile, and width, below which the operators' overhead exceeds their gain; scores of a head below which
+# PyTorch's fused kernel is no slower; threads above which a tile is too little work.
 LEAST_TILE_SCORES, LEAST_WIDTH, LEAST_HEAD_SCORES, MOST_THREADS = 2**18, 32, 2**21, 4
 LOG2_E = math.log2(math.e)
-# A row keeps its top while a tile's weights relative to it sum to at most this.
+# A row keeps its top while a tile's weights relative to the top sum to at most this.
 MOST_MASS = 2.0**16
 MOST_MASKS = 4  # kept at once
-# From this width on the products save more than evaluating the documents for each head costs.
+# From this width on the products gain more than evaluating documents for each head costs.
 WIDE = 128
-# Backward holds two tiles for each thread: of half as many keys they take as long, and a megabyte each.
+# Backward holds two tiles per thread: with half as many keys they take no longer, and a megabyte each.
 MOST_KEYS_IN_BACKWARD = 512
 
 
 class OneDnn(Way):
-    """Whole tiles by oneDNN's products."""
+    """Computes whole tiles by oneDNN's products."""
 
     name, backend = "onednn", "tiled"
     merit = "oneDNN's products, with a head for each thread, are faster on this CPU than what else could compute this"
@@ -91,9 +91,9 @@ class OneDnn(Way):
         return out, *log_sum_exp
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
-        if not request.dropout and request.visibility.function is None:  # what is drawn and evaluated for whole tiles
+        if not request.dropout and request.visibility.function is None:  # both are evaluated for tiles of this size
             request = replace(request, k_bucket_size=min(request.k_bucket_size, MOST_KEYS_IN_BACKWARD))
-        # oneDNN adds only to contiguous memory: each head's gradient in one piece, not each token's.
+        # oneDNN adds only to contiguous memory, so gradients are head-major.
         gradients = torch.zeros_like(given.q), fresh_total(given.k), fresh_total(given.v)
         kept: dict[tuple[int, ...], Tensor] = {}
 
@@ -106,7 +106,7 @@ class OneDnn(Way):
 
             return differentiate
 
-        # Query heads that add to one key/value head's gradient are one thread's, in their order.
+        # Query heads that add to the same key/value head's gradient run in order on one thread.
         groups: dict[tuple[int, int], list[Part]] = {}
         for part in cut(request, 1):
             groups.setdefault((part.batch.start, part.kv_heads.start), []).append(part)
@@ -117,14 +117,14 @@ class OneDnn(Way):
 
 
 def _calls_nobody(request: AttentionRequest) -> bool:
-    """True if no function of the caller's runs per tile: it might not be thread-safe."""
+    """Return True if no function of the caller's, which might not be thread-safe, runs per tile."""
     return request.visibility.function is None and (request.bias is None or request.bias.several_threads)
 
 
 class _Shared:
-    """State shared by the heads of one pass: buffers and masks of hidden scores.
+    """Holds state shared by the heads of one pass: buffers and masks of hidden scores.
 
-    Window and causality hide the same in many tiles: it is kept for a few, in ``kept``, which all threads of a pass
+    Window and causality give many tiles the same mask; a few masks are kept in ``kept``, which all threads of a pass
     share. transposed: tiles are ``(j, i)``.
     """
 
@@ -133,16 +133,20 @@ class _Shared:
         self.scratch, self.kept = Scratch(torch.float32, request.device), kept
 
     def start(self, of_tile: Scores, scores: Tensor, value: Tensor) -> None:
-        """Fill ``scores (i, j)``, or transposed, to which products are added, with the value of each query, shaped to
-        broadcast, and what is hidden."""
+        """Fill ``scores (i, j)``, or transposed, with each query's broadcast value, and −∞ where hidden.
+
+        Products are added afterwards.
+        """
         if of_tile.tile.full:
             scores.copy_(value)
         else:
             scores.copy_(self._hidden(of_tile)).add_(value)
 
     def start_biased(self, of_tile: Scores, scores: Tensor) -> Tensor:
-        """Fill the same with biases less each row's level and what is hidden; the level ``(i, 1)``, or transposed, is
-        the largest bias that the row sees, as of :meth:`.Scores.relative`."""
+        """Fill scores with biases less each row's level, and −∞ where hidden; return the level.
+
+        The level ``(i, 1)``, or transposed, is the largest bias that the row sees, as in :meth:`.Scores.relative`.
+        """
         bias = of_tile.bias
         assert bias is not None
         scores.copy_(bias[0, 0].t() if self.transposed else bias[0, 0])
@@ -153,8 +157,10 @@ class _Shared:
         return level
 
     def _hidden(self, of_tile: Scores) -> Tensor:
-        """−∞ where a tile that is not full must see nothing, else 0, in the shape of its scores: added in a fifth of
-        the time of ``masked_fill_``, in a dtype of two bytes, which has both numbers."""
+        """Return −∞ where a partial tile hides, else 0, in the shape of its scores.
+
+        Adding it takes a fifth of the time of ``masked_fill_``; bf16 holds both numbers in two bytes.
+        """
         tile = of_tile.tile
         repeated = self.request.visibility.structural
         place = (tile.i0 - tile.j0, tile.i1 - tile.i0, tile.j1 - tile.j0)
@@ -199,12 +205,12 @@ def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: T
 
 
 class _Softmax:
-    """One bucket of queries' weights ``2 ** (score - top)``, a tile at a time, and their sums ``mass``, ``(i, 1)``.
+    """Computes a bucket of queries' weights ``2 ** (score - top)`` tile by tile, and their sums ``mass``, ``(i, 1)``.
 
-    A row's top is its largest score in the first tile; later tiles keep it while their weights stay small. Their own
-    largest scores need not be found then, and products are added to ``-top``: two passes over a tile fewer. Each row's
-    numbers are its own, bit for bit, whatever the other rows hold. With biases scores and top are above the largest
-    bias that the row has seen, its ``level`` in units of 1.
+    A row's top is its largest score in the first tile; later tiles keep it while their weights stay small. Then their
+    own largest scores need not be found, and products are added to ``-top``, which saves two passes over a tile. Each
+    row's result is the same bit for bit whatever the other rows hold. With biases, scores and top are relative to the
+    largest bias that the row has seen, its ``level`` in units of 1.
     """
 
     def __init__(self, shared: _Shared, queries: Tensor) -> None:
@@ -215,7 +221,7 @@ class _Softmax:
         self.first = True
 
     def add(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> None:
-        """Make this tile's weights of ``scores (i, j)``; what earlier tiles added to ``total (i, e)`` is scaled."""
+        """Turn ``scores (i, j)`` into this tile's weights; scale what earlier tiles added to ``total (i, e)``."""
         if of_tile.request.bias is not None:
             return self._add_biased(of_tile, scores, keys, total)
         higher = torch.ones_like(self.unseen)
@@ -242,7 +248,7 @@ class _Softmax:
         return LogSumExp.of((self.top + self.mass.log2()).mul_(1 / LOG2_E), self.level)
 
     def _add_biased(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> None:
-        # Scores often rise from tile to tile (ALiBi's do): all would be computed twice if the top were kept.
+        # With biases scores often rise from tile to tile (as with ALiBi): a kept top would have all computed twice.
         level = self.shared.start_biased(of_tile, scores)
         keys.add_product(scores.mul_(LOG2_E), self.queries)
         higher = torch.maximum(self.level, level)
@@ -305,7 +311,7 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
 
 
 class _Packed:
-    """Buckets of keys, or of transposed values, packed for oneDNN and kept while later rows may see them."""
+    """Packs buckets of keys, or of transposed values, for oneDNN and keeps them while later rows may see them."""
 
     def __init__(self, tensor: Tensor, transposed: bool) -> None:
         self.tensor, self.transposed = tensor, transposed
@@ -324,5 +330,5 @@ class _Packed:
 
 
 def _scaled(rows: Tensor, factor: float) -> Tensor:
-    """``rows · factor``, in fp32, contiguous."""
+    """Return ``rows · factor``, in fp32, contiguous."""
     return rows.float().mul(factor).contiguous()

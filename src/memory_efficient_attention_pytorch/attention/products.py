@@ -1,4 +1,4 @@
-"""Tiles by plain matrix products: every request, on any device."""
+"""Compute tiles by plain matrix products: every request, on any device."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite
 
 
 class Products(Tiled):
-    """Tiles by PyTorch's operators, of as many heads at once as fit in the device's cache."""
+    """Computes tiles by PyTorch's operators, for as many heads at once as fit in the device's cache."""
 
     name = "products"
     merit = "serves every request in linear memory"
@@ -19,7 +19,7 @@ class Products(Tiled):
         dtype = request.compute_dtype
         weights = _products(scores, q.to(dtype), k.to(dtype))
         if scores.is_modified:
-            weights = scores.modified(weights).clone()  # it may be a tensor that the function captures
+            weights = scores.modified(weights).clone()  # the function may return a tensor that it captures
         level = _add_and_hide(scores, weights, scores.visible)
         top = finite(weights.amax(dim=-1, keepdim=True))
         weights = weights.sub_(top).exp_()
@@ -64,7 +64,7 @@ class Products(Tiled):
 
 
 def _products(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
-    """``scale · q kᵀ``."""
+    """Return ``scale · q kᵀ``."""
     return _unfold(_fold(q * scores.request.scale, k) @ k.mT, q)
 
 
@@ -81,13 +81,13 @@ def _add_and_hide(scores: Scores, values: Tensor, visible: Tensor | None) -> Ten
 
 
 def _fold(queries: Tensor, keys: Tensor) -> Tensor:
-    """``(b, h, i, x)`` → ``(b, kv, g·i, x)``: the queries that share a key/value head, as rows of one product."""
+    """Reshape ``(b, h, i, x)`` to ``(b, kv, g·i, x)``: queries that share a key/value head are rows of one product."""
     b, h, i, x = queries.shape
     kv = keys.shape[1]
     return queries if h == kv else queries.reshape(b, kv, h // kv * i, x)
 
 
 def _unfold(folded: Tensor, queries: Tensor) -> Tensor:
-    """The inverse of :func:`_fold`, for the heads and rows of ``queries``."""
+    """Undo :func:`_fold`, for the heads and rows of ``queries``."""
     b, h, i, _ = queries.shape
     return folded.reshape(b, h, i, folded.shape[-1])

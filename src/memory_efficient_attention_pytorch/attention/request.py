@@ -1,4 +1,4 @@
-"""One call's arguments, validated once."""
+"""Validate one call's arguments once."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ from .bias import Bias, BiasModule
 from .visibility import Block, Mask, Visibility, Window
 
 LARGEST_BIAS, LARGEST_SCORE, LARGEST_VALUE = 2.0**12, 2.0**16, 2.0**96
-"""Up to these biases of a row and scores a log-sum-exp in fp32 is right to 2.4e-4 and 4e-3, as scores are
-in fp32 at best; up to these values products of theirs stay finite."""
+"""Up to this bias and this score of a row a log-sum-exp in fp32 is accurate to 2.4e-4 and 4e-3, which is fp32's own
+resolution of scores; up to this value products of values stay finite."""
 ROUNDED_AWAY = 2.0**56
-"""Biases from which on fp64 has no digit left for ordinary scores beside them: there they count as equal."""
+"""Biases beside which fp64 has no digits left for ordinary scores, which then count as equal."""
 IMMODERATE = (
     f"scores of q and k may exceed {LARGEST_SCORE:.0f}, values be near the end of fp32, or a row's biases all be huge"
 )
@@ -30,9 +30,9 @@ IMMODERATE = (
 class AttentionRequest:
     """One call of :func:`dot_product_attention`, validated. Shapes by the legend of ``visibility``.
 
-    device_type: that of the device whose choices are made; in a dry run not ``device``'s own. moderate: q, k and v are
-    known to be so small that no product comes near to where fp32 rounds a log-sum-exp, or ends. block: what the tensors
-    at hand hold of heads, queries and keys; the rest of the request is about the whole. None: all.
+    device_type: of the device whose choices are made; in a dry run not ``device``'s own. moderate: q, k and v are known
+    to be so small that fp32 neither rounds away part of a log-sum-exp nor overflows. block: the heads, queries and keys
+    that the given tensors hold, while the rest of the request describes the whole; None: all.
     """
 
     b: int
@@ -58,12 +58,12 @@ class AttentionRequest:
 
     @property
     def keeps_rest(self) -> bool:
-        """True if tiles keep for backward the part of the log-sum-exp that fp32 rounds away."""
+        """Whether tiles keep for backward the part of the log-sum-exp that fp32 rounds away."""
         return self.bias is not None or not self.moderate
 
     @property
     def compute_dtype(self) -> torch.dtype:
-        """Scores, softmax and accumulators: fp64 for fp64, fp32 for everything else."""
+        """The dtype of scores, softmax and accumulators: fp64 for fp64, fp32 for all others."""
         return torch.float64 if self.dtype == torch.float64 else torch.float32
 
     @property
@@ -72,12 +72,12 @@ class AttentionRequest:
 
     @property
     def held(self) -> Block:
-        """The heads, queries and keys at hand."""
+        """The heads, queries and keys that the given tensors hold."""
         return self.block or Block(slice(0, self.h), slice(0, self.n), slice(0, self.m))
 
     @property
     def tile_scores(self) -> int:
-        """The scores of a whole tile of one head."""
+        """The number of scores in a whole tile of one head."""
         return min(self.q_bucket_size, self.n) * min(self.k_bucket_size, self.m)
 
     @property
@@ -87,7 +87,7 @@ class AttentionRequest:
         return self.visibility.mask, self.visibility.document_ids, *leaves
 
     def with_tensors(self, *tensors: Tensor | None) -> AttentionRequest:
-        """The same request with these tensors, in the order of :attr:`tensors`, or with none."""
+        """Return the same request with these tensors, in the order of :attr:`tensors`, or without any."""
         mask, document_ids, of_bias, *_ = *tensors, None, None, None
         visibility = replace(self.visibility, mask=mask, document_ids=document_ids)
         return replace(self, visibility=visibility, bias=None if self.bias is None else self.bias.with_tensor(of_bias))
@@ -115,7 +115,7 @@ def build_request(
     if divided is not None:
         local = divided.local_tokens
         for name, tokens in (("q", n), ("k", m)):
-            require(tokens == local, name, f"{local} tokens, as many as each process has of the sequence", tokens)
+            require(tokens == local, name, f"{local} tokens, each process's part of the sequence", tokens)
         n = m = divided.num_tokens
         mask = divided.gather(mask) if isinstance(mask, Tensor) and mask.shape == (b, local) else mask
         document_ids = None if document_ids is None else divided.gather(document_ids)
@@ -159,7 +159,7 @@ def _dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
 
 
 def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | None, divided: Divided | None) -> bool:
-    """True if q, k and v are known to be small; checked on CPUs only, for elsewhere the host would have to wait."""
+    """Return True if q, k and v are known to be small; checked only on CPUs, since elsewhere the host would wait."""
     if device_type(q.device) != "cpu":
         return False
     if torch.compiler.is_compiling() or not are_plain(q, k, v) or is_fake(q) or 0 in (*q.shape, *k.shape, *v.shape):
@@ -173,7 +173,7 @@ def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | No
     q_largest, k_largest, v_largest = of_all(*(torch.stack(x.aminmax()).abs().amax() for x in (q, k, v)))
     if not (v_largest <= LARGEST_VALUE or math.isinf(v_largest)):
         return False
-    # This bound needs no norms, which take longer, and nearly always settles it.
+    # This bound needs no norms, which take longer, and nearly always decides.
     if not q_largest * k_largest * q.shape[-1] * abs(scale) <= LARGEST_SCORE:
         norms = (torch.linalg.vector_norm(x, dim=-1, dtype=full_dtype(x.dtype)).amax() for x in (q, k))
         q_norm, k_norm = of_all(*norms)

@@ -1,6 +1,6 @@
-"""Scores changed by a function of the score and its indices: FlexAttention's ``score_mod``.
+"""Change scores by a function of the score and its indices: FlexAttention's ``score_mod``.
 
-A function does not declare which tensors it captures, but its operations reveal them: evaluated once without
+A function does not declare which tensors it captures, but its operations reveal them: when it is evaluated without
 gradients, any operand that requires one was captured. In backward, leaves stand in for these.
 """
 
@@ -20,11 +20,11 @@ from ..common.errors import require
 from .broadcasting import canonical_broadcast
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
-"""``(score, batch, head, query, key)``, tensors that broadcast → what takes the score's place."""
+"""Called with ``(score, batch, head, query, key)``, tensors that broadcast; returns the new score."""
 
 
 def is_score_mod(function: Callable[..., Any]) -> bool:
-    """True if the callable takes a score and four indices rather than two positions."""
+    """Return True if the callable takes a score and four indices rather than two positions."""
     signature = inspect.signature(function.forward if isinstance(function, nn.Module) else function)
 
     def takes(count: int) -> bool:
@@ -38,7 +38,10 @@ def is_score_mod(function: Callable[..., Any]) -> bool:
 
 
 def modified(function: ScoreMod, scores: Tensor, indices: Iterable[Tensor]) -> Tensor:
-    """Apply the function to ``scores (b, h, i, j)``; shape and dtype stay."""
+    """Apply the function to ``scores (b, h, i, j)``; the result has their shape and dtype.
+
+    Raises ValueError if the function returns something else than a floating-point tensor of a fitting shape.
+    """
     found = function(scores, *indices)
     came = found.dtype if isinstance(found, Tensor) else type(found).__name__
     floating = isinstance(found, Tensor) and found.is_floating_point()
@@ -48,16 +51,16 @@ def modified(function: ScoreMod, scores: Tensor, indices: Iterable[Tensor]) -> T
 
 
 def captured_by(function: ScoreMod, device: torch.device, dtype: torch.dtype) -> tuple[Tensor, ...]:
-    """The captured tensors that require gradients, other than parameters if the function is a module.
+    """Return the captured tensors that require gradients, without parameters if the function is a module.
 
-    Raises ValueError where its output depends on one in a way that no other tensor can stand in for.
+    Raises ValueError if its output depends on one that no stand-in can replace.
     """
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
     own = set(function.parameters()) if isinstance(function, nn.Module) else set()
     found: dict[Tensor, None] = {}
 
     def note(tensor: Tensor) -> Tensor:
-        # Without gradients nothing that the function makes asks for one.
+        # With gradients off, no result inside the function requires one.
         if tensor.requires_grad and tensor not in own:
             found[tensor] = None
         return tensor
@@ -77,15 +80,15 @@ def captured_by(function: ScoreMod, device: torch.device, dtype: torch.dtype) ->
 
 
 def stand_ins(captured: Sequence[Tensor]) -> dict[Tensor, Tensor]:
-    """Leaves to stand in for captured tensors, so that hooks on those never see a partial gradient."""
+    """Return leaves to stand in for captured tensors, so that hooks on those never see a partial gradient."""
     return {tensor: tensor.detach().requires_grad_() for tensor in captured}
 
 
 def exchanged(instead: Mapping[Tensor, Tensor], known: Collection[Tensor]) -> AbstractContextManager[Any]:
-    """Inside, operations get a captured tensor's stand-in when they are given the tensor.
+    """Return a context in which operations get stand-ins in place of captured tensors.
 
-    Raises RuntimeError at a leaf with a gradient that is neither one of these nor ``known``: the function captures
-    others than it did, as those of a module that ``torch.func.functional_call`` lent for forward alone.
+    Raises RuntimeError at a leaf with a gradient that is neither a stand-in nor ``known``: the function now uses other
+    tensors than in forward, for example those of a module that ``torch.func.functional_call`` replaced only there.
     """
 
     def other(tensor: Tensor) -> Tensor:
@@ -98,7 +101,7 @@ def exchanged(instead: Mapping[Tensor, Tensor], known: Collection[Tensor]) -> Ab
 
 
 class _Exchange(TorchFunctionMode):
-    """Inside, every operation gets ``other(tensor)`` for each tensor among its arguments."""
+    """Passes ``other(tensor)`` to every operation for each tensor among its arguments."""
 
     def __init__(self, other: Callable[[Tensor], Tensor]) -> None:
         super().__init__()
@@ -118,7 +121,7 @@ class _Exchange(TorchFunctionMode):
 
 
 def _leaves(value: Tensor) -> Iterator[Tensor]:
-    """The leaves that a gradient of ``value`` would reach."""
+    """Yield the leaves that a gradient of ``value`` would reach."""
     seen: set[Node] = set()
     ahead = [get_gradient_edge(value).node] if value.requires_grad else []
     while ahead:

@@ -1,4 +1,4 @@
-"""PyTorch's ``scaled_dot_product_attention``, where it serves a request exactly and without n × m memory."""
+"""Call PyTorch's ``scaled_dot_product_attention`` where it computes a request exactly and without n × m memory."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from .way import OF_SCORE, Way
 
 
 class Fused(Way):
-    """One of PyTorch's fused kernels, applied to the whole request."""
+    """Applies one of PyTorch's fused kernels to the whole request."""
 
     backend = "fused"
     merit = "PyTorch's fused kernel computes exactly this"
@@ -25,7 +25,7 @@ class Fused(Way):
 
 
 class Sdpa(Fused):
-    """The public function; it does not return the log-sum-exp."""
+    """Calls the public function, which does not return the log-sum-exp."""
 
     name = "sdpa"
     by_autograd = True
@@ -46,7 +46,7 @@ class Sdpa(Fused):
 
 
 def not_whole(request: AttentionRequest) -> str | None:
-    """Why PyTorch's kernels cannot compute the request as a whole, on whatever device; None when they can."""
+    """Return why PyTorch's kernels cannot compute the request as a whole on any device; None if they can."""
     visibility, bias = request.visibility, request.bias
     if request.return_lse:
         return "scaled_dot_product_attention does not return the log-sum-exp"
@@ -68,7 +68,7 @@ def not_whole(request: AttentionRequest) -> str | None:
         if bias.tensor is None and request.n > 1:
             return "a bias module would have to be evaluated for all n × m positions at once"
         if bias.wants_gradient:
-            return "where the bias wants a gradient, PyTorch holds the whole score matrix"
+            return "where the bias requires a gradient, PyTorch holds the whole score matrix"
         if not visibility.trivial and request.n > 1:
             return "bias and mask or causality together need a mask of n × m"
         if bias.tensor is not None and bias.tensor.dtype != request.dtype:
@@ -79,16 +79,16 @@ def not_whole(request: AttentionRequest) -> str | None:
 
 
 def whole_mask(request: AttentionRequest) -> Tensor | None:
-    """The ``attn_mask`` for the public function: a bool mask or, for a single query, the bias as one row.
+    """Return the ``attn_mask`` for the public function: the bool mask, or the bias.
 
-    A row may come from a module, and meet a mask.
+    For a single query the bias is one row, which may come from a module and be combined with a mask.
     """
     if request.bias is None:
         return request.visibility.mask
     added = Scores.all_of(request).added(request.compute_dtype if request.n == 1 else request.dtype)
     assert added is not None
-    # The kernels keep a row's log-sum-exp in fp32, and with it the level of its biases. On a CPU that is looked at
-    # first; elsewhere it would be waited for.
+    # The kernels keep a row's log-sum-exp in fp32, and with it the level of its biases. A CPU checks the level first;
+    # elsewhere the host would have to wait for it.
     looked_at = request.device_type == "cpu" and not is_fake(added) and not torch.compiler.is_compiling()
     if looked_at and bool((added.amax(-1).abs() <= LARGEST_BIAS).all()):
         return added
@@ -96,9 +96,9 @@ def whole_mask(request: AttentionRequest) -> Tensor | None:
 
 
 def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> set[str]:
-    """Which of PyTorch's fused kernels take the whole request: ``"cpu"``, or some of ``"flash"`` and ``"efficient"``.
+    """Return PyTorch's fused kernels that take the whole request: ``"cpu"``, or some of ``"flash"``, ``"efficient"``.
 
-    On CUDA PyTorch is asked, which knows the device; where none is at hand (a dry run) its published conditions are.
+    On CUDA PyTorch decides, which knows the device; without a device (in a dry run) its published conditions apply.
     """
     if request.device_type != "cuda":
         return {"cpu"} & {request.device_type}

@@ -1,11 +1,11 @@
-"""Attention one tile of scores at a time: memory linear in n and m whatever is asked.
+"""Compute attention one tile of scores at a time, in memory linear in n and m for every request.
 
 The online softmax of Milakov & Gimelshein (2018), the order of Rabe & Staats, "Self-attention does not need O(n²)
-memory" (2021), and the backward pass of Dao et al., "FlashAttention" (2022): what is kept for backward is the output
-and each row's log-sum-exp, and every tile is computed again from q and k.
+memory" (2021), and the backward pass of Dao et al., "FlashAttention" (2022): the output and each row's log-sum-exp are
+kept for backward, and every tile is recomputed from q and k.
 
-This module holds what all ways of computing a tile share: the cut of batch and heads into parts, masking and biases
-of a tile, and the loops.
+This module holds what all ways of computing a tile share: cutting batch and heads into parts, a tile's masks and
+biases, and the loops.
 """
 
 from __future__ import annotations
@@ -24,14 +24,15 @@ from .request import AttentionRequest
 from .visibility import Row, Tile, Visibility
 from .way import BackwardInputs, Way
 
-# Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 stay in a CPU's cache, a GPU wants more work.
+# Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 fit in a CPU's cache, a GPU needs more work.
 ELEMENTS_ON_A_CPU, ELEMENTS_ELSEWHERE = 2**20, 2**25
 
 
 class Part(NamedTuple):
-    """A part of the batch and of the query heads, the key/value heads that serve them, and what they may see.
+    """A part of the batch and of the query heads, the key/value heads that they use, and what they may see.
 
-    held: the number of the first query head at hand; ``heads`` are numbers of the whole, ``kv_heads`` of those at hand.
+    held: the index of the first query head in the given tensors; ``heads`` index the whole, ``kv_heads`` the given
+    tensors.
     """
 
     batch: slice
@@ -42,50 +43,50 @@ class Part(NamedTuple):
     held: int = 0
 
     def of_query(self, x: Tensor) -> Tensor:
-        """The part's heads of ``x (b, h, …)``."""
+        """Return the part's heads of ``x (b, h, …)``."""
         return x[self.batch, shifted(self.heads, self.held) if self.held else self.heads]
 
     def of_key(self, x: Tensor) -> Tensor:
-        """The key/value heads that serve them, of ``x (b, kv, …)``."""
+        """Return the key/value heads that they use, of ``x (b, kv, …)``."""
         return x[self.batch, self.kv_heads]
 
     def rows(self, request: AttentionRequest) -> Iterable[Row]:
-        """The rows of tiles, of which a dry run goes through a few."""
+        """Iterate over the rows of tiles, in a dry run over a few of them."""
         buckets = (request.q_bucket_size, request.k_bucket_size)
         if buckets not in self.schedules:
             self.schedules[buckets] = self.visibility.schedule(*buckets, request.device, request.block)
         rows = self.schedules[buckets]
-        # Under causality rows grow, and end in wide and narrow tiles by turns; the very last may have few queries.
+        # Under causality rows grow and end alternately in wide and narrow tiles; the very last may have few queries.
         return each(rows, size=lambda row: row.scores, last=3)
 
 
 def shifted(part: slice, first: int) -> slice:
-    """Shift indices of the whole to those of the tensors at hand, which begin with ``first``."""
+    """Shift indices of the whole to those of the given tensors, which begin at ``first``."""
     return slice(part.start - first, part.stop - first)
 
 
 def tiles(row: Row) -> Iterable[Tile]:
-    """The tiles of a row, of which a dry run goes through a few."""
+    """Iterate over the tiles of a row, in a dry run over a few of them."""
     return each(row.tiles, size=lambda tile: tile.scores, last=2)
 
 
 def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alike = None) -> Iterable[Part]:
     """Cut batch and heads so that a tile of a part holds at most ``elements`` scores, or else those of one head.
 
-    A part's heads are whole groups that share a key/value head, or a piece of one group. None: as many elements as stay
-    in the device's cache. alike: the pass and its tensors, by which a dry run knows one that does the same.
+    A part's heads are whole groups that share a key/value head, or a piece of one group. None: as many elements as fit
+    in the device's cache. alike: the pass and its tensors, by which a dry run recognises an equal loop.
     """
     return each(cut(request, elements), alike=alike_to(request, alike))
 
 
 def alike_to(request: AttentionRequest, alike: Alike) -> Alike:
-    """A key that loops over a request's parts share if they take the same memory; None if no two do."""
+    """Return a key that is equal for loops over parts that take the same memory; None if there is none."""
     plain = request.visibility.structural and request.bias is None
     return (*alike, request) if alike and plain else None
 
 
 def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
-    """All of :func:`parts`."""
+    """Return all of :func:`parts`."""
     if elements is None:
         elements = ELEMENTS_ON_A_CPU if request.device_type == "cpu" else ELEMENTS_ELSEWHERE
     per_part = max(1, elements // max(1, request.tile_scores))
@@ -106,7 +107,7 @@ def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
 
 
 class Scores(NamedTuple):
-    """One tile of a part: what is added to its scores, what it may see, what dropout keeps."""
+    """One tile of a part: its biases, its visible keys, its dropout mask."""
 
     request: AttentionRequest
     part: Part
@@ -114,18 +115,18 @@ class Scores(NamedTuple):
 
     @staticmethod
     def all_of(request: AttentionRequest) -> Scores:
-        """Everything as a single tile."""
+        """Return the whole request as a single tile."""
         part = Part(EVERYTHING, EVERYTHING, EVERYTHING, request.visibility, {})
         return Scores(request, part, Tile(0, request.n, 0, request.m, request.visibility.trivial))
 
     @property
     def visible(self) -> Tensor | None:
-        """Bool, broadcastable to ``(b, h, i, j)``, True = may be seen; None when nothing is hidden."""
+        """Bool, broadcastable to ``(b, h, i, j)``, True = visible; None when nothing is hidden."""
         return self.part.visibility.tile_mask(self.tile, self.request.device)
 
     @property
     def bias(self) -> Tensor | None:
-        """Broadcastable to ``(b, h, i, j)``; None where nothing is added."""
+        """The bias, broadcastable to ``(b, h, i, j)``; None where nothing is added."""
         bias = self.request.bias
         return (
             None
@@ -135,7 +136,7 @@ class Scores(NamedTuple):
 
     @property
     def is_modified(self) -> bool:
-        """True if a function replaces the scores."""
+        """Whether a function replaces the scores."""
         return self.request.bias is not None and self.request.bias.of_score
 
     def modified(self, values: Tensor, gradient: BiasGradient | None = None) -> Tensor:
@@ -145,14 +146,14 @@ class Scores(NamedTuple):
         return by.modified(self.tile, self.part.batch, self.part.heads, values)
 
     def added(self, dtype: torch.dtype) -> Tensor | None:
-        """Bias and what is hidden as one tensor added to the scores; None without either."""
+        """Return bias and mask as one tensor to add to the scores; None without either."""
         return additive(self.visible, self.bias, dtype)
 
     def relative(self, dtype: torch.dtype, visible: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
-        """:meth:`added` less each row's level, and the level ``(b|1, h|1, i|1, 1)``: the largest bias that a row sees
-        in this tile, −∞ where it sees none. Without a bias the level is None.
+        """Return :meth:`added` less each row's level, and the level ``(b|1, h|1, i|1, 1)``.
 
-        Softmax is the same at any level, but at one of −1e9 fp32 would round the scores away.
+        The level is the largest bias that a row sees in this tile, −∞ where it sees none, and None without a bias.
+        Softmax does not depend on it, but beside a level of −1e9 fp32 would round the scores away.
         """
         bias = self.bias
         added = additive(visible, bias, dtype)
@@ -162,8 +163,8 @@ class Scores(NamedTuple):
     def survivors(self) -> Tensor | None:
         """Bool ``(b, h, i, j)``: which probabilities dropout keeps; None without dropout.
 
-        It depends on seed, place and tile alone, so it is the same in any order and again in backward. On a CPU each
-        head has its own draw, since there the cut into parts follows the number of threads.
+        It depends only on seed, place and tile, so it is the same in any order and again in backward. On a CPU each
+        head has its own draw, since there the parts depend on the number of threads.
         """
         request, part, tile = self.request, self.part, self.tile
         if not request.dropout:
@@ -183,7 +184,7 @@ class Scores(NamedTuple):
 
 
 def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> Tensor | None:
-    """``bias``, or 0, where ``visible``, −∞ elsewhere; None without either."""
+    """Return ``bias``, or 0, where ``visible``, −∞ elsewhere; None without either."""
     if visible is None:
         return None if bias is None else bias.to(dtype)
     value = torch.zeros((), dtype=dtype, device=visible.device) if bias is None else bias.to(dtype)
@@ -191,7 +192,7 @@ def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) ->
 
 
 def less_level(added: Tensor) -> tuple[Tensor, Tensor]:
-    """An additive mask less its largest value in each row, and that value (−∞ if the row has no other)."""
+    """Return an additive mask less its largest value in each row, and that value (−∞ if the row has no other)."""
     level = added.amax(dim=-1, keepdim=True)
     return added - finite(level), level
 
@@ -202,7 +203,7 @@ def finite(level: Tensor) -> Tensor:
 
 
 def _mix(*values: int) -> int:
-    """A 63-bit hash of integers (the finalizer of SplitMix64, Steele et al. 2014, chained)."""
+    """Return a 63-bit hash of integers (the finaliser of SplitMix64, Steele et al. 2014, chained)."""
     state = 0
     for value in values:
         state = (state + value + 0x9E3779B97F4A7C15) % 2**64
@@ -215,9 +216,9 @@ def _mix(*values: int) -> int:
 class QueryBucket(NamedTuple):
     """The queries of one row in backward.
 
-    delta: rowsum of output times its gradient, less the gradient of the log-sum-exp. lse: +∞ where nothing is seen, so
-    that ``exp(score − lse)`` is 0 and no NaN. rest: what rounding left of the log-sum-exp, None where that is nothing.
-    bias_gradient: that of all buckets.
+    delta: row sum of output times its gradient, less the gradient of the log-sum-exp. lse: +∞ where nothing is seen, so
+    that ``exp(score − lse)`` is 0, not NaN. rest: the rounding error of the log-sum-exp, None where it is not kept.
+    bias_gradient: shared by all buckets.
     """
 
     q: Tensor
@@ -230,7 +231,7 @@ class QueryBucket(NamedTuple):
 
     @staticmethod
     def of(part: Part, queries: slice, given: BackwardInputs, dtype: torch.dtype) -> QueryBucket:
-        """dtype: that of the computation, in which delta is summed."""
+        """Return a part's bucket of these queries; delta is summed in ``dtype``."""
         of_queries = (given.q, given.out, given.grad_out, given.lse)
         q, out, grad_out, lse = (part.of_query(x)[:, :, queries] for x in of_queries)
         delta = (grad_out.to(dtype) * out).sum(dim=-1)
@@ -241,7 +242,7 @@ class QueryBucket(NamedTuple):
         return QueryBucket(q, out, grad_out, lse, rest, delta, given.bias_gradient)
 
     def above(self, level: Tensor | None) -> Tensor:
-        """The log-sum-exp without its rest, ``(b, h, i, 1)``, less the level of a tile's biases, if there are any."""
+        """Return the log-sum-exp without its rest, ``(b, h, i, 1)``, less the level of a tile's biases, if any."""
         lse = self.lse.unsqueeze(-1)
         return lse if level is None else lse - finite(level)
 
@@ -249,44 +250,44 @@ class QueryBucket(NamedTuple):
 class LogSumExp(NamedTuple):
     """Each row's log-sum-exp ``(b, h, i)`` as a sum of two parts.
 
-    The first is the level of the row's scores, −∞ if it sees nothing; the second is what their sum adds to it, which
-    fp32 would round away beside a level of millions."""
+    The first is the level of the row's scores, −∞ if it sees nothing; the second is the rest, which fp32 would round
+    away beside a level of millions."""
 
     high: Tensor
     low: Tensor
 
     @staticmethod
     def of(low: Tensor, *levels: Tensor) -> LogSumExp:
-        """The sum of levels and ``low``, which is −∞ where nothing is seen."""
+        """Return the sum of levels and ``low``, which is −∞ where nothing is seen."""
         high = torch.zeros_like(low)
         for level in levels:
             addend = finite(level)
             total = high + addend
-            # What rounding takes from the sum (Knuth's TwoSum).
+            # The rounding error of the sum (Knuth's TwoSum).
             low = low + ((high - (total - (total - high))) + (addend - (total - high)))
             high = total
         return LogSumExp(high.masked_fill(low == float("-inf"), float("-inf")), low)
 
     def rounded(self) -> tuple[Tensor, Tensor]:
-        """The sum in one number, and its rounding error."""
+        """Return the sum as one number, and its rounding error."""
         high = finite(self.high)
         total = high + self.low
         return total, ((high - total) + self.low).masked_fill(total == float("-inf"), 0.0)
 
 
 class Found(NamedTuple):
-    """Output ``(b, h, i, e)`` and log-sum-exp of queries so far, in the compute dtype."""
+    """Queries' output ``(b, h, i, e)`` and log-sum-exp so far, in the compute dtype."""
 
     out: Tensor
     lse: LogSumExp
 
     def at(self, part: Part, queries: slice) -> tuple[Tensor, LogSumExp]:
-        """Those of a part's heads and some of its queries."""
+        """Return those of a part's heads and some of its queries."""
         out, *lse = (part.of_query(x)[:, :, queries] for x in (self.out, *self.lse))
         return out, LogSumExp(*lse)
 
     def of(self, queries: slice) -> Found:
-        """Those of some of the queries, in the same memory."""
+        """Return views for some of the queries."""
         out, *lse = (x[:, :, queries] for x in (self.out, *self.lse))
         return Found(out, LogSumExp(*lse))
 
@@ -305,14 +306,14 @@ class Tiled(Way):
 
     @abstractmethod
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
-        """The normalised output of this tile alone ``(b, h, i, e)`` and its log-sum-exp, in the compute dtype."""
+        """Return this tile's normalised output ``(b, h, i, e)`` and log-sum-exp, in the compute dtype."""
 
     @abstractmethod
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
-        """This tile's part of the gradients of q, k and v, and the gradient of its scores or None."""
+        """Return this tile's part of the gradients of q, k and v, and the gradient of its scores or None."""
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        # Of a block, the output is to be merged with others.
+        # A block's output will be merged with others, so it is in the compute dtype.
         out, *log_sum_exp = empty_results(request, v, None if request.block is None else request.compute_dtype)
         for part, here, found, lse in self.rows(request, q, k, v):
             part.of_query(out)[:, :, here] = found
@@ -324,8 +325,10 @@ class Tiled(Way):
     def rows(
         self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor, before: Found | None = None
     ) -> Iterator[tuple[Part, slice, Tensor, LogSumExp]]:
-        """Row by row of a part: its queries among those at hand, their output and log-sum-exp, merged with what was
-        found ``before`` for other keys."""
+        """Yield, row by row of each part, its queries' slice, their output and log-sum-exp.
+
+        before: results for other keys, to merge with.
+        """
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
@@ -351,8 +354,8 @@ class Tiled(Way):
     def add_gradients(
         self, request: AttentionRequest, given: BackwardInputs, grad_q: Tensor, grad_k: Tensor, grad_v: Tensor
     ) -> None:
-        """Add those of the queries, keys and values at hand to what is there, in the compute dtype or q's own."""
-        # A query's gradient is finished in one go; keys' and values' are summed over all buckets of queries.
+        """Add the gradients of the given queries, keys and values to these tensors (compute dtype, or q's own)."""
+        # A bucket's query gradients are complete at once; keys' and values' are summed over all buckets of queries.
         dtype, bias_gradient = request.compute_dtype, given.bias_gradient
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, *given.tensors)):
@@ -373,7 +376,7 @@ class Tiled(Way):
 
 
 def empty_results(request: AttentionRequest, v: Tensor, dtype: torch.dtype | None = None) -> tuple[Tensor, ...]:
-    """Initial results, those of rows that see nothing: output, log-sum-exp and, where kept, its rounding error."""
+    """Return results of rows that see nothing: output, log-sum-exp and, where kept, its rounding error."""
     # Token-major in memory, so that merging the heads afterwards is a view.
     h, n = (part.stop - part.start for part in request.held[:2])
     out = v.new_zeros(request.b, n, h, request.e, dtype=dtype).transpose(1, 2)
@@ -382,7 +385,7 @@ def empty_results(request: AttentionRequest, v: Tensor, dtype: torch.dtype | Non
 
 
 def merge(out: Tensor, lse: LogSumExp, other: Tensor, other_lse: LogSumExp) -> tuple[Tensor, LogSumExp]:
-    """Merge the attention over two disjoint sets of keys."""
+    """Merge the results of attention over two disjoint sets of keys."""
     high = torch.maximum(lse.high, other_lse.high)
     mine, others = (part.low + (part.high - finite(high)) for part in (lse, other_lse))
     low = torch.logaddexp(mine, others)

@@ -26,7 +26,7 @@ def attention(
     training: bool = False,
     **_: Any,
 ) -> Tensor:
-    """:func:`memory_efficient_attention` by the whole score matrix; bucket sizes and eps are not needed."""
+    """Compute :func:`memory_efficient_attention` by the whole score matrix; bucket sizes and eps are ignored."""
     keep = dropout if training else 0.0
     return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, dropout=keep, backend="naive")
 
@@ -44,9 +44,9 @@ def memory_efficient_attention(
     dropout: float = 0.0,
     training: bool = False,
 ) -> Tensor:
-    """:func:`dot_product_attention` under the name and with the arguments of version 0.1.
+    """Call :func:`dot_product_attention` under the name and with the arguments of version 0.1.
 
-    q, k, v ``(b, h, n, d)``; dropout only when ``training``; ``eps`` is accepted and not needed.
+    q, k, v ``(b, h, n, d)`` → ``(b, h, n, d)``; dropout only when ``training``; ``eps`` is ignored.
 
     Examples:
         >>> import torch
@@ -69,7 +69,7 @@ def unscaled_attention(
     attn_bias: Tensor | None = None,
     **_: Any,
 ) -> Tensor:
-    """Unscaled attention by the whole score matrix; q ``(b, h, n, d)`` already scaled. Other keywords: not needed."""
+    """Compute unscaled attention by the whole score matrix; q ``(b, h, n, d)`` already scaled. Others are ignored."""
     return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, scale=1.0, backend="naive")
 
 
@@ -84,9 +84,9 @@ def numerically_unstable_memory_efficient_attention(
     k_bucket_size: int = 1024,
     eps: float = 1e-8,
 ) -> Tensor:
-    """Unscaled attention under the name of version 0.1, which skipped the softmax's maximum; this one does not.
+    """Compute unscaled attention under the name of version 0.1, which skipped the softmax's maximum; this does not.
 
-    q ``(b, h, n, d)`` already scaled, k and v ``(b, h, m, d)`` → ``(b, h, n, d)``. ``eps`` is accepted and not needed.
+    q ``(b, h, n, d)`` already scaled, k and v ``(b, h, m, d)`` → ``(b, h, n, d)``. ``eps`` is ignored.
 
     Examples:
         >>> import torch
@@ -100,19 +100,19 @@ def numerically_unstable_memory_efficient_attention(
 
 
 class FlashAttentionFunction:
-    """``apply`` of version 0.1: attention by tiles, scaled by ``d ** -0.5``."""
+    """Has ``apply`` of version 0.1: attention by tiles, scaled by ``d ** -0.5``."""
 
     @staticmethod
     def apply(
         q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, q_bucket_size: int, k_bucket_size: int
     ) -> Tensor:
-        """q, k, v ``(b, h, n, d)``, mask ``(b, m)`` or broadcastable to ``(b, h, n, m)`` → ``(b, h, n, d)``."""
+        """Map q, k, v ``(b, h, n, d)``, mask ``(b, m)`` or broadcastable to ``(b, h, n, m)``, to ``(b, h, n, d)``."""
         buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
         return dot_product_attention(q, k, v, mask=mask, causal=causal, backend="tiled", **buckets)
 
 
 class CosineSimFlashAttentionFunction:
-    """``apply`` of version 0.1: attention by tiles, with the scale given."""
+    """Has ``apply`` of version 0.1: attention by tiles, with the given scale."""
 
     @staticmethod
     def apply(
@@ -125,6 +125,6 @@ class CosineSimFlashAttentionFunction:
         q_bucket_size: int,
         k_bucket_size: int,
     ) -> Tensor:
-        """q, k, v ``(b, h, n, d)``, q and k of unit length, mask ``(b, m)`` → ``(b, h, n, d)``."""
+        """Map q, k, v ``(b, h, n, d)``, q and k of unit length, mask ``(b, m)``, to ``(b, h, n, d)``."""
         buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
         return dot_product_attention(q, k, v, mask=mask, causal=causal, scale=scale, backend="tiled", **buckets)

@@ -22,7 +22,7 @@ from .mask_function import MaskFunction, MaskMod, Place, mask_function
 
 Window = int | tuple[int | None, int | None]
 Mask = Tensor | MaskMod
-# What a tile is as far as a mask or the documents say; of several, the least.
+# Kinds of tiles, by mask, documents or a function; of several answers the least counts.
 EMPTY, PARTIAL, FULL = range(3)
 
 
@@ -49,19 +49,19 @@ class Tile(NamedTuple):
 
 
 class Block(NamedTuple):
-    """The heads, queries and keys that the tensors at hand hold, if they are a part of a whole."""
+    """The heads, queries and keys that the given tensors hold, if they are part of a whole."""
 
     heads: slice
     queries: slice
     keys: slice
 
     def __hash__(self) -> int:
-        # Slices have a hash of their own from Python 3.12 on.
+        # Slices are hashable only from Python 3.12 on.
         return hash(tuple((part.start, part.stop) for part in self))
 
 
 class Row(NamedTuple):
-    """A bucket of queries, how many scores window and causality leave to it, and its tiles in key order."""
+    """A bucket of queries, the number of its scores that window and causality leave, and its tiles in key order."""
 
     queries: slice
     scores: int
@@ -80,17 +80,17 @@ class _Tiles(Sequence[Tile]):
     def __getitem__(self, index: int) -> Tile:  # type: ignore[override]
         j0 = self.keys[index]
         corners = (self.i0, self.i1, max(j0, self.first), min(j0 + self.keys.step, self.keys.stop))
-        # What mask and documents hide is not known from window and causality.
+        # Window and causality do not tell what mask and documents hide.
         return Tile(*corners, full=self.visibility.structural and self.visibility.structurally_full(*corners))
 
 
 @dataclass(frozen=True)
 class Visibility:
-    """Which of m keys each of n queries may attend to: all given conditions combined by "and".
+    """Describes which of m keys each of n queries may attend to: all given conditions combined by "and".
 
     mask: bool ``(b|1, h|1, n|1, m|1)``, True = may attend. document_ids: integers ``(b, m)``, queries are the last n.
     left, right: how many keys before and after its own position a query may see (None: all of them).
-    function: a mask of indices; batch and heads: those that it is asked for, None where all are alike to it.
+    function: a mask of indices; batch and heads: those it is evaluated for, None where it does not depend on them.
     """
 
     n: int
@@ -136,7 +136,7 @@ class Visibility:
             require(fits, "document_ids", expected, f"{tuple(document_ids.shape)} and {n} queries")
             require(document_ids.device == device, "document_ids", f"device {device}", document_ids.device)
             if document_ids.dtype in (torch.uint16, torch.uint32, torch.uint64):
-                document_ids = document_ids.long()  # PyTorch has little to compare these with
+                document_ids = document_ids.long()  # PyTorch has few comparisons for unsigned dtypes
         batch = heads = None
         if function is not None and 0 not in shape:
             by_sequence, by_head = function.looks_at(device)
@@ -150,27 +150,27 @@ class Visibility:
 
     @property
     def trivial(self) -> bool:
-        """True if every query sees every key, as far as is known without reading tensors."""
+        """Whether every query sees every key, as far as is known without reading tensors."""
         return self.structural and self.structurally_trivial
 
     @property
     def structural(self) -> bool:
-        """True if only window and causality restrict visibility."""
+        """Whether only window and causality restrict visibility."""
         return self.mask is None and self.document_ids is None and self.function is None
 
     @property
     def alike_in_heads(self) -> bool:
-        """True if all heads see the same keys."""
+        """Whether all heads see the same keys."""
         return (self.mask is None or self.mask.shape[1] == 1) and self.heads is None
 
     @property
     def structurally_trivial(self) -> bool:
-        """True if window and causality hide nothing."""
+        """Whether window and causality hide nothing."""
         return self.structurally_full(0, self.n, 0, self.m)
 
     @property
     def plain_causal(self) -> bool:
-        """True for square and causal without further conditions: what PyTorch's kernels call causal."""
+        """Whether this is square and causal without further conditions: what PyTorch's kernels call causal."""
         unrestricted_left = self.left is None or self.left >= self.m - 1
         return self.right == 0 and unrestricted_left and 1 < self.n == self.m and self.structural
 
@@ -180,20 +180,20 @@ class Visibility:
         return tuple(t for t in (self.mask, self.document_ids) if t is not None)
 
     def narrow(self, batch: slice, heads: slice) -> Visibility:
-        """Visibility restricted to a part of the batch and of the heads."""
+        """Return the visibility for a part of the batch and of the heads."""
         mask = None if self.mask is None else narrow_broadcast(self.mask, batch, heads)
         ids = None if self.document_ids is None else self.document_ids[batch]
         batch_asked, heads_asked = None if self.batch is None else batch, None if self.heads is None else heads
         return replace(self, mask=mask, document_ids=ids, batch=batch_asked, heads=heads_asked)
 
     def keys_of(self, i0: int, i1: int) -> tuple[int, int]:
-        """The range of keys that window and causality leave visible to these queries."""
+        """Return the range of keys that window and causality leave visible to these queries."""
         low = 0 if self.left is None else max(0, i0 + self.offset - self.left)
         high = self.m if self.right is None else min(self.m, i1 + self.offset + self.right)
         return low, high
 
     def whole_tile(self, tile: Tile, q_bucket_size: int, k_bucket_size: int) -> Tile:
-        """The whole tile of which ``tile`` is the part within a block; ``tile`` itself without a block."""
+        """Return the whole tile of which ``tile`` is the part within a block; ``tile`` itself without a block."""
         i0 = tile.i0 - tile.i0 % q_bucket_size
         i1 = min(i0 + q_bucket_size, self.n)
         low, high = self.keys_of(i0, i1)
@@ -203,18 +203,18 @@ class Visibility:
     def schedule(
         self, q_bucket_size: int, k_bucket_size: int, device: torch.device, block: Block | None = None
     ) -> list[Row]:
-        """The buckets of queries that see anything, each with the tiles that are not empty; within a block, those of
-        the whole as far as they lie in it.
+        """Return the buckets of queries that see anything, each with its tiles that are not empty.
 
-        Positions decide first what is empty or full, then what the tensors hold and a mask function says, each in one
-        copy from device to host. Where there are no contents (a dry run) every tile may be partial.
+        Within a block, these are the whole's buckets and tiles cut to the block. Positions decide first which tiles are
+        empty or full, then the tensors and a mask function, each with one copy from device to host. Without values (in
+        a dry run) every tile may be partial.
         """
         rows = []
         queries, keys = (slice(0, self.n), slice(0, self.m)) if block is None else block[1:]
         for start in range(queries.start - queries.start % q_bucket_size, queries.stop, q_bucket_size):
             i0, i1 = max(start, queries.start), min(start + q_bucket_size, queries.stop)
             low, high = self.keys_of(start, min(start + q_bucket_size, self.n))
-            # Tiles begin where they do without a block, so that dropout draws the same.
+            # Tiles begin at the same places as without a block, so that dropout draws the same.
             first, high = max(low, keys.start), min(high, keys.stop)
             tiles = _Tiles(self, i0, i1, range(first - (first - low) % k_bucket_size, high, k_bucket_size), first)
             rows.append(Row(slice(i0, i1), (i1 - i0) * max(0, high - first), tiles))
@@ -223,7 +223,7 @@ class Visibility:
         return [row for row in rows if row.tiles]
 
     def tile_mask(self, tile: Tile, device: torch.device) -> Tensor | None:
-        """Bool tensor broadcastable to ``(b, h, i, j)``, True = visible; None when nothing is hidden."""
+        """Return a bool tensor broadcastable to ``(b, h, i, j)``, True = visible; None when nothing is hidden."""
         if tile.full:
             return None
         parts = []
@@ -239,13 +239,13 @@ class Visibility:
         return reduce(operator.and_, parts)
 
     def structurally_full(self, i0: int, i1: int, j0: int, j1: int) -> bool:
-        """True if window and causality let each of these queries see each of these keys."""
+        """Return whether window and causality let each of these queries see each of these keys."""
         reaches_left = self.left is None or j0 >= i1 - 1 + self.offset - self.left
         reaches_right = self.right is None or j1 - 1 <= i0 + self.offset + self.right
         return reaches_left and reaches_right
 
     def _structural_mask(self, tile: Tile, device: torch.device) -> Tensor:
-        # Compared without their differences, integers of eight bytes each.
+        # Compared directly, since differences would take eight bytes each.
         positions = torch.arange(tile.i0 + self.offset, tile.i1 + self.offset, device=device)[:, None]
         keys = torch.arange(tile.j0, tile.j1, device=device)
         visible = None if self.right is None else keys <= positions + self.right
@@ -256,7 +256,7 @@ class Visibility:
         return visible[None, None]
 
     def _refined(self, rows: list[Row], buckets: tuple[int, int, str], device: torch.device) -> list[Row]:
-        """Drop tiles that tensors or the function make empty and mark those that they leave full."""
+        """Drop tiles that tensors or the function make empty, and mark full ones."""
         said = [
             kinds for kinds in (self._by_tensors(rows), self._by_function(rows, buckets, device)) if kinds is not None
         ]
@@ -271,7 +271,7 @@ class Visibility:
         return refined
 
     def _by_tensors(self, rows: list[Row]) -> Sequence[int] | None:
-        """What mask and documents leave of each tile; None in a dry run, which has no contents."""
+        """Return each tile's kind by mask and documents; None in a dry run, which has no values."""
         if not self.tensors or not all(map(_has_contents, self.tensors)):
             return None
         depends_on_queries = self.document_ids is not None or (self.mask is not None and self.mask.shape[2] > 1)
@@ -283,7 +283,7 @@ class Visibility:
     def _by_function(
         self, rows: list[Row], buckets: tuple[int, int, str], device: torch.device
     ) -> Sequence[int] | None:
-        """The same for the mask function, which caches it."""
+        """Return each tile's kind by the mask function, which caches it; None in a dry run."""
         if self.function is None:
             return None
         first = self.function.first_head
@@ -305,11 +305,11 @@ class Visibility:
         return Place(self.batch or slice(0, 1), self.heads or slice(0, 1), tile.queries, tile.keys)
 
     def _documents(self, ids: Tensor, tile: Tile) -> tuple[Tensor, Tensor]:
-        """The document numbers of the tile's queries ``(b, i)`` and keys ``(b, j)``."""
+        """Return the document numbers of the tile's queries ``(b, i)`` and keys ``(b, j)``."""
         return ids[:, tile.i0 + self.offset : tile.i1 + self.offset], ids[:, tile.keys]
 
     def _content(self, tile: Tile) -> Tensor:
-        """The kind of the tile by its tensors, or PARTIAL, as a number on their device."""
+        """Return the tile's kind by its tensors, PARTIAL in doubt, as a number on their device."""
         some = every = torch.ones((), dtype=torch.bool, device=self.tensors[0].device)
         if self.mask is not None:
             part = narrow_broadcast(self.mask, EVERYTHING, EVERYTHING, tile.queries, tile.keys)

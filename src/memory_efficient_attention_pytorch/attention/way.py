@@ -1,4 +1,4 @@
-"""The interface of a way of computing attention. Each way is one module; ``decision`` lists them and chooses."""
+"""The interface of a way of computing attention. Each way is a module; ``decision`` lists them and chooses."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ class Way(ABC):
     """One way of computing attention.
 
     name, backend: its own name and that of its kind; either may be asked for. merit: why it is preferred where it is.
-    by_autograd: PyTorch differentiates what :meth:`forward` does, which leaves nothing that :meth:`backward` could use.
+    by_autograd: autograd differentiates :meth:`forward`, and :meth:`backward` is not used.
     """
 
     name: str
@@ -48,11 +48,11 @@ class Way(ABC):
     by_autograd = False
 
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
-        """Why this way cannot serve the request; None if it can."""
+        """Return why this way cannot compute the request; None if it can."""
         return None
 
     def drawback(self, request: AttentionRequest) -> str | None:
-        """Why another way is preferred unless this one is asked for by name; None if none is."""
+        """Return why another way is preferred unless this one is asked for by name; None if none is."""
         return None
 
     @abstractmethod
