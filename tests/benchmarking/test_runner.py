@@ -84,7 +84,11 @@ def test_a_device_that_cannot_be_measured_is_refused_before_anything_runs(tmp_pa
 def test_the_command_measures_and_reports(tmp_path, capsys):
     arguments = ["bench", "--quick", "--systems", "sdpa-checkpoint", "--lengths", "--depths"]
     assert main([*arguments, "--threads", "1", "--output", str(tmp_path / "out")]) == 0
-    assert "[1/1]" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "[1/1]" in shown
+    lines = [line for line in shown.splitlines() if line.startswith(("run ", "[1/1]", "SDPA"))]
+    assert len(lines) == 3
+    assert all(len(line) <= 80 for line in lines)
     content = json.loads((tmp_path / "out" / "results.json").read_text())
     assert [run["outcome"] for run in content["runs"]] == ["measured"]
     assert "| SDPA + checkpointing per layer" in (tmp_path / "out" / "report.md").read_text()

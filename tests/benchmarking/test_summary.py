@@ -5,7 +5,7 @@ import os
 
 import pytest
 
-from memory_efficient_attention_pytorch.benchmarking.figures import draw
+from memory_efficient_attention_pytorch.benchmarking.figures import draw, round_numbers
 from memory_efficient_attention_pytorch.benchmarking.report import (
     BEGIN,
     END,
@@ -117,3 +117,18 @@ def test_figures_are_drawn_where_there_is_something_to_see(results, tmp_path):
     assert all((tmp_path / name).read_bytes().startswith(b"\x89PNG") for name in names)
     results.runs = [run for run in results.runs if run.experiment == "depth"]
     assert [path.name for path in draw(results, tmp_path / "depth")] == ["memory-by-depth.png"]
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "numbers"),
+    [
+        (2.9, 6.2, [2.5, 3, 3.5, 4, 4.5, 5, 6, 7]),
+        (88, 1360, [70, 100, 150, 200, 300, 400, 500, 700, 1000, 1500]),
+        (1.2, 140, [1, 2, 5, 10, 20, 50, 100, 200]),
+        (0.0101, 0.0118, [0.01, 0.011, 0.012]),
+        (10, 10, [10, 11]),
+        (1e-3, 1e20, [10.0**exponent for exponent in range(-3, 21)]),
+    ],
+)
+def test_a_logarithmic_axis_begins_and_ends_at_its_data_and_is_labelled_there(low, high, numbers):
+    assert round_numbers(low, high) == pytest.approx(numbers)

@@ -66,6 +66,16 @@ def test_a_narrow_encoding_replaces_what_it_lacks(tmp_path):
     assert "?ber ? ??" in done.stdout
 
 
+@pytest.mark.parametrize("command", ["", *cli.COMMANDS])
+def test_help_fits_eighty_columns(capsys, monkeypatch, command):
+    monkeypatch.setenv("COLUMNS", "80")
+    with pytest.raises(SystemExit):
+        cli.main([*filter(None, [command]), "--help"])
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"usage: mea {command or 'COMMAND'}")
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
+
+
 class Lacking(RuntimeError):
     pass
 

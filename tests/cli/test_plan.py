@@ -1,10 +1,14 @@
 """`mea plan`: a table to read, JSON to use, a picture, and mistakes told in one line."""
 
 import json
+import sys
 
 import pytest
 
+from memory_efficient_attention_pytorch import plan
 from memory_efficient_attention_pytorch.cli import main
+from memory_efficient_attention_pytorch.cli.plan_picture import picture
+from memory_efficient_attention_pytorch.planner import CATEGORIES
 
 SMALL = [
     "plan",
@@ -41,7 +45,19 @@ def test_table(capsys):
     ):
         assert category in shown
     assert "TFLOP a step" in shown
+    assert "\nthe peak is in the " in shown
     assert "budget" not in shown
+
+
+def test_every_line_fits_eighty_columns_of_a_terminal(capsys, monkeypatch):
+    monkeypatch.setenv("COLUMNS", "80")
+    monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
+    settings = ["--reversible", "--no-exact", "--ff-chunks", "8", "--head-chunks", "1", "--loss-chunk-size", "128"]
+    assert main([*SMALL, *settings, "--seq-len", "65536", "--budget", "10MiB", "--longest"]) == 1
+    shown = capsys.readouterr().out
+    assert "the step is " in shown
+    assert "offloading" in shown
+    assert [line for line in shown.splitlines() if len(line) > 80] == []
 
 
 def test_budget_chooses_settings_and_says_what_each_saves(capsys):
@@ -51,7 +67,7 @@ def test_budget_chooses_settings_and_says_what_each_saves(capsys):
     assert "store everything" in shown
     assert "reversible blocks" in shown
     assert "reversible=True" in shown
-    assert "budget 12.5 MiB: fits, with" in shown
+    assert "budget 12.5 MiB: the step fits, with" in shown
 
 
 def test_what_does_not_fit_has_status_1_and_says_what_would(capsys):
@@ -102,6 +118,20 @@ def test_json_and_picture(capsys, tmp_path):
     assert told["options"][-1]["settings"] == told["settings"]
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert not list(tmp_path.glob("*.partial"))
+
+
+def test_the_picture_tells_each_colour_even_of_what_is_nothing_at_the_peak():
+    pytest.importorskip("matplotlib")
+    made = plan({"num_tokens": 16, "dim": 16, "depth": 2, "heads": 2, "causal": True}, batch_size=1, seq_len=64)
+    live = dict(zip(CATEGORIES, made.timeline.live.max(axis=0), strict=True))
+    shown = [name for name, most in live.items() if most]
+    assert any(made.breakdown[name] == 0 for name in shown)
+    over_time, at_peak = picture(made).axes
+    assert [label.get_text() for label in at_peak.get_yticklabels()] == shown
+    (squares,) = at_peak.collections
+    layers = {tuple(layer.get_facecolor()[0]) for layer in over_time.collections}
+    assert {tuple(colour) for colour in squares.get_facecolors()} <= layers
+    assert len(squares.get_facecolors()) == len(shown)
 
 
 def test_generation(capsys):

@@ -85,7 +85,7 @@ def test_a_run_from_a_file_leaves_everything_and_says_it(mea, text, here):
 
     out = result.out
     for part in (
-        "; 1 CPU thread; fp32; ",
+        "; 1 CPU thread; fp32\n",
         "attention: ",
         "reversal: off, activations are stored",
         " for a step, the fastest settings that fit in the ",
@@ -258,7 +258,7 @@ def test_a_terminal_shows_a_bar(here, text):
     for part in ("━━━", "loss ", "bits/byte", "tok/s", "0:00 left", "MiB"):
         assert part in last
     assert all(len(line) <= 90 for line in lines)
-    for part in ("validation at step 6", "sample at step 6:", "done: 6 steps"):
+    for part in ("validation at step 6", "sample at step 6, after the |:", "done: 6 steps"):
         assert any(part in line for line in lines)
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from memory_efficient_attention_pytorch.training.plot import plot_losses
+from memory_efficient_attention_pytorch.training.plot import picture, plot_losses
 from memory_efficient_attention_pytorch.training.tracking import (
     MetricsFile,
     Sample,
@@ -105,6 +105,22 @@ def test_the_picture_is_drawn_from_any_number_of_records(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
     assert picture.read_bytes() != empty
     assert [path.name for path in tmp_path.glob(".*")] == []
+
+
+@pytest.mark.parametrize(
+    ("tokens", "shown"),
+    [([0], ["0"]), ([0, 800], ["0", "100"]), ([0, 150_000], ["0", "20 k"]), ([0, 6 * 10**9], ["0", "1 B"])],
+    ids=str,
+)
+def test_the_picture_begins_at_zero_and_writes_each_validation_once(tokens, shown):
+    pytest.importorskip("matplotlib")
+    figure = picture([{"tokens": n, "validation_bits_per_byte": 8.0} for n in tokens])
+    figure.draw_without_rendering()
+    (axes,) = figure.axes
+    assert (axes.get_xlim()[0], axes.get_ylim()[0]) == (0, 0)
+    labels = [label.get_text() for label in axes.get_xticklabels()]
+    assert [label for label in labels if label][: len(shown)] == shown
+    assert [text.get_text() for text in axes.texts] == ["8.00"] * len(tokens)
 
 
 def test_tensorboard_gets_every_kind_of_record_and_a_run_that_goes_on_purges(tmp_path):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterable
 from itertools import cycle
 from pathlib import Path
@@ -16,6 +17,14 @@ OURS = ("#08306b", "#00a2c7", "#2f6fde", "#7b9ff2", "#a9c7ee", "#54789c")
 OTHERS = ("#7f7f7f", "#b45f06", "#e69138", "#f1c232", "#6aa84f", "#a64d79", "#674ea7", "#444444")
 MEMORY, SECONDS = "memory above the model, MiB", "seconds a step"
 MARKERS = "osD^vPX*<>hp"
+FINEST_FIRST = (
+    tuple(tenths / 10 for tenths in range(10, 100)),
+    (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9),
+    (1, 1.5, 2, 3, 4, 5, 7),
+    (1, 2, 5),
+    (1,),
+)
+"""The first digits of what a logarithmic axis is labelled with."""
 
 
 def draw(results: Results, folder: Path) -> list[Path]:
@@ -36,12 +45,15 @@ def draw(results: Results, folder: Path) -> list[Path]:
 def _save(drawing: Callable[[Any], bool], path: Path) -> Path | None:
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(9, 5), layout="constrained")
+    figure = Figure(figsize=(9, 6), layout="constrained")
     axes = figure.add_subplot()
     if not drawing(axes):
         return None
-    axes.grid(True, which="both", alpha=0.25, linewidth=0.5)
+    axes.grid(True, alpha=0.5, linewidth=0.6)
+    axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
+    # Below, since beside the plot the names would take half of the picture.
+    figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(path.name + ".partial")
     figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
@@ -72,15 +84,16 @@ def _lines(axes: Any, results: Results, axis: str, quantity: Callable[[Run], flo
         return False
     style = styles(results.labels)
     for name, points in lines.items():
-        axes.plot(*zip(*points, strict=True), label=results.labels[name], markersize=6, **style[name])
+        axes.plot(*zip(*points, strict=True), label=results.labels[name], markersize=6, clip_on=False, **style[name])
     if axis == "seq_len":
         axes.set_xscale("log", base=2)
-        axes.set_yscale("log")
-        _plain_numbers(axes.yaxis)
+        _logarithmic(axes, "y")
     else:
         axes.set_ylim(bottom=0)
+        axes.yaxis.set_major_formatter("{x:,g}")
     axes.set_xticks(values, [f"{value:,}" for value in values])
-    _describe(axes, across, up)
+    axes.minorticks_off()
+    axes.set(xlabel=across, ylabel=up)
     return True
 
 
@@ -92,29 +105,36 @@ def _plane(axes: Any, results: Results) -> bool:
     style = styles(results.labels)
     for row, found in rows:
         memory = found.peak_bytes / MIB
-        point = style[row.system] | {"linestyle": "none", "markersize": 9}
+        point = style[row.system] | {"linestyle": "none", "markersize": 9, "clip_on": False}
         axes.plot([found.seconds], [memory], label=row.label, **point)
         if row.system == REFERENCE:
-            axes.axvline(found.seconds, color="#bbbbbb", linewidth=0.8, zorder=1)
-            axes.axhline(memory, color="#bbbbbb", linewidth=0.8, zorder=1)
-    for scale, axis in ((axes.set_xscale, axes.xaxis), (axes.set_yscale, axes.yaxis)):
-        scale("log")
-        _plain_numbers(axis)
-    _describe(axes, SECONDS, MEMORY)
+            axes.axvline(found.seconds, color="#777777", linewidth=0.9, linestyle="--", zorder=1)
+            axes.axhline(memory, color="#777777", linewidth=0.9, linestyle="--", zorder=1)
+            axes.set_title(f"left of the dashed lines faster, below less memory than {row.label}", fontsize="medium")
+    _logarithmic(axes, "x")
+    _logarithmic(axes, "y")
+    axes.minorticks_off()
+    axes.set(xlabel=SECONDS, ylabel=MEMORY)
     return True
 
 
-def _plain_numbers(axis: Any) -> None:
-    """Label a logarithmic axis 1, 2, 5, 10, ..., not in powers."""
-    from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter
+def _logarithmic(axes: Any, name: str) -> None:
+    """Make the axis ``name`` logarithmic: in plain numbers, not powers, and from where the data begin to their end."""
+    low, high = getattr(axes, f"{name}axis").get_data_interval()
+    ticks = round_numbers(low / 1.03, high * 1.03)
+    axes.set(**{f"{name}scale": "log", f"{name}lim": (ticks[0], ticks[-1])})
+    axes.set(**{f"{name}ticks": ticks, f"{name}ticklabels": [f"{tick:,g}" for tick in ticks]})
 
-    axis.set_major_locator(LogLocator(subs=(1.0, 2.0, 5.0)))
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:,g}"))
-    axis.set_minor_formatter(NullFormatter())
 
-
-def _describe(axes: Any, across: str, up: str) -> None:
-    axes.minorticks_off()
-    axes.set_xlabel(across)
-    axes.set_ylabel(up)
-    axes.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), frameon=False, fontsize="small")
+def round_numbers(low: float, high: float, most: int = 12) -> list[float]:
+    """Round numbers for a logarithmic axis, as close as ``most`` of them allow; ``low`` and ``high`` lie between."""
+    exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
+    found: list[float] = []
+    for digits in FINEST_FIRST:
+        numbers = [float(f"{digit}e{exponent}") for exponent in exponents for digit in digits]
+        first = max(i for i, number in enumerate(numbers) if number <= low)
+        last = min(i for i, number in enumerate(numbers) if number >= high)
+        found = numbers[first : max(last, first + 1) + 1]
+        if len(found) <= most:
+            break
+    return found

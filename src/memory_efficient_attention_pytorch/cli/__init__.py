@@ -23,12 +23,12 @@ from .parser import Parser
 # traceback without --debug, which every command has. A module is imported only when its command is called, so that
 # `mea --help` is fast and optional dependencies load on use.
 COMMANDS = {
-    "train": ("train", "train a Transformer on text, your own or the Python standard library's"),
+    "train": ("train", "train a Transformer on text, your own or Python's standard library's"),
     "generate": ("generate", "write text with a model that `mea train` made"),
     "export": ("export", "write a trained model as one of Hugging Face transformers"),
-    "plan": ("plan", "predict the memory that a run needs, or what fits in the available memory"),
+    "plan": ("plan", "say before a run what memory it needs, or what fits"),
     "bench": ("bench", "measure memory and speed on this machine"),
-    "env": ("env", "print what a bug report needs: versions, machine, how attention is computed here"),
+    "env": ("env", "say what a report of a fault needs: versions and the machine"),
 }
 
 _USAGE_ERROR, _RUN_ERROR, _INTERRUPTED = 2, 1, 130

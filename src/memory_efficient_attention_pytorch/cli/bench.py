@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 from ..benchmarking.shape import SHAPE_FIELDS, Shape
 from ..common.errors import MissingExtraError, brought_by
 from .parser import add_options, given_options
+from .terminal import fitted
 
 if TYPE_CHECKING:
     from ..benchmarking.results import Results
@@ -26,10 +27,12 @@ if TYPE_CHECKING:
     from ..benchmarking.schedule import Settings
     from ..benchmarking.systems import System
 
+_PROGRESS = "{:<9}{:<24}{:>7}{:>7}{:>7}  {:<16}{:>8}"
 DEFAULT_OUTPUT = Path("benchmarks") / "results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mea bench [options]"
     parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these systems; ratios need sdpa-checkpoint")
     parser.add_argument("--list", action="store_true", help="print the systems and exit")
@@ -72,6 +75,7 @@ def measure(args: argparse.Namespace, systems: Sequence[System]) -> int:
     settings = _settings(args)
     output = args.output or _new_folder(args.device, args.quick)
     file = output / "results.json"
+    print(_PROGRESS.format("run", "system", "tokens", "layers", "vocab.", f"{'units':>6}{'seconds':>10}", "left"))
     try:
         results = compare(settings, systems, file, _print_progress)
     except KeyboardInterrupt:
@@ -108,10 +112,10 @@ def _print_progress(progress: Progress) -> None:
     from ..benchmarking.summary import describe_outcome, step_seconds
 
     run = progress.run
-    found = f"{run.units:6.1f} units {step_seconds(run):9.3f} s" if run.units is not None else describe_outcome(run)
-    left = f"{_duration(progress.seconds_left)} left" if progress.seconds_left is not None else ""
-    done = f"[{progress.done}/{progress.total}]"
-    print(f"{done:<9} {run.system:<24}{run.shape.describe():<42}{found:<26}{left}".rstrip(), flush=True)
+    shape, left = run.shape, "" if progress.seconds_left is None else _duration(progress.seconds_left)
+    found = f"{run.units:6.1f}{step_seconds(run):10.3f}" if run.units is not None else describe_outcome(run)
+    done, sizes = f"[{progress.done}/{progress.total}]", (shape.seq_len, shape.depth, shape.num_tokens)
+    print(_PROGRESS.format(done, run.system, *sizes, found, left).rstrip(), flush=True)
 
 
 def _duration(seconds: float) -> str:
@@ -120,7 +124,7 @@ def _duration(seconds: float) -> str:
 
 def _report(results: Results, output: Path) -> None:
     from ..benchmarking.figures import draw
-    from ..benchmarking.report import comparison, full
+    from ..benchmarking.report import full, method
     from ..training.files import write_atomically
 
     try:
@@ -130,4 +134,24 @@ def _report(results: Results, output: Path) -> None:
         figures = []
         print(f"no figures: {error}", file=sys.stderr)
     write_atomically(output / "report.md", full(results, figures) + "\n")
-    print(f"\n{comparison(results)}\n\nresults, report and figures: {output}")
+    print(fitted(f"\n{method(results)}"))
+    _print_comparison(results)
+    print(f"\nresults, report and figures: {output}")
+
+
+def _print_comparison(results: Results) -> None:
+    """The report's table in the width of a terminal: without lines between columns, and two rows of headings."""
+    from ..benchmarking.report import MIB
+    from ..benchmarking.summary import compared
+
+    line = "{:<44}{:>7}{:>8}{:>9}{:>6}{:>6}"
+    print("\n" + line.format("", "memory,", "memory,", "seconds", "rel.", "rel."))
+    print(line.format("", "units", "MiB", "a step", "mem.", "time"))
+    for row in compared(results):
+        found = row.figures
+        if found is None:
+            print(f"{row.label:<44}{row.missing.partition(':')[0]}")
+            continue
+        ratios = ("" if ratio is None else f"{ratio:.2f}" for ratio in (found.memory_ratio, found.time_ratio))
+        sizes = f"{found.units:.1f}", f"{found.peak_bytes / MIB:,.0f}", f"{found.seconds:.3g}"
+        print(line.format(row.label, *sizes, *ratios))

@@ -27,8 +27,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     import torch
 
-    lines = [("memory-efficient-attention-pytorch", __version__), ("python", platform.python_version())]
-    lines.append(("torch", torch.__version__))  # the version names the platform it was built for
+    print(f"memory-efficient-attention-pytorch {__version__}")
+    # PyTorch's version says for what it was built.
+    lines = [("python", platform.python_version()), ("torch", torch.__version__)]
     lines += [(package, _version(package)) for package in _PACKAGES]
     lines += _machine()
     width = max(len(name) for name, _ in lines) + 2
@@ -52,8 +53,10 @@ def _machine() -> Iterator[tuple[str, str]]:
 
     machine = describe_machine("cpu")
     yield "system", machine["system"]
-    yield "processor", f"{machine['processor']}; PyTorch uses {torch.backends.cpu.get_cpu_capability()}"
-    yield "cores", f"{machine['cores']}, {torch.get_num_threads()} threads"
+    yield "processor", machine["processor"]
+    yield "vectors", f"{torch.backends.cpu.get_cpu_capability()}, as PyTorch uses them"
+    yield "cores", str(machine["cores"])
+    yield "threads", str(torch.get_num_threads())
     yield "memory", format_size(machine["memory_bytes"])
     accelerator = torch.accelerator.current_accelerator(check_available=True)
     names = ["cpu"]
@@ -63,8 +66,8 @@ def _machine() -> Iterator[tuple[str, str]]:
         names += [accelerator.type] * torch.accelerator.device_count()
     yield "devices", ", ".join(names)
     for device in ["cpu"] if accelerator is None else ["cpu", accelerator.type]:
-        for dtype in (torch.float32, torch.bfloat16):
-            yield f"attention, {device}, {str(dtype)[6:]}", _attention(device, dtype)
+        for name, dtype in (("fp32", torch.float32), ("bf16", torch.bfloat16)):
+            yield f"attention, {device}, {name}", _attention(device, dtype)
 
 
 def _attention(device: str, dtype: "torch.dtype") -> str:

@@ -6,7 +6,8 @@ Then in Python, with transformers installed:
 
   import memory_efficient_attention_pytorch.huggingface
   from transformers import AutoModelForCausalLM, AutoTokenizer
-  model, tokenizer = (kind.from_pretrained("exported") for kind in (AutoModelForCausalLM, AutoTokenizer))
+  model = AutoModelForCausalLM.from_pretrained("exported")
+  tokenizer = AutoTokenizer.from_pretrained("exported")
 """
 
 import argparse

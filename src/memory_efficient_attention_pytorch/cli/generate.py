@@ -1,8 +1,10 @@
 """Write text with a model that `mea train` trained: the prompt, then the model's continuation as it is generated.
 
   mea generate runs/1 --prompt 'import '
-  mea generate runs/1 --prompt 'def ' --prompt 'class '    both in one batch, with the same results as alone
-  mea generate runs/1 < letter.txt                         the prompt from standard input, without a final newline
+  mea generate runs/1 --prompt 'def ' --prompt 'class '
+      both at once; each comes out as it would alone
+  mea generate runs/1 < letter.txt
+      the prompt from standard input, less a newline at its end
 
 Only the text goes to standard output.
 """
@@ -15,6 +17,8 @@ import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
+
+from .terminal import fitted, visible
 
 if TYPE_CHECKING:
     import torch
@@ -29,6 +33,7 @@ _LONGEST_CONTEXT = 64
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.usage = "mea generate RUN [options]"
     parser.add_argument("run", metavar="RUN", help="the run's directory, finished or not")
     parser.add_argument(
         "--prompt",
@@ -161,7 +166,7 @@ def _note_length(wrapper: "AutoregressiveWrapper", longest: int, tokens: int) ->
 
 
 def _note(text: str) -> None:
-    print(f"mea generate: note: {text}", file=sys.stderr, flush=True)
+    print(fitted(f"mea generate: note: {text}", sys.stderr), file=sys.stderr, flush=True)
 
 
 def _print_texts(texts: "Sequence[_Text]", steps: "Iterator[torch.Tensor]") -> int:
@@ -188,7 +193,7 @@ class _Printer:
     def __init__(self, texts: "Sequence[_Text]", out: TextIO):
         self.texts, self.out = texts, out
         self.current, self.begun = 0, False
-        self.shown = _visible if out.isatty() else str
+        self.shown = visible if out.isatty() else str
 
     def show(self) -> None:
         """Print everything that may be printed so far."""
@@ -228,8 +233,3 @@ class _Text:
             self.tokens = self.tokens[-_LONGEST_CONTEXT // 2 :]
             self.taken = len(self.tokenizer.decode(self.tokens))
         return new
-
-
-def _visible(text: str) -> str:
-    """Make text safe for a terminal: control characters become dots."""
-    return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)

@@ -2,7 +2,9 @@
 
 import argparse
 import dataclasses
+import itertools
 import sys
+import textwrap
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, NoReturn
 
@@ -14,7 +16,7 @@ class Parser(argparse.ArgumentParser):
     """A parser without abbreviations; a mistake raises ValueError instead of printing the usage and exiting."""
 
     def __init__(self, **options: Any):
-        super().__init__(allow_abbrev=False, formatter_class=argparse.RawDescriptionHelpFormatter, **options)
+        super().__init__(allow_abbrev=False, formatter_class=_HelpFormatter, **options)
 
     def parse_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
         parsed, unknown = self.parse_known_args(args, namespace)
@@ -30,6 +32,16 @@ class Parser(argparse.ArgumentParser):
     def exit(self, status: int = 0, message: str | None = None) -> NoReturn:
         sys.stdout.flush()  # so that a failure to write the help is reported like any other error
         super().exit(status, message)
+
+
+class _HelpFormatter(argparse.HelpFormatter):
+    """Fills paragraphs; indented lines, which are examples and lists, stay as they are."""
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        blocks = itertools.groupby(text.splitlines(), lambda line: bool(line.strip()) and not line.startswith(" "))
+        return "\n".join(
+            textwrap.fill(" ".join(lines), width) if prose else "\n".join(lines) for prose, lines in blocks
+        )
 
 
 class Switch(argparse.BooleanOptionalAction):

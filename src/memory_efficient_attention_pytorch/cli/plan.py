@@ -3,11 +3,15 @@ budget, choose the fastest settings that fit. Nothing is computed: the real code
 The default is the model and the batch of `mea train`.
 
   mea plan --dim 512 --depth 24 --seq-len 1048576 --batch-size 1 --device cuda
-  mea plan --dim 512 --depth 24 --seq-len 65536 --budget 8GiB         settings that fit
-  mea plan --dim 512 --depth 24 --budget 24GB --longest               the longest sequence that fits
-  mea plan --seq-len 8192 --plot memory.png                           a plot of the memory over the step
-  mea plan --model DIRECTORY --seq-len 8192 --budget 24GB             a model of Hugging Face transformers, before and
-                                                                      after make_memory_efficient
+  mea plan --dim 512 --depth 24 --seq-len 65536 --budget 8GiB
+      settings that fit
+  mea plan --dim 512 --depth 24 --budget 24GB --longest
+      the longest sequence that fits
+  mea plan --seq-len 8192 --plot memory.png
+      a picture over the step
+  mea plan --model DIRECTORY --seq-len 8192 --budget 24GB
+      a model of Hugging Face transformers, before and after
+      make_memory_efficient
 
 The exit status is 1 if the step does not fit in the budget.
 """
@@ -22,6 +26,7 @@ from ..common.errors import brought_by
 from ..models.config import KNOBS, SETTINGS, TransformerConfig
 from ..training.config import TrainConfig, known_keys
 from .parser import add_options, given_options
+from .terminal import fitted
 
 if TYPE_CHECKING:
     from ..huggingface.change import Report
@@ -176,34 +181,40 @@ def _print(config: dict[str, Any], args: argparse.Namespace, made: "Plan", longe
     from ..planner import format_size
 
     kind = "causal Transformer" if config["causal"] else "Transformer"
-    print(f"{kind} of {config['depth']} blocks, {config['dim']} wide, {config['heads']} heads of {config['dim_head']},")
+    blocks = f"{config['depth']} block{'' if config['depth'] == 1 else 's'}"
+    print(f"{kind} of {blocks}, {config['dim']} wide, {config['heads']} heads of {config['dim_head']},")
     doing = "generating after" if args.generate else f"trained with {args.optimizer} on"
     print(f"{doing} {made.batch_size} × {made.seq_len:,} tokens, device {made.device}")
     shared = [f"{what} over {n}" for what, n in (("parameters", args.shards), ("tokens", args.context)) if n > 1]
     if shared:
         print(f"on each of several processes: {', '.join(shared)}")
-    print(f"\n{'needs at its peak':<22}{format_size(made.peak_bytes):>10}   in the {made.peak.describe()}")
+    print(f"\n{'needs at its peak':<22}{format_size(made.peak_bytes):>10}")
     for category, nbytes in made.breakdown.items():
         print(f"  {category:<20}{format_size(nbytes):>10}{nbytes / made.peak_bytes:>7.0%}")
-    print(f"{'computes':<22}{made.flops / 1e12:>10,.4g}   TFLOP a step")
+    print(f"{'computes':<22}{made.flops / 1e12:>10,.4g}   TFLOP{'' if args.generate else ' a step'}")
+    print(fitted(f"\nthe peak is in the {made.peak.describe()}"))
     if len(made.options) > 1:
         _print_options(made)
     used = {**config, **made.settings}
     settings = {name: used[name] for name in SETTINGS if name in used}
     if settings:
-        print("\nsettings: " + ", ".join(f"{name}={value}" for name, value in settings.items()))
+        print(fitted("\nsettings: " + ", ".join(f"{name}={value}" for name, value in settings.items())))
     if made.budget is not None:
         room = made.budget - made.peak_bytes
-        verdict = f"fits, with {format_size(room)} to spare" if room >= 0 else f"is {format_size(-room)} too large"
-        print(f"\nbudget {format_size(made.budget)}: {verdict}")
+        print(f"\nbudget {format_size(made.budget)}: the step {_verdict(room)}")
         if made.advice:
-            print(made.advice)
+            print(fitted(made.advice))
             if settings.get("reversible", True) and not settings.get("keep_attention"):
-                print(
-                    "(offloading would save nothing: these settings keep neither activations nor attention's outputs)"
-                )
+                kept = "these settings keep neither activations nor attention's outputs"
+                print(fitted(f"(offloading would save nothing: {kept})"))
     if longest is not None:
         print(f"longest sequence within the budget: {longest:,} tokens")
+
+
+def _verdict(room: int) -> str:
+    from ..planner import format_size
+
+    return f"fits, with {format_size(room)} to spare" if room >= 0 else f"is {format_size(-room)} too large"
 
 
 def _print_options(made: "Plan") -> None:
@@ -235,11 +246,10 @@ def _print_model(model: Any, args: argparse.Namespace, report: "Report", steps: 
         print(f"  {state:<{width}}{format_size(made.peak_bytes):>12}{longest}")
     for why, parts in left.items():
         others = f" and {len(parts) - 1} others" if len(parts) > 1 else ""
-        print(f"\nleft as it is: {parts[0]}{others}: {why}")
+        print(fitted(f"\nleft as it is: {parts[0]}{others}: {why}"))
     most = getattr(model.config.get_text_config(), "max_position_embeddings", None)
     if most is not None and max([after.seq_len or 0, *steps.longest.values()]) >= most:
         print(f"\nits configuration is for sequences of up to {most:,} tokens")
     if after.budget is not None:
         room = after.budget - after.peak_bytes
-        verdict = f"fits, with {format_size(room)} to spare" if room >= 0 else f"is {format_size(-room)} too large"
-        print(f"\nbudget {format_size(after.budget)}: after the call it {verdict}")
+        print(f"\nbudget {format_size(after.budget)}: after the call the step {_verdict(room)}")

@@ -4,7 +4,7 @@ Python standard library. Weights and measurements go to a run directory, runs/1,
   mea train                                   try it out
   mea train --data book.txt notes/            your own text, as bytes
   mea train --data corpus/ --vocab-size 8000  with a tokenizer trained on it
-  mea train --resume                          resume the latest run, whatever stopped it
+  mea train --resume                          go on with the latest run
 """
 
 import argparse
@@ -15,6 +15,7 @@ import sys
 
 from ..training.config import TrainConfig, known_keys, read_values
 from .parser import add_options, given_options
+from .terminal import fitted
 from .train_display import make_display, summary
 
 
@@ -57,10 +58,10 @@ def run(args: argparse.Namespace) -> int:
             outcome = start_run(config, args.out, display)
     except Interrupted as interrupted:
         if interrupted.main:
-            print(f"mea train: {interrupted}", file=sys.stderr)
+            print(fitted(f"mea train: {interrupted}", sys.stderr), file=sys.stderr)
         return 128 + interrupted.signal
     if outcome.main and not args.quiet:
-        print(summary(outcome))
+        print(fitted(summary(outcome)))
     return 0
 
 

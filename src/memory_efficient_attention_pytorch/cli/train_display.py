@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 from ..common.errors import brought_by
 from ..training.files import quoted
 from ..training.tracking import Callback, OutputError, Record, Sample, Step, Validation, read_metrics
+from .terminal import visible, wrapped
 
 if TYPE_CHECKING:
     from ..training.runs import Outcome
@@ -68,7 +69,7 @@ class Lines(Quiet):
                 self._print(validation_line(record))
             case Sample():
                 continued = f"{indented(record.prompt)}|{indented(record.sample, first='')}"
-                self._print(f"sample at step {record.step}:\n{continued}")
+                self._print(f"sample at step {record.step}, after the |:\n{continued}")
 
     def _now_and_then(self, line: str) -> None:
         if time.monotonic() >= self.next_line:
@@ -94,9 +95,10 @@ class Live(Lines):
             from rich.console import Console
             from rich.progress import BarColumn, Progress, TextColumn
         console = Console(highlight=False)
+        self.bar_width = max(6, min(30, console.width - 76))
         self.progress = Progress(
             TextColumn("{task.fields[name]}"),
-            BarColumn(bar_width=max(6, min(30, console.width - 76))),
+            BarColumn(bar_width=self.bar_width),
             TextColumn("{task.fields[numbers]}", markup=False),
             console=console,
             refresh_per_second=4,
@@ -112,14 +114,17 @@ class Live(Lines):
         self.progress.update(self.task, completed=first_step, total=steps, name=f"{first_step}/{steps}", numbers="")
 
     def log(self, record: Record) -> None:
+        from rich.padding import Padding
         from rich.text import Text
 
         if isinstance(record, Step):
             name = f"{record.step}/{self.steps}"
-            self.progress.update(self.task, completed=record.step, name=name, numbers=numbers(record))
+            room = self.progress.console.width - len(name) - self.bar_width - 2  # a column between each two
+            self.progress.update(self.task, completed=record.step, name=name, numbers=numbers(record, room))
         elif isinstance(record, Sample):
-            continued = Text.assemble((indented(record.prompt), "dim"), indented(record.sample, first=""))
-            self.progress.console.print(Text(f"sample at step {record.step}:", "bold"), continued, sep="\n")
+            continued = Text.assemble((f"{visible(record.prompt)}|", "dim"), visible(record.sample))
+            self.progress.console.print(Text(f"sample at step {record.step}, after the |:", "bold"))
+            self.progress.console.print(Padding(continued, (0, 0, 0, 4), expand=False))
         else:
             super().log(record)
 
@@ -130,15 +135,21 @@ class Live(Lines):
         self.progress.stop()
 
     def _print(self, text: str) -> None:
-        self.progress.console.print(text, markup=False)
+        self.progress.console.print(wrapped(text, self.progress.console.width), markup=False)
 
 
-def numbers(step: Step) -> str:
-    """Format the numbers of a step in about sixty columns."""
-    return (
-        f"loss {step.loss:.3f}  {step.bits_per_byte:.2f} bits/byte  {_short(step.tokens_per_second)} tok/s  "
-        f"{duration(step.seconds_left)} left  {step.memory_now >> 20}/{step.memory_peak >> 20} MiB"
-    )
+def numbers(step: Step, room: int | None = None) -> str:
+    """The numbers of a step, in about sixty columns; where there is no room for all, the first ones."""
+    parts = [
+        f"loss {step.loss:.3f}",
+        f"{step.bits_per_byte:.2f} bits/byte",
+        f"{duration(step.seconds_left)} left",
+        f"{_short(step.tokens_per_second)} tok/s",
+        f"{step.memory_now >> 20}/{step.memory_peak >> 20} MiB",
+    ]
+    while room is not None and len("  ".join(parts)) > room and len(parts) > 1:
+        parts.pop()
+    return "  ".join(parts)
 
 
 def validation_line(validation: Validation) -> str:
@@ -149,9 +160,8 @@ def validation_line(validation: Validation) -> str:
 
 
 def indented(text: str, first: str = "    ") -> str:
-    """Make text safe for a terminal: control characters become dots, lines are indented."""
-    shown = "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
-    return first + shown.replace("\n", "\n    ")
+    """Make text safe for a terminal, with its lines indented."""
+    return first + visible(text).replace("\n", "\n    ")
 
 
 def summary(outcome: "Outcome") -> str:
@@ -170,7 +180,9 @@ def summary(outcome: "Outcome") -> str:
     if outcome.memory or peaks:
         lines.append(f"memory: {outcome.memory.result() if outcome.memory else f'{max(peaks) >> 20} MiB at the peak'}")
     lines += [
-        f"curve: {run.plot}   numbers: {run.metrics}   weights: {run.checkpoints.root}",
+        f"curve: {run.plot}",
+        f"numbers: {run.metrics}",
+        f"weights: {run.checkpoints.root}",
         f"next: mea generate {run.quoted} --prompt '{'...' if outcome.config.data else 'import '}'",
     ]
     return "\n".join(lines)

@@ -138,7 +138,7 @@ class Plan:
         return self.peak_bytes <= limit
 
 
-_REMEDIES = {"batch_size": "a batch of {}", "seq_len": "sequences of {} tokens", "depth": "a depth of {}"}
+_REMEDIES = {"batch_size": "a batch of {:,}", "seq_len": "sequences of {:,} tokens", "depth": "a depth of {}"}
 
 
 def plan(

@@ -271,7 +271,7 @@ def describe(
     parameters: int,
     fit: str = "",
 ) -> str:
-    """Return one line on what the run uses and why. A collective of all processes."""
+    """What the run uses and why, a line for each choice, which every process has to ask for."""
     device = accelerator.device
     threads = torch.get_num_threads()
     where = str(device) if device.type != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
@@ -297,14 +297,16 @@ def describe(
     kept = {True: ", kept for backward", "cpu": ", kept for backward in host memory"}.get(
         config.keep_attention or "", ""
     )
-    return (
-        f"{parameters:,} parameters; {where}; {config.precision}; "
-        f"attention: {choice.name} ({choice.reason}){kept}; reversal: {reversal}; "
-        f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} ({pieces}); "
-        f"{'memory: ' + fit + '; ' if fit else ''}"
-        f"text: {corpus.info.train_tokens:,} tokens to train on, {corpus.info.validation_tokens:,} to validate on "
-        f"({corpus.info.split})"
-    )
+    held_out = f"{corpus.info.validation_tokens:,} to validate on ({corpus.info.split})"
+    lines = [
+        f"{parameters:,} parameters; {where}; {config.precision}",
+        f"attention: {choice.name} ({choice.reason}){kept}",
+        f"reversal: {reversal}",
+        f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} ({pieces})",
+        *([f"memory: {fit}"] if fit else []),
+        f"text: {corpus.info.train_tokens:,} tokens to train on, {held_out}",
+    ]
+    return "\n  ".join(lines)
 
 
 def _division(config: TrainConfig, processes: int) -> str:
