@@ -357,3 +357,26 @@ def test_tile_registers_need_packed_keys_and_more_kernels_for_ragged_lengths(mon
     more = [taken(tokens, True)[1] - taken(tokens, False)[1] for tokens in (500, 600, 1024, 3000)]
     assert more[0] == more[2] == 0 < more[1] == more[3]
     assert taken(600, True, threads=4)[1] - taken(600, False, threads=4)[1] > more[1]
+
+
+def test_in_place_operations_return_what_they_return():
+    """Numbers that PyTorch knows of a fake tensor are counted on, and an argument that does not fit is refused."""
+
+    class Counts(nn.Module):
+        def forward(self, x):
+            steps = torch.tensor(0)
+            for _ in range(3):
+                steps += 1
+            return x.repeat(steps.item(), 1)
+
+    times = dry_run(Step(Counts(), torch.sum, (torch.zeros(4, 2, requires_grad=True),)), plain())
+    assert max(int(row.sum()) for row in times.live) >= 3 * 4 * 2 * BYTES
+
+    class Wrong(nn.Module):
+        def forward(self, x):
+            total = torch.zeros(4, 2)
+            total.add_(x.detach())
+            return total.add_(x.detach()[:3]).sum() + x.sum()
+
+    with pytest.raises(RuntimeError, match=r"(?i)broadcast"):
+        dry_run(Step(Wrong(), torch.sum, (torch.zeros(4, 2, requires_grad=True),)), plain())

@@ -5,6 +5,7 @@ import torch
 import torch.distributed as dist
 
 from memory_efficient_attention_pytorch import Transformer, max_seq_len, plan
+from memory_efficient_attention_pytorch.distributed.all_to_all import AllToAll
 from memory_efficient_attention_pytorch.planner.accounting import accounting_for
 from memory_efficient_attention_pytorch.planner.dry_run import dry_run
 from memory_efficient_attention_pytorch.planner.timeline import CATEGORIES
@@ -60,17 +61,33 @@ def test_every_way_of_going_round_is_the_real_one():
     assert "c10d.all_to_all_single" in collectives()
 
 
-@pytest.mark.parametrize("changes", [{}, {"window": 700}, {"causal": False}], ids=str)
-def test_a_few_turns_of_the_ring_stand_for_all(changes):
-    workload = Workload({**CONFIG, "kv_heads": 1, **changes}, 1, 16384, context=8)
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"kv_heads": 1},
+        {"kv_heads": 1, "window": 700},
+        {"kv_heads": 1, "causal": False},
+        {
+            "dim": 32,
+            "heads": 8,
+            "dim_head": 64,
+            "head_chunks": 1,
+            "ff_chunks": 64,
+        },  # the peak is in the middle of a turn
+    ],
+    ids=str,
+)
+def test_a_few_turns_of_the_ring_stand_for_all(changes, monkeypatch):
+    monkeypatch.setattr(AllToAll, "refusal", staticmethod(lambda *_: "not here"))
+    workload = Workload({**CONFIG, **changes}, 1, 32768, context=16)
     tokens = torch.zeros(1, 2048, dtype=torch.long, device="meta")
     step = workload.step(workload.transformer(1), (tokens,), {"labels": tokens})
     few, all_ = (dry_run(step, accounting_for(torch.device("cpu"), 1), every_part=every) for every in (False, True))
     assert few.totals.max() == all_.totals.max()
-    assert few.flops == pytest.approx(all_.flops, rel=0.1), (
+    assert few.flops == pytest.approx(all_.flops, rel=0.3), (
         "turns are weighed by blocks, of which causality hides parts"
     )
-    if not changes:
+    if "window" not in changes:
         assert len(few.operations) < len(all_.operations) / 2
 
 

@@ -310,3 +310,18 @@ def test_a_branch_from_outside_of_the_library_has_the_output_and_gradients_of_it
     wanted = (x, *module.parameters())
     ours, truth = apply_piecewise(kind(module, {}), x), times * module(x)
     assert_same((ours, *gradients(ours, wanted)), (truth, *gradients(truth, wanted)), 1e-5)
+
+
+def test_a_piece_of_another_shape_than_its_slice_is_refused():
+    """It would be broadcast, and a width of one become that of the input."""
+
+    class EachSequence(Branch):
+        single_piece = False
+
+        def slices(self, x):
+            return [(slice(i, i + 1),) for i in range(len(x))]
+
+    x = torch.randn(3, 8)
+    with pytest.raises(ValueError, match=r"piece: expected a value of the output's slice, \(1, 8\), got \(1, 1\)"):
+        apply_piecewise(EachSequence(nn.Linear(8, 1), {}), x)
+    apply_piecewise(EachSequence(nn.Linear(8, 8), {}), x)

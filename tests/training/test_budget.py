@@ -176,7 +176,7 @@ def test_processes_share_the_model_and_then_the_tokens_where_nothing_fits_otherw
     assert again == dataclasses.replace(chosen, memory_budget=again.memory_budget)
     # One process is told how many would do.
     config = dataclasses.replace(LONG, shard=False)
-    with pytest.raises(ValueError, match="or 2 processes with --context-parallel 2 would fit"):
+    with pytest.raises(ValueError, match="or 2 processes with --context-parallel 2 --accumulation 2 would fit"):
         alone(config, half + NOISE, 1)
 
 

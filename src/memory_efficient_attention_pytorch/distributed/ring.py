@@ -116,7 +116,11 @@ class Ring(Way):
         turns = self._turns(request, k, v)
         coming: Transfer | None = None
         expected = turns[0]
-        for turn, following in each([*zip(turns, [*turns[1:], None], strict=True)], size=partial(self._work, request)):
+        pairs = [*zip(turns, [*turns[1:], None], strict=True)]
+        # A dry run sees the own turns and, of the others, some with all that is held at once: what came, what is under
+        # way and what returns.
+        first = sum(turn.step == 0 for turn in turns) + 3
+        for turn, following in each(pairs, size=partial(self._work, request), first=first):
             if turn is not expected:  # a dry run has left some out
                 coming = self._exchange(turn, k, v)
             tensors = self._own(turn.got, k, v) if coming is None else coming.wait()

@@ -13,7 +13,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
@@ -237,14 +237,15 @@ class Ledger(TorchDispatchMode):
         return result
 
     def _result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        """What the operation returns; of one in place, once it has accepted such arguments, that is the first."""
-        if kwargs or not _in_place(func) or not isinstance(args[0], Tensor):
+        """Return what the operation returns: for the commonest in-place ones the first argument, once accepted."""
+        if kwargs or func not in _IN_PLACE or any(getattr(x, "constant", None) is not None for x in args):
             return func(*args, **kwargs)
-        key = func, *((x.shape, x.dtype) if isinstance(x, Tensor) else type(x) for x in args)
-        if key not in self._accepted:
-            func(*args)
-            self._accepted.add(key)
-        return args[0]
+        key = func, *((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in args)
+        if key in self._accepted:
+            return args[0]
+        result = func(*args)
+        self._accepted.add(key)
+        return result
 
     def _note(self, place: Place, name: str, workspace: int) -> None:
         self._operations.append(Operation(self.phase, place.module, name))
@@ -315,11 +316,11 @@ class Ledger(TorchDispatchMode):
         self._live["allocator"] += sign * held.times * self._accounting.rounding(held.nbytes)
 
 
-@cache
-def _in_place(func: Any) -> bool:
-    """Whether the operation writes into its first argument, leaves its shape as it is and returns it."""
-    name = operator_name(func)
-    return name.endswith("_") and not name.endswith("__") and torch.Tag.inplace_view not in func.tags
+# They write into their first argument and return it.
+_IN_PLACE = frozenset(
+    {aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.lerp_.Scalar, aten.addcmul_.default}
+    | {aten.addcdiv_.default, aten.addmm_.default, aten.copy_.default, aten.zero_.default}
+)
 
 
 def _tensors(result: Any) -> Iterator[Tensor]:

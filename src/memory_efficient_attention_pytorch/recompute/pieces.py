@@ -267,6 +267,8 @@ class _Piecewise(torch.autograd.Function):
             nonlocal out, dtype
             if out is None:
                 dtype, out = value.dtype, branch.allocate(x, value)
+            shape = tuple(out[index].shape)
+            require(tuple(value.shape) == shape, "piece", f"a value of the output's slice, {shape}", tuple(value.shape))
             out[index].add_(value) if branch.overlapping else out[index].copy_(value)
 
         with replay.first():

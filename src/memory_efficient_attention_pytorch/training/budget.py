@@ -15,7 +15,7 @@ from ..planner.candidates import candidates
 from .config import TrainConfig
 from .model import build_model, model_keywords
 from .plot import drawn
-from .resources import memory_now, memory_peak, resolve, return_freed_blocks, trim_heap, warm_up
+from .resources import memory_now, memory_peak, pick_precision, resolve, return_freed_blocks, trim_heap, warm_up
 from .trainer import adamw
 
 Division = dict[str, Any]
@@ -102,12 +102,14 @@ def within_budget(
         step = divided(division, number)
         return step.leanest + step.buckets <= room
 
-    *others, last = [{}] if settled else _divisions(config, processes)
+    *others, last = [{}] if settled else _divisions(config, device, processes)
     division = next(filter(fits, others), last)
     step = divided(division)
     made, standing = step.planned(room - step.buckets), beside + step.buckets
     if not made.fits():
-        enough = "" if settled or room <= 0 else _enough_processes(config, processes, fits)
+        # What is free on a CPU would be shared by more.
+        shared = config.memory_budget == "auto" and device.type == "cpu"
+        enough = "" if settled or shared or room <= 0 else _enough_processes(config, device, processes, fits)
         raise ValueError(_refusal(made, budget, standing, enough))
     chosen = step.config.updated(made.settings)
     if config.memory_budget == "auto":
@@ -195,13 +197,13 @@ class _Step:
         )
 
 
-def _divisions(config: TrainConfig, processes: int) -> list[Division]:
+def _divisions(config: TrainConfig, device: torch.device, processes: int) -> list[Division]:
     """Return the ways to divide a step over the processes, those with the least communication first.
 
     What the configuration sets is kept. Where n processes divide the tokens of each window, n times as many batches are
     accumulated, so that a step has as many windows.
     """
-    if processes == 1 or config.precision == "fp16":
+    if processes == 1 or pick_precision(config, device) == "fp16":
         return [{}]
     shards = [False, True] if config.shard is None else [config.shard]
     if config.context_parallel is not None:
@@ -214,13 +216,16 @@ def _divisions(config: TrainConfig, processes: int) -> list[Division]:
     ]
 
 
-def _enough_processes(config: TrainConfig, processes: int, fits: Callable[[Division, int], bool]) -> str:
+def _enough_processes(
+    config: TrainConfig, device: torch.device, processes: int, fits: Callable[[Division, int], bool]
+) -> str:
     """Return how many processes would be enough, found by doubling, and their options; "" if none would."""
     for number in [processes << more for more in range(1, _DOUBLINGS + 1)]:
-        division = _divisions(config, number)[-1]
+        division = _divisions(config, device, number)[-1]
         if division and number <= config.seq_len and fits(division, number):
             sharded = "--shard " if division["shard"] else ""
-            return f"{number} processes with {sharded}--context-parallel {division['context_parallel']}"
+            batches = f" --accumulation {division['accumulation']}" if "accumulation" in division else ""
+            return f"{number} processes with {sharded}--context-parallel {division['context_parallel']}{batches}"
     return ""
 
 
