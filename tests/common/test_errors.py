@@ -27,6 +27,8 @@ def test_other_errors_are_passed_on():
 def test_training_says_which_extra_it_lacks_before_it_begins(package, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "text.txt").write_text("some text\n" * 100)
+    for loaded in [name for name in sys.modules if name.startswith(f"{package}.")]:  # by other tests
+        monkeypatch.delitem(sys.modules, loaded)
     monkeypatch.setitem(sys.modules, package, None)
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert main(["train", "--data", "text.txt", "--steps=1"]) == 2

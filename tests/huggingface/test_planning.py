@@ -113,7 +113,7 @@ def test_the_command_plans_a_directory(tmp_path, capsys):
     shown = capsys.readouterr().out
     assert "longest sequence within 6 MiB" in shown
     assert "up to 128 tokens" in shown
-    assert "after the call it fits" in shown
+    assert "after the call the step fits" in shown
     assert main([*command, "--budget", "64KiB", "--json"]) == 1
     found = json.loads(capsys.readouterr().out)
     assert found["plans"][EFFICIENT]["fits"] is False
