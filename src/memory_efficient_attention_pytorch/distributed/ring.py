@@ -18,7 +18,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.request import AttentionRequest
-from ..attention.tiles import Found, LogSumExp, Tiled
+from ..attention.tiles import Found, LogSumExp, Tiled, cut
 from ..attention.visibility import Block
 from ..attention.way import BackwardInputs, Way
 from ..common.dry_run import each
@@ -137,10 +137,12 @@ class Ring(Way):
         return Transfer(self.group, to, self._own(turn.given, k, v), source, self._shapes(turn.got, k, v), like=k)
 
     def _work(self, request: AttentionRequest, pair: tuple[Turn, Turn | None]) -> int:
-        """Return the work of a turn, roughly: the scores of the blocks in which some are seen."""
+        """Return the work of a turn: the scores of its tiles that are not empty."""
         total = 1
         for _, block in self._pairs(request, pair[0].got or slice(0, 0)):
-            total += (block.queries.stop - block.queries.start) * (block.keys.stop - block.keys.start)
+            own = replace(request, block=block)
+            part, *_ = cut(own, 1)  # structure hides the same in all heads
+            total += sum(row.scores for row in part.rows(own))
         return total
 
     def _turns(self, request: AttentionRequest, k: Tensor, v: Tensor) -> list[Turn]:
