@@ -238,7 +238,7 @@ def _divided(config: TrainConfig, division: Division) -> str:
     return f"; divided among the processes, since nothing fits otherwise ({shown})"
 
 
-_WHOLE = {"shard": False, "context_parallel": 1, "accumulation": 1}
+_WHOLE = {"shard": False, "context_parallel": 1}
 
 
 def _open(config: TrainConfig) -> list[str]:
