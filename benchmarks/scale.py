@@ -25,6 +25,7 @@ import torch
 from memory_efficient_attention_pytorch.benchmarking.report import between_markers, rewrite, table
 from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
 from memory_efficient_attention_pytorch.distributed import all_to_all, ring
+from memory_efficient_attention_pytorch.distributed.exchange import Layout
 from memory_efficient_attention_pytorch.planner import plan
 from memory_efficient_attention_pytorch.training.files import write_atomically
 
@@ -78,11 +79,11 @@ class Call:
 
     @property
     def chunk(self) -> int:
-        return -(-self.tokens // (2 * self.processes))
+        return Layout(self.tokens, self.processes).chunk
 
     @property
     def local(self) -> int:
-        return 2 * self.chunk
+        return Layout(self.tokens, self.processes).local
 
     @property
     def kv_values(self) -> int:

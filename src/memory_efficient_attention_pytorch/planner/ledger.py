@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ..common.dry_run import Alike
-from ..torch_internals.fake import around_calls, fake_tensors, graph, holders
+from ..torch_internals.fake import around_calls, fake_tensors, graph, holders, knows_contents
 from .accounting import Accounting, Loop, operator_name
 from .flops import count_flops
 from .timeline import CATEGORIES, Operation, Timeline, as_row
@@ -238,7 +238,7 @@ class Ledger(TorchDispatchMode):
 
     def _result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the operation returns: for the commonest in-place ones the first argument, once accepted."""
-        if kwargs or func not in _IN_PLACE or any(getattr(x, "constant", None) is not None for x in args):
+        if kwargs or func not in _IN_PLACE or any(map(knows_contents, args)):
             return func(*args, **kwargs)
         key = func, *((x.shape, x.stride(), x.dtype, x.device) if isinstance(x, Tensor) else x for x in args)
         if key in self._accepted:

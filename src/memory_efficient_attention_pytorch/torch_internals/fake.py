@@ -36,6 +36,11 @@ def fake_tensors() -> FakeTensors | None:
     return FakeTensors(mode, (fake_tensor.DataDependentOutputException, fake_tensor.DynamicOutputShapeException))
 
 
+def knows_contents(value: Any) -> bool:
+    """Whether it is a fake tensor that carries the number it stands for, which operations in place change."""
+    return getattr(value, "constant", None) is not None
+
+
 def log_no_refusals() -> None:
     """Stop PyTorch from logging tracebacks of operators that need contents. For a program's own log."""
     logging.getLogger("torch._subclasses.fake_tensor").setLevel(logging.CRITICAL)
