@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import torch
 from torch import Tensor
 
 from ..common.dry_run import num_threads
 from ..torch_internals import attention_kernels
 from .products import Products
 from .request import IMMODERATE, AttentionRequest
-from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients
+from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
 
 
@@ -43,12 +44,16 @@ class CpuKernel(Tiled):
         add = Products().add_gradients if by_products else super().add_gradients
         add(request, given, grad_q, grad_k, grad_v)
 
-    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
+    def attend(
+        self, scores: Scores, q: Tensor, k: Tensor, v: Tensor, seen: LogSumExp | None
+    ) -> tuple[Tensor, LogSumExp] | None:
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         dtype = scores.request.compute_dtype
         visible = scores.visible
         added, level = scores.relative(dtype, visible)
+        if seen is not None and level is not None and scores.is_negligible(seen.below(level)):
+            return None
         out, lse = kernel.forward(*unit_stride(q, k, v), attn_mask=added, scale=scores.request.scale)
         # The kernel leaves a finite log-sum-exp on a row that sees nothing here.
         if level is not None:
@@ -57,13 +62,22 @@ class CpuKernel(Tiled):
             lse = lse.masked_fill(~visible.any(dim=-1), float("-inf"))
         return out.to(dtype), LogSumExp.of(lse, *(() if level is None else (level.squeeze(-1),)))
 
-    def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
+    def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients | None:
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         added, level = scores.relative(scores.request.compute_dtype, scores.visible)
         lse = bucket.above(level).squeeze(-1)
         if bucket.rest is not None:
             lse = lse + bucket.rest
+        if added is not None and level is not None:
+            if scores.is_negligible(-lse):
+                return None
+            # The kernel keeps its scores inside, so weights are hidden that are negligible whatever the scores. Its
+            # forward pass hides denormal ones by itself. What heads or rows share is not copied for this.
+            if added.shape[:-1] == lse.shape:
+                added.sub_(lse.unsqueeze(-1))
+                torch.threshold_(added, NEGLIGIBLE - scores.largest, float("-inf"))
+                lse = torch.zeros_like(lse)
         heads = unit_stride(bucket.grad_out.to(bucket.q.dtype), bucket.q, k, v)
         found = kernel.backward(*heads, bucket.out, lse, 0.0, False, attn_mask=added, scale=scores.request.scale)
         grad_q, grad_k, grad_v = found

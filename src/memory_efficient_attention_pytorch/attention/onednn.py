@@ -23,7 +23,20 @@ from ..common.threads import in_threads
 from ..torch_internals import onednn
 from ..torch_internals.tensors import are_plain, is_fake
 from .request import IMMODERATE, AttentionRequest
-from .tiles import LogSumExp, Part, QueryBucket, Scores, alike_to, cut, empty_results, finite, tiles
+from .tiles import (
+    NEGLIGIBLE,
+    LogSumExp,
+    Part,
+    QueryBucket,
+    Scores,
+    alike_to,
+    cut,
+    empty_results,
+    finite,
+    largest_product,
+    nearest_first,
+    tiles,
+)
 from .visibility import Tile
 from .way import OF_SCORE, BackwardInputs, Way
 
@@ -185,15 +198,17 @@ def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: T
     """
     request, scratch = shared.request, shared.scratch
     packed_keys, packed_values = _Packed(k, False), _Packed(v, True)
+    largest = largest_product(request, q, k)
     for row in part.rows(request):
         for packed in (packed_keys, packed_values):
             packed.forget_before(row.tiles[0].j0)
         queries = _scaled(q[row.queries], request.scale * LOG2_E)
         total, softmax = queries.new_zeros(len(queries), request.e), _Softmax(shared, queries)
-        for tile in tiles(row):
-            of_tile = Scores(request, part, tile)
+        for tile in nearest_first(request, row):
+            of_tile = Scores(request, part, tile, largest)
             weights = scratch.take("scores", len(queries), tile.j1 - tile.j0)
-            softmax.add(of_tile, weights, packed_keys.take(tile, len(queries)), total)
+            if not softmax.add(of_tile, weights, packed_keys.take(tile, len(queries)), total):
+                continue
             survivors = of_tile.survivors
             if survivors is not None:
                 weights.mul_(survivors[0, 0])
@@ -220,8 +235,11 @@ class _Softmax:
         self.level = torch.full_like(self.top, -math.inf)
         self.first = True
 
-    def add(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> None:
-        """Turn ``scores (i, j)`` into this tile's weights; scale what earlier tiles added to ``total (i, e)``."""
+    def add(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> bool:
+        """Turn ``scores (i, j)`` into this tile's weights; scale what earlier tiles added to ``total (i, e)``.
+
+        Return False if all weights are negligible, and nothing was done.
+        """
         if of_tile.request.bias is not None:
             return self._add_biased(of_tile, scores, keys, total)
         higher = torch.ones_like(self.unseen)
@@ -231,7 +249,7 @@ class _Softmax:
             higher = ~(mass <= MOST_MASS) | self.unseen
             if not higher.any():
                 self.mass.add_(mass)
-                return
+                return True
         self.first = False
         self._relative(of_tile, scores, keys)
         largest = scores.amax(1, keepdim=True)
@@ -242,24 +260,28 @@ class _Softmax:
         shrink = rise.neg().exp2_().masked_fill_(self.mass == 0, 0.0)
         self.mass.mul_(shrink).add_(scores.sub_(rise).exp2_().sum(1, keepdim=True))
         total.mul_(shrink)
+        return True
 
     @property
     def log_sum_exp(self) -> LogSumExp:
         return LogSumExp.of((self.top + self.mass.log2()).mul_(1 / LOG2_E), self.level)
 
-    def _add_biased(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> None:
-        # With biases scores often rise from tile to tile (as with ALiBi): a kept top would have all computed twice.
+    def _add_biased(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> bool:
+        # With biases scores often rise from tile to tile: a kept top would have all computed twice.
         level = self.shared.start_biased(of_tile, scores)
+        if of_tile.is_negligible(level - self.level - self.top / LOG2_E):
+            return False
         keys.add_product(scores.mul_(LOG2_E), self.queries)
         higher = torch.maximum(self.level, level)
         before = self.top + (self.level - finite(higher)).mul_(LOG2_E)
         rise = (level - finite(higher)).mul_(LOG2_E)
         top = finite(torch.maximum(before, scores.amax(1, keepdim=True) + rise))
         shrink = (before - top).exp2_()
-        weights = scores.add_(rise - top).exp2_()
+        weights = torch.threshold_(scores.add_(rise - top), NEGLIGIBLE * LOG2_E, -math.inf).exp2_()
         self.mass.mul_(shrink).add_(weights.sum(1, keepdim=True))
         total.mul_(shrink)
         self.level, self.top = higher, top
+        return True
 
     def _relative(self, of_tile: Scores, scores: Tensor, keys: PackedWeight) -> None:
         self.shared.start(of_tile, scores, -self.top)
@@ -271,7 +293,7 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
     request, scratch = shared.request, shared.scratch
     grad_q = part.of_query(gradients[0])[0, 0]
     k, v, grad_k, grad_v = (part.of_key(x)[0, 0] for x in (given.k, given.v, *gradients[1:]))
-    survivor_scale = 1 / (1 - request.dropout)
+    survivor_scale, largest = 1 / (1 - request.dropout), largest_product(request, part.of_query(given.q)[0, 0], k)
     for row in part.rows(request):
         bucket = QueryBucket.of(part, row.queries, given, torch.float32)
         q, grad_out, delta = (x[0, 0] for x in (bucket.q, bucket.grad_out, bucket.delta))
@@ -283,15 +305,20 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
         of_queries = queries.new_zeros(request.d, i)
         for tile in tiles(row):
             j = tile.j1 - tile.j0
-            of_tile, keys, values = Scores(request, part, tile), k[tile.keys], v[tile.keys]
+            of_tile, keys, values = Scores(request, part, tile, largest), k[tile.keys], v[tile.keys]
             weights, grads = scratch.take("weights", j, i), scratch.take("gradients", j, i)
             if request.bias is None:
                 shared.start(of_tile, weights, minus_lse)
             else:
                 level = shared.start_biased(of_tile, weights).view(-1, 1)
                 assert bucket.rest is not None
-                weights.sub_((bucket.above(level) + bucket.rest.unsqueeze(-1))[0, 0].t()).mul_(LOG2_E)
+                above = bucket.above(level) + bucket.rest.unsqueeze(-1)
+                if of_tile.is_negligible(-above):
+                    continue
+                weights.sub_(above[0, 0].t()).mul_(LOG2_E)
             by_queries.add_product(weights, scratch.take("keys", *keys.shape).copy_(keys))
+            if request.bias is not None:
+                torch.threshold_(weights, NEGLIGIBLE * LOG2_E, -math.inf)
             weights.exp2_()
             survivors, values = of_tile.survivors, scratch.take("values", *values.shape).copy_(values)
             if survivors is None:

@@ -10,6 +10,7 @@ biases, and the loops.
 
 from __future__ import annotations
 
+import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from ..common.dry_run import Alike, each
+from ..torch_internals.tensors import are_plain, is_fake
 from .bias import BiasGradient
 from .broadcasting import EVERYTHING
 from .request import AttentionRequest
@@ -26,6 +28,9 @@ from .way import BackwardInputs, Way
 
 # Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 fit in a CPU's cache, a GPU needs more work.
 ELEMENTS_ON_A_CPU, ELEMENTS_ELSEWHERE = 2**20, 2**25
+# With a bias, weights below 2**-100 of their row's sum count as 0: they change no sum of the others in fp32 or fp64,
+# and some CPUs multiply the denormal ones among them slowly.
+NEGLIGIBLE = -100 * math.log(2)
 
 
 class Part(NamedTuple):
@@ -70,6 +75,32 @@ def tiles(row: Row) -> Iterable[Tile]:
     return each(row.tiles, size=lambda tile: tile.scores, last=2)
 
 
+def nearest_first(request: AttentionRequest, row: Row) -> Iterable[Tile]:
+    """Iterate over the tiles of a row, with a bias in order of their distance.
+
+    Where biases fall with distance, what the far tiles would add is then negligible beside what has been found.
+    """
+    if request.bias is None or len(row.tiles) < 2:
+        return tiles(row)
+    position = row.queries.start + row.queries.stop + 2 * request.visibility.offset
+    ordered = sorted(row.tiles, key=lambda tile: abs(tile.j0 + tile.j1 - position))
+    return tiles(row._replace(tiles=ordered))
+
+
+def largest_product(request: AttentionRequest, q: Tensor, k: Tensor) -> float:
+    """Return what no scaled product of these queries and keys exceeds, by the inequality of Cauchy and Schwarz.
+
+    Infinity where it is not needed or not known: without a bias, and where the host would wait for values or has none.
+    """
+    if request.bias is None or request.bias.of_score or request.device_type != "cpu":
+        return math.inf
+    known = are_plain(q, k) and not is_fake(q) and not is_fake(k) and q.numel() > 0 < k.numel()
+    if torch.compiler.is_compiling() or not known:
+        return math.inf
+    q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=request.compute_dtype).amax() for x in (q, k))
+    return abs(request.scale) * float(q_norm) * float(k_norm)
+
+
 def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alike = None) -> Iterable[Part]:
     """Cut batch and heads so that a tile of a part holds at most ``elements`` scores, or else those of one head.
 
@@ -107,11 +138,12 @@ def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
 
 
 class Scores(NamedTuple):
-    """One tile of a part: its biases, its visible keys, its dropout mask."""
+    """One tile of a part: its biases, its visible keys, its dropout mask. largest: see :func:`largest_product`."""
 
     request: AttentionRequest
     part: Part
     tile: Tile
+    largest: float = math.inf
 
     @staticmethod
     def all_of(request: AttentionRequest) -> Scores:
@@ -158,6 +190,10 @@ class Scores(NamedTuple):
         bias = self.bias
         added = additive(visible, bias, dtype)
         return (added, None) if bias is None or added is None else less_level(added)
+
+    def is_negligible(self, relative: Tensor) -> bool:
+        """Return True if all weights are negligible, given the rows' levels less what is known of their log-sum-exp."""
+        return math.isfinite(self.largest) and float(relative.amax()) + self.largest < NEGLIGIBLE
 
     @property
     def survivors(self) -> Tensor | None:
@@ -268,6 +304,10 @@ class LogSumExp(NamedTuple):
             high = total
         return LogSumExp(high.masked_fill(low == float("-inf"), float("-inf")), low)
 
+    def below(self, level: Tensor) -> Tensor:
+        """Return a tile's level of biases ``(b, h, i, 1)`` less this, ``(b, h, i)``."""
+        return (level.squeeze(-1) - self.high) - self.low
+
     def rounded(self) -> tuple[Tensor, Tensor]:
         """Return the sum as one number, and its rounding error."""
         high = finite(self.high)
@@ -305,12 +345,20 @@ class Tiled(Way):
         return None
 
     @abstractmethod
-    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
-        """Return this tile's normalised output ``(b, h, i, e)`` and log-sum-exp, in the compute dtype."""
+    def attend(
+        self, scores: Scores, q: Tensor, k: Tensor, v: Tensor, seen: LogSumExp | None
+    ) -> tuple[Tensor, LogSumExp] | None:
+        """Return this tile's normalised output ``(b, h, i, e)`` and log-sum-exp, in the compute dtype.
+
+        seen: the log-sum-exp of other tiles. None may be returned if all weights are negligible beside it.
+        """
 
     @abstractmethod
-    def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
-        """Return this tile's part of the gradients of q, k and v, and the gradient of its scores or None."""
+    def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients | None:
+        """Return this tile's part of the gradients of q, k and v, and the gradient of its scores or None.
+
+        None may be returned if all weights are negligible.
+        """
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         # A block's output will be merged with others, so it is in the compute dtype.
@@ -332,15 +380,16 @@ class Tiled(Way):
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
+            largest = largest_product(request, part.of_query(q), keys)
             for row in part.rows(request):
                 here = shifted(row.queries, first_query)
                 queries = part.of_query(q)[:, :, here]
                 merged = None if before is None else before.at(part, here)
-                for tile in tiles(row):
-                    scores = Scores(request, part, tile)
-                    there = shifted(tile.keys, first_key)
-                    found = self.attend(scores, queries, keys[:, :, there], values[:, :, there])
-                    merged = found if merged is None else merge(*merged, *found)
+                for tile in nearest_first(request, row):
+                    scores = Scores(request, part, tile, largest)
+                    there, seen = shifted(tile.keys, first_key), None if merged is None else merged[1]
+                    found = self.attend(scores, queries, keys[:, :, there], values[:, :, there], seen)
+                    merged = merged if found is None else found if merged is None else merge(*merged, *found)
                 assert merged is not None  # a row has a tile
                 yield part, here, *merged
 
@@ -360,13 +409,18 @@ class Tiled(Way):
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, *given.tensors)):
             keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
+            largest = largest_product(request, part.of_query(given.q), keys)
             for row in part.rows(request):
                 queries = shifted(row.queries, first_query)
                 bucket = QueryBucket.of(part, queries, given, dtype)
                 of_queries = torch.zeros_like(bucket.q, dtype=dtype)
                 for tile in tiles(row):
-                    here, scores = (EVERYTHING, EVERYTHING, shifted(tile.keys, first_key)), Scores(request, part, tile)
-                    dq, dk, dv, ds = self.differentiate(scores, bucket, keys[here], values[here])
+                    here = (EVERYTHING, EVERYTHING, shifted(tile.keys, first_key))
+                    scores = Scores(request, part, tile, largest)
+                    found = self.differentiate(scores, bucket, keys[here], values[here])
+                    if found is None:
+                        continue
+                    dq, dk, dv, ds = found
                     of_queries += dq
                     to_keys[here] += dk
                     to_values[here] += dv
