@@ -202,8 +202,13 @@ def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Return ``module(x)`` of a stream x that is still needed: a module that works in place gets a copy.
 
-    Raises ValueError for a module that changes x without having an attribute ``inplace``.
+    Raises ValueError for a module that changes x without having an attribute ``inplace``; under a compiler it gets a
+    copy, too.
     """
+    if torch.compiler.is_compiling():
+        # A compiler cannot tell afterwards what was changed, and leaves out a copy that nobody changes.
+        copied: Tensor = module(x.clone(), **kwargs)
+        return copied
     in_place = any(getattr(part, "inplace", False) for part in module.modules())
     before = version(x)
     value: Tensor = module(x.clone() if in_place else x, **kwargs)

@@ -78,6 +78,8 @@ class Chain:
 
     def leave(self, *streams: Tensor) -> None:
         """Record the streams that a block returns."""
+        if not self.rebuild:
+            return
         self._left = [(weakref.ref(t.untyped_storage()), version(t)) for t in streams]
 
     def enter(self, *streams: Tensor) -> None:
@@ -85,8 +87,7 @@ class Chain:
         pairs = zip(self._left, streams, strict=False)
         untouched = all(left() is t.untyped_storage() and count == version(t) for (left, count), t in pairs)
         expected = "to reach the next block unchanged (reversible=False allows any)"
-        fits = untouched or not self.rebuild
-        require(fits, "a reversible block's output", expected, "other values, from a hook perhaps")
+        require(untouched, "a reversible block's output", expected, "other values, from a hook perhaps")
 
     def watch(self, stream: Tensor) -> None:
         """Remember the stream's largest magnitude, for :meth:`report`."""
@@ -213,7 +214,9 @@ class ChainEnd(torch.autograd.Function):
 
 def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return ``(b, a + module(b))``. The sum is the same bit for bit whether or not backward will rebuild it."""
-    branch = branch_of(module, b, kwargs) if chain.in_pieces else None
+    # Nothing that a compiler follows is rebuilt, and a module asked for pieces has them in its own forward.
+    in_pieces = chain.in_pieces and not torch.compiler.is_compiling()
+    branch = branch_of(module, b, kwargs) if in_pieces else None
     if branch is not None and branch.single_piece:
         if not chain.rebuild:
             branch = None
