@@ -52,7 +52,7 @@ class Ring(Way):
     """
 
     name, backend = "ring", "ring"
-    merit = "keys and values of few heads go round"
+    merit = "keys and values are passed around a ring"
 
     def __init__(self, within: Tiled, layout: Layout, group: dist.ProcessGroup) -> None:
         self.within, self.layout, self.group, self.rank = within, layout, group, group.rank()
