@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from memory_efficient_attention_pytorch.training.parts import load_parts, shapes_in
 from memory_efficient_attention_pytorch.training.runs import start_run
@@ -23,13 +22,6 @@ def directory(tmp_path_factory):
     for world in sorted({processes for processes, *_ in RUNS.values()}):
         train_command.together(world, run_all, directory)
     return directory
-
-
-@pytest.fixture(autouse=True)
-def _accelerate_anew():
-    """accelerate keeps the first choice of precision for as long as a process lives."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def measured(run, name):
