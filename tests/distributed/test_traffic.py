@@ -76,8 +76,8 @@ def test_processes_send_what_the_formulas_say_in_that_order(scale, noted, number
         if case.method == "all_to_all":
             to_others = (world - 1) / world
             assert [total * to_others for total in sent] == [scale.exchange_bytes(asked, backward)] * world
-        elif not case.missing and max(side or 0 for side in case.sides) <= CHUNK:
-            assert sum(sent) == world * scale.ring_bytes(asked, backward)
+        elif not case.missing:
+            assert sum(sent) == pytest.approx(world * scale.ring_bytes(asked, backward), abs=0.5)
 
 
 def with_sums(events):
@@ -140,7 +140,7 @@ def test_under_causality_all_have_as_much_to_do_after_every_turn(scale, processe
     assert (done[1:].max(axis=1) - done[1:].min(axis=1)).max() <= a_slice
 
 
-@pytest.mark.parametrize("sides", [(None, None), (None, 0), (16, 0)])
+@pytest.mark.parametrize("sides", [(None, None), (None, 0), (None, 7), (16, 0), (100, 0), (300, 0), (90, 90)])
 def test_the_way_taken_by_itself_is_the_one_that_sends_less(scale, sides):
     """In single precision, forward and backward, but for the log-sum-exps that an exchange sends besides."""
     ways = set()
@@ -159,4 +159,4 @@ def test_the_way_taken_by_itself_is_the_one_that_sends_less(scale, sides):
         assert taken == less, asked
         ways.add(taken)
     assert "ring" in ways
-    assert len(ways) == 2 or sides == (16, 0)
+    assert len(ways) == 2 or sides in ((16, 0), (100, 0))

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import permutations
 from typing import NamedTuple
 
 import torch
@@ -219,6 +220,13 @@ def needed(layout: Layout, rank: int, source: int, sides: Sides) -> list[slice]:
             first, others = slice(first.start, max(first.stop, others[0].stop)), []
         found += [part for part in (first, *others) if part.start < part.stop]
     return found
+
+
+@lru_cache(maxsize=256)
+def tokens_sent(layout: Layout, sides: Sides) -> int:
+    """Return the number of tokens whose keys and values all processes together send in forward."""
+    pairs = permutations(range(layout.size), 2)
+    return sum(part.stop - part.start for rank, source in pairs for part in needed(layout, rank, source, sides))
 
 
 def _seen(sides: Sides, queries: slice, keys: slice) -> slice:
