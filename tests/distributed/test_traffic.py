@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,29 @@ def scale():
 
 
 @pytest.fixture(scope="module", params=(2, 4))
-def noted(request, tmp_path_factory) -> list[list[dict[str, Any]]]:
+def counted(request, tmp_path_factory) -> Path:
+    """All cases run once, in so many processes; the folder of what they noted."""
+    directory = tmp_path_factory.mktemp("counted")
+    run_processes(counted_processes, request.param, request.param, directory)
+    return directory
+
+
+@pytest.fixture
+def noted(counted) -> list[list[dict[str, Any]]]:
     """Of each process what it did in every case."""
-    world, directory = request.param, tmp_path_factory.mktemp("counted")
-    run_processes(counted_processes, world, world, directory)
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world)]
+    return noted_by_process(counted, "")
+
+
+def test_all_take_part_in_a_collective_before_some_send_messages_and_never_again(counted):
+    """NCCL may hang where its first messages in a group are those of a few."""
+    each = noted_by_process(counted, "first-")
+    kinds = [[[event[0] for event in events if event[0] != "compute"] for events in of_rank] for of_rank in each]
+    messages = [["send"], ["receive"], [], []][: len(each)]
+    assert kinds == [[["meet", *sent], sent] for sent in messages]
+
+
+def noted_by_process(counted: Path, name: str) -> list[Any]:
+    return [json.loads(path.read_text()) for path in sorted(counted.glob(f"{name}[0-9].json"))]
 
 
 def call(scale, case: Case, world: int):

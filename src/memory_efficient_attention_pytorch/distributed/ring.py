@@ -23,7 +23,7 @@ from ..attention.tiles import Found, LogSumExp, Tiled, cut
 from ..attention.visibility import Block
 from ..attention.way import BackwardInputs, Way
 from ..common.dry_run import each
-from .exchange import Layout, Transfer
+from .exchange import Layout, Transfer, meet
 
 SLICE = {"cpu": 2**19}
 """Bytes of keys and values sent at a time."""
@@ -59,6 +59,7 @@ class Ring(Way):
         self.within, self.layout, self.group, self.rank = within, layout, group, group.rank()
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        meet(self.group, q.device)
         # Token-major in memory, so that merging the heads afterwards is a view.
         shape, dtype = (request.b, q.shape[2], request.h, request.e), request.compute_dtype
         out = v.new_zeros(shape, dtype=dtype).transpose(1, 2)
