@@ -74,6 +74,14 @@ def test_a_mistake_is_said_once_and_ends_all_with_status_2(case, directory):
     assert not (directory / "runs").exists()
 
 
+def test_the_device_with_least_free_memory_decides(directory):
+    """Two processes on a CPU share its 2 GiB; the main one's 8 are not what both have."""
+    for rank in range(2):
+        found = json.loads((directory / f"memory-2-{rank}.json").read_text())
+        assert found["auto"] == 1 << 30
+        assert "in the 1 GiB free" in found["None"]
+
+
 @pytest.mark.parametrize("options", [{"context_parallel": 2}, {"shard": True}])
 def test_one_process_has_nobody_to_share_with(options, directory, tmp_path):
     with pytest.raises(ValueError, match=f"{next(iter(options))} divides .* there is one: start .* with torchrun"):
