@@ -134,7 +134,7 @@ def test_a_text_ends_with_its_document(mea):
     ("run", "how"),
     [
         ("rotary", "each token sees the last 24 and none before"),
-        ("learned", "the model reads the last 24 anew for each token, since its learned positions end there"),
+        ("learned", "the model reads the last 24 again for each token, since its learned positions end there"),
         ("window", "nothing changes, since no token looks back further than the model's window"),
     ],
 )

@@ -10,7 +10,6 @@ import warnings
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from memory_efficient_attention_pytorch.training import load_run
@@ -23,13 +22,6 @@ from memory_efficient_attention_pytorch.training.tracking import Callback, Step
 from memory_efficient_attention_pytorch.training.trainer import learning_rate, make_optimizer
 
 TINY = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "seq_len": 16, "device": "cpu", "evaluation_windows": 4}
-
-
-@pytest.fixture(autouse=True)
-def _accelerate_anew():
-    """accelerate keeps the first choice of precision for as long as a process lives."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture

@@ -45,7 +45,7 @@ class CudaKernel(Tiled):
         if request.d != request.e or request.d % ALIGNMENT:
             return f"q and v must have one width, a multiple of {ALIGNMENT}, not {request.d} and {request.e}"
         if not are_plain(q, k, v):
-            return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
+            return "tensor subclasses and torch.func's transforms support only PyTorch's public functions"
         return "this PyTorch does not have it" if attention_kernels.efficient_kernel() is None else None
 
     def rows(

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the step code runs: the phase and the path of the innermost module ("" outside any module)."""
+    """A place in the step: the phase and the path of the innermost module ("" outside any module)."""
 
     phase: str
     module: str = ""

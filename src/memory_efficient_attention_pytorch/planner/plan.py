@@ -44,7 +44,7 @@ class Option:
 
 @dataclass(frozen=True)
 class Plan:
-    """What a training step needs.
+    """Holds what a training step needs.
 
     ``timeline`` has the bytes that are live during every operation. ``settings`` are the chosen Transformer keywords:
     without a budget the numbers of pieces that its layers choose, where more than one; with a budget the fastest

@@ -261,6 +261,17 @@ def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
     return out
 
 
+def slice_for(value: Tensor, whole: Tensor, index: Index) -> Tensor:
+    """Return the slice of ``whole`` that a piece's value is for. Raises ValueError for another shape.
+
+    Sums in place would broadcast a smaller one.
+    """
+    part = whole[index]
+    expected = f"a value of the output's slice, {tuple(part.shape)}"
+    require(value.shape == part.shape, "piece", expected, tuple(value.shape))
+    return part
+
+
 class _Piecewise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, branch: Branch, replay: Replay, x: Tensor, *inputs: Tensor) -> Tensor:
@@ -272,9 +283,8 @@ class _Piecewise(torch.autograd.Function):
             nonlocal out, dtype
             if out is None:
                 dtype, out = value.dtype, branch.allocate(x, value)
-            shape = tuple(out[index].shape)
-            require(tuple(value.shape) == shape, "piece", f"a value of the output's slice, {shape}", tuple(value.shape))
-            out[index].add_(value) if branch.overlapping else out[index].copy_(value)
+            part = slice_for(value, out, index)
+            part.add_(value) if branch.overlapping else part.copy_(value)
 
         with replay.first():
             branch.run(x, inputs, add)

@@ -20,7 +20,7 @@ from ..common.errors import require
 from ..common.precision import full_dtype
 from ..torch_internals.engine import version
 from ..torch_internals.tensors import is_fake, memory_is_shared
-from .pieces import Branch, Index, branch_of, refuse_sharded, value_of
+from .pieces import Branch, Index, branch_of, refuse_sharded, slice_for, value_of
 from .replay import Replay
 
 
@@ -142,7 +142,7 @@ class _Step(torch.autograd.Function):
         c = a.clone(memory_format=torch.contiguous_format)
 
         def add(index: Index, value: Tensor) -> None:
-            c[index].add_(chain.onto_grid(value))
+            slice_for(value, c, index).add_(chain.onto_grid(value))
 
         with replay.first():
             branch.run(b.to(chain.dtype), inputs, add)

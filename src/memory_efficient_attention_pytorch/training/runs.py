@@ -12,7 +12,7 @@ import torch
 
 from ..attention.functional import select_backend
 from ..common.errors import brought_by
-from .budget import Memory, fastest_that_fits, prepare, within_budget
+from .budget import Memory, fastest_that_fits, least_free, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
@@ -130,17 +130,19 @@ def _settle(
         if settled:
             config = resolve(config, device)
         else:
+            free = least_free(accelerator)
             config, fit = _on_main(
-                accelerator, lambda: fastest_that_fits(config, device, num_tokens, processes=processes)
+                accelerator, lambda: fastest_that_fits(config, device, num_tokens, free=free, processes=processes)
             )
         if config.reversible:
             # A run that stores activations has the memory, and clearing the same pages in every step costs 4 to 10 %.
             return_freed_blocks()
         return config, None, fit
     prepare(device)
+    free = least_free(accelerator) if config.memory_budget == "auto" else None
     config, memory = _on_main(
         accelerator,
-        lambda: within_budget(config, device, num_tokens, processes=processes, settled=settled),
+        lambda: within_budget(config, device, num_tokens, processes=processes, settled=settled, free=free),
     )
     accelerator.gradient_accumulation_steps = config.accumulation
     return config, memory, ""
