@@ -8,6 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from ..training.files import write_figure
 from .results import Results, Run
 from .summary import compared, peak, series, step_seconds
 from .systems import REFERENCE, SYSTEMS
@@ -54,10 +55,7 @@ def _save(drawing: Callable[[Any], bool], path: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     # Below, since beside the plot the names would take half of the picture.
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
-    return partial.replace(path)
+    return write_figure(path, figure)
 
 
 def _mib(run: Run) -> float:

@@ -14,9 +14,9 @@ from ..planner import Option, Plan, plan
 from ..planner.candidates import candidates, leanest
 from .config import TrainConfig
 from .model import build_model, model_keywords
+from .optimizer import adamw
 from .plot import drawn
 from .resources import memory_now, memory_peak, pick_precision, resolve, return_freed_blocks, trim_heap, warm_up
-from .trainer import adamw
 
 Division = dict[str, Any]
 """The keys of a TrainConfig that say how the processes of a run share its step."""

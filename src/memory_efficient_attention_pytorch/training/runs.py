@@ -18,13 +18,14 @@ from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
 from .files import ElsewhereError, RunError, write_atomically
 from .model import build_model
+from .optimizer import learning_rate
 from .processes import ProcessMesh, check_division
 from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
 from .tracking import Callback, MetricsFile, TensorBoardFile
-from .trainer import Trainer, learning_rate
+from .trainer import Trainer
 from .watch import watched
 
 if TYPE_CHECKING:
@@ -38,15 +39,8 @@ RUNS = Path("runs")
 _CHANGEABLE = {
     *("steps", "batch_size", "accumulation", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"),
     *("clip", "device", "shard", "context_parallel", "head_chunks", "ff_chunks", "loss_chunk_size", "memory_budget"),
-    *(
-        "evaluate_every",
-        "evaluation_windows",
-        "sample_every",
-        "sample_tokens",
-        "checkpoint_every",
-        "keep",
-        "tensorboard",
-    ),
+    *("evaluate_every", "evaluation_windows", "sample_every", "sample_tokens", "checkpoint_every", "keep"),
+    "tensorboard",
 }
 
 
