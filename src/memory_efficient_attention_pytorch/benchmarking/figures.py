@@ -18,6 +18,7 @@ OURS = ("#08306b", "#00a2c7", "#2f6fde", "#7b9ff2", "#a9c7ee", "#54789c")
 OTHERS = ("#7f7f7f", "#b45f06", "#e69138", "#f1c232", "#6aa84f", "#a64d79", "#674ea7", "#444444")
 MEMORY, SECONDS = "memory above the model, MiB", "seconds a step"
 MARKERS = "osD^vPX*<>hp"
+MOST_TICKS = 12
 FINEST_FIRST = (
     tuple(tenths / 10 for tenths in range(10, 100)),
     (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9),
@@ -124,8 +125,8 @@ def _logarithmic(axes: Any, name: str) -> None:
     axes.set(**{f"{name}ticks": ticks, f"{name}ticklabels": [f"{tick:,g}" for tick in ticks]})
 
 
-def round_numbers(low: float, high: float, most: int = 12) -> list[float]:
-    """Round numbers for a logarithmic axis, as close as ``most`` of them allow; ``low`` and ``high`` lie between."""
+def round_numbers(low: float, high: float) -> list[float]:
+    """Return at most ``MOST_TICKS`` round numbers for a logarithmic axis, with ``low`` and ``high`` between them."""
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     found: list[float] = []
     for digits in FINEST_FIRST:
@@ -133,6 +134,6 @@ def round_numbers(low: float, high: float, most: int = 12) -> list[float]:
         first = max(i for i, number in enumerate(numbers) if number <= low)
         last = min(i for i, number in enumerate(numbers) if number >= high)
         found = numbers[first : max(last, first + 1) + 1]
-        if len(found) <= most:
+        if len(found) <= MOST_TICKS:
             break
     return found
