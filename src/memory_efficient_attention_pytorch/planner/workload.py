@@ -46,12 +46,9 @@ class Workload:
         kinds = "a Transformer's keywords or an nn.Module"
         require(isinstance(self.subject, Mapping | nn.Module), "model_or_config", kinds, type(self.subject).__name__)
         for name in ("batch_size", "seq_len"):
-            if getattr(self, name) is not None:
+            if self.of_transformer or getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
-        if self.of_transformer:
-            for name in ("batch_size", "seq_len"):
-                require(getattr(self, name) is not None, name, "a positive integer", None)
-        else:
+        if not self.of_transformer:
             expected = "the inputs of this module's forward, or a function of (batch_size, seq_len) that makes them"
             require(self.example_inputs is not None, "example_inputs", expected, None)
         for name in ("shards", "context"):
