@@ -44,6 +44,10 @@ def left_to_add(leaf: Tensor, total: Tensor) -> Tensor | None:
     """Return what a Function returns as ``leaf``'s gradient, once the ``total`` of :func:`accumulator` is complete."""
     if torch.compiler.is_compiling() or not leaf.is_leaf or total is not leaf.grad:
         return total.to(leaf.dtype)
+    return _nothing(leaf)
+
+
+def _nothing(leaf: Tensor) -> Tensor | None:
     # On devices with streams the engine synchronises at each gradient, so it gets one: zeros without memory.
     return None if device_type(leaf.device) == "cpu" else leaf.new_zeros(()).expand_as(leaf)
 
