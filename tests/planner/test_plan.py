@@ -318,7 +318,7 @@ def test_what_does_not_fit_comes_with_advice_that_holds():
     hopeless = planned(lean, batch_size=4, seq_len=2048, budget="14MiB")
     assert not hopeless.fits()
     words = hopeless.advice.split()
-    batch, length = int(words[words.index("batch") + 2]), int(words[words.index("sequences") + 2])
+    batch, length = (int(words[words.index(name) + 2].replace(",", "")) for name in ("batch", "sequences"))
     assert planned(lean, batch_size=batch, seq_len=2048).fits("14MiB")
     assert planned(lean, batch_size=4, seq_len=length).fits("14MiB")
     assert hopeless.remedies == {"batch_size": batch, "seq_len": length, "budget": hopeless.peak_bytes}

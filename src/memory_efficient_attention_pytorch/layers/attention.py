@@ -250,8 +250,8 @@ def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:
-    return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., -keys:]
+def _last_keys(tensor: Tensor, keys: int) -> Tensor:
+    return tensor if tensor.shape[-1] == 1 else tensor[..., -keys:]
 
 
 def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
@@ -259,8 +259,6 @@ def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
     if isinstance(tensor, Tensor):
         per_head = tensor.dim() >= 3 and tensor.shape[-3] > 1
         return tensor[..., heads, :, :] if per_head else tensor
-    if tensor is None:
-        return None
     return mask_function(tensor).of_heads(heads) if argument == "mask" else bias_of_heads(tensor, heads)
 
 

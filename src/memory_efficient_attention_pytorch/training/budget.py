@@ -11,12 +11,12 @@ import torch
 from ..common.sizes import available_memory, format_size, parse_size
 from ..models.config import SETTINGS
 from ..planner import Option, Plan, plan
-from ..planner.candidates import candidates
+from ..planner.candidates import candidates, leanest
 from .config import TrainConfig
 from .model import build_model, model_keywords
+from .optimizer import adamw
 from .plot import drawn
 from .resources import memory_now, memory_peak, pick_precision, resolve, return_freed_blocks, trim_heap, warm_up
-from .trainer import adamw
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -192,8 +192,7 @@ class _Step:
         """The open settings with which the step takes the least memory."""
         config, mixed_precision = self.config, self.config.precision != "fp32"
         offload = self.device.type == "cuda"
-        found = candidates(self.given, config.batch_size, config.seq_len, mixed_precision, offload)
-        return {name: value for candidate in found for name, value in candidate.changes.items()}
+        return leanest(candidates(self.given, config.batch_size, config.seq_len, mixed_precision, offload))
 
     @functools.cached_property
     def leanest(self) -> int:

@@ -18,13 +18,14 @@ from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
 from .files import ElsewhereError, RunError, write_atomically
 from .model import build_model
+from .optimizer import learning_rate
 from .processes import ProcessMesh, check_division
 from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
 from .tracking import Callback, MetricsFile, TensorBoardFile
-from .trainer import Trainer, learning_rate
+from .trainer import Trainer
 from .watch import watched
 
 if TYPE_CHECKING:
@@ -38,15 +39,8 @@ RUNS = Path("runs")
 _CHANGEABLE = {
     *("steps", "batch_size", "accumulation", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"),
     *("clip", "device", "shard", "context_parallel", "head_chunks", "ff_chunks", "loss_chunk_size", "memory_budget"),
-    *(
-        "evaluate_every",
-        "evaluation_windows",
-        "sample_every",
-        "sample_tokens",
-        "checkpoint_every",
-        "keep",
-        "tensorboard",
-    ),
+    *("evaluate_every", "evaluation_windows", "sample_every", "sample_tokens", "checkpoint_every", "keep"),
+    "tensorboard",
 }
 
 
@@ -184,20 +178,7 @@ def _train(
         try:
             display = make_display(main)
             stack.callback(display.close)
-            files: list[Callback] = []
-
-            def prepare() -> Checkpoint | None:
-                stack.enter_context(run.locked())
-                with run.clear_about_writing():
-                    found = _prepare(run, config, display, before)
-                    files.extend(_files(run, config, first_step=found.state.step if found else -1))
-                return found
-
-            checkpoint = _on_main(accelerator, prepare)
-            for file in files:
-                stack.callback(file.close)
-            corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
-            trainer = Trainer(accelerator, processes, run, config, corpus, tokenizer, [*files, display], checkpoint)
+            trainer = _make_trainer(stack, accelerator, processes, run, config, display, before)
         except (RunError, BrokenPipeError):
             raise  # the run can be resumed
         except Exception:
@@ -209,7 +190,7 @@ def _train(
             with run.clear_about_writing():
                 write_atomically(run.config, dump_config(config))
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        plan = describe(config, accelerator, processes, corpus, parameters, fit)
+        plan = describe(config, accelerator, processes, trainer.corpus, parameters, fit)
         if memory is not None:
             plan += f"\n{memory.announcement()}"
         display.started(plan, run.path, trainer.state.step, config.steps)
@@ -217,6 +198,35 @@ def _train(
         if memory is not None:
             memory = dataclasses.replace(memory, measured=memory_peak(accelerator.device))
         return Outcome(run, config, state, parameters, main, memory)
+
+
+def _make_trainer(
+    stack: contextlib.ExitStack,
+    accelerator: "Accelerator",
+    processes: ProcessMesh,
+    run: RunDirectory,
+    config: TrainConfig,
+    display: Callback,
+    before: TrainConfig | None,
+) -> Trainer:
+    """Prepare the run directory, whose lock and files ``stack`` closes, and return the loop."""
+    files: list[Callback] = []
+
+    def prepare() -> Checkpoint | None:
+        stack.enter_context(run.locked())
+        with run.clear_about_writing():
+            found = _prepare(run, config, display, before)
+            first_step = found.state.step if found else -1
+            files.append(MetricsFile(run.metrics, first_step))
+            if config.tensorboard:
+                files.append(TensorBoardFile(run.tensorboard, first_step))
+        return found
+
+    checkpoint = _on_main(accelerator, prepare)
+    for file in files:
+        stack.callback(file.close)
+    callbacks = [*files, display]
+    return Trainer(accelerator, processes, run, config, Corpus(run.data), run.load_tokenizer(), callbacks, checkpoint)
 
 
 def _prepare(
@@ -256,13 +266,6 @@ def _last_checkpoint(
             "--steps, --learning-rate, --warmup-steps and --final-learning-rate shape it together"
         )
     return checkpoint
-
-
-def _files(run: RunDirectory, config: TrainConfig, *, first_step: int) -> list[Callback]:
-    files: list[Callback] = [MetricsFile(run.metrics, first_step)]
-    if config.tensorboard:
-        files.append(TensorBoardFile(run.tensorboard, first_step))
-    return files
 
 
 def describe(
