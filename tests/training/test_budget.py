@@ -212,7 +212,7 @@ def test_what_cannot_fit_is_refused_with_what_would(train, here):
     assert result.error.count("\n") == 1
     assert not (here / "runs").exists()
     length, batch, enough = re.search(
-        r"--batch-size (\d+) or --seq-len (\d+) or --memory-budget (\d+MiB) would fit", result.error
+        r"--batch-size (\d+) or --seq-len (\d+) or --memory-budget (\d+MiB)\b.* would fit", result.error
     ).group(2, 1, 3)
     assert 128 < int(length) < 2048
     assert 1 < int(batch) < 16
