@@ -160,15 +160,18 @@ def _attend(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tenso
 
 
 def _compiled(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
-    """Under a compiler: PyTorch's function as part of its graph where that serves, everything else eagerly.
+    """Attend under a compiler: by PyTorch's function, in the graph, where that serves; otherwise eagerly.
 
     Tiles depend on lengths and on what tensors hold, so each length would have a graph of its own.
     """
+    # A decision with dropout draws a seed, and there must be one draw.
     if arguments["backend"] in ("auto", "fused", "sdpa") and not arguments["dropout"]:
         try:
-            return _attend(q, k, v, {**arguments, "backend": "sdpa"})
+            decision, *cast = decide(q, k, v, **{**arguments, "backend": "sdpa"})
         except NotImplementedError:
-            pass
+            pass  # another way may serve; if none does, the eager call says so
+        else:
+            return decision.attend(cast[0], cast[1], cast[2])[0]
     return eagerly(_attend, q, k, v, arguments)
 
 

@@ -1,4 +1,4 @@
-"""What a compiler shall not follow."""
+"""Keep torch.compile out of what must run as it is written."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ T = TypeVar("T")
 
 
 def eagerly(function: Callable[..., T], *args: Any, **kwargs: Any) -> T:
-    """``function(*args, **kwargs)``, which torch.compile runs as it is: one break of its graph, no frame inside.
+    """Return ``function(*args, **kwargs)``; torch.compile runs it uncompiled, as one break of its graph.
 
     For what is differentiated by hand, whose repetition in backward must be what forward was, bit for bit and random
     number by random number, and for loops over parts whose number depends on lengths: a compiler would make a graph for

@@ -16,6 +16,7 @@ class Capability(Generic[T]):
 
     def __init__(self, name: str, find: Callable[[], T | None]) -> None:
         self.name, self._find, self._taken = name, find, False
+        # Two plain attributes: torch.compile cannot trace the lock that cached_property takes under Python 3.11.
         self._found: T | None = None
         self._looked_up = False
 
