@@ -106,7 +106,8 @@ class Transformer(nn.Module):
             ValueError: a wrong shape or dtype, a token outside the vocabulary, too many tokens for learned positions.
         """
         given = (x, labels, mask, cache, ignore_index)
-        eager = labels is not None and self.layers.reverses  # all of it is differentiated by hand
+        # A compiler cannot follow reversible blocks and their loss, and would compile anew as a cache gets longer.
+        eager = cache is not None or (labels is not None and self.layers.reverses)
         return eagerly(self._forward, *given) if eager else self._forward(*given)
 
     def initialise_embedding(self) -> None:
