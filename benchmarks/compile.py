@@ -81,11 +81,11 @@ def measure(name: str, reversible: bool, backend: str, steps: int) -> dict[str, 
     }
 
 
-def report(found: list[dict[str, Any]]) -> str:
+def report(facts: dict[str, Any]) -> str:
     head = ["model", "blocks", "graphs, first length", "second", "third and fourth", "compiling, first length"]
     head += ["second", "a step eagerly", "compiled"]
     rows = []
-    for case in found:
+    for case in facts["cases"]:
         first, second, third, fourth = case["graphs"]
         later = f"{fourth - second} more"
         assert third <= fourth
@@ -93,7 +93,8 @@ def report(found: list[dict[str, Any]]) -> str:
         step = (f"{case[key]:.2f} s" for key in ("eager_seconds", "compiled_seconds"))
         kind = "reversible" if case["reversible"] else "stored"
         rows.append([case["model"], kind, str(first), f"{second - first} more", later, *compiling, *step])
-    return table(head, rows)
+    where = f"{facts['machine']['processor']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}"
+    return f"Training steps of torch.compile, backend {facts['backend']}: {where}.\n\n{table(head, rows)}\n"
 
 
 def main() -> None:
@@ -124,8 +125,8 @@ def main() -> None:
     facts |= {"threads": torch.get_num_threads(), "backend": arguments.backend, "cases": found}
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output / "compile.json", json.dumps(facts, indent=1) + "\n")
-    write_atomically(arguments.output / "compile.md", report(found) + "\n")
-    print(report(found))
+    write_atomically(arguments.output / "compile.md", report(facts))
+    print(report(facts))
 
 
 if __name__ == "__main__":
