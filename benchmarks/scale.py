@@ -139,11 +139,13 @@ def longest_slice(call: Call) -> int:
 
 def ring_share(call: Call) -> float:
     """Tokens' keys that a process gets of others, on average, over its own: what the schedule comes to."""
-    p = call.processes
-    if call.left is None or call.right is None:
+    p, sides = call.processes, (call.left, call.right)
+    if sides in ((None, None), (None, 0)):
         # Of two processes, under causality the later chunk of the first is nothing to the other.
-        return (p - 1) * (1.0 if call.left == call.right else 0.75)
-    assert max(call.left, call.right) <= call.chunk, "further than the neighbouring chunks the shares overlap"
+        return (p - 1) * (1.0 if call.right is None else 0.75)
+    if call.left is None or call.right is None or max(call.left, call.right) > call.chunk:
+        # Further than the neighbouring chunks the shares overlap: counted.
+        return float(sum(turn.got.sum() for turn in ring_turns(call) if turn.step) / p / call.local)
     return 2 * (call.left + call.right) * (p - 1) / p / call.local
 
 

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from .loss.linear_cross_entropy import linear_cross_entropy
     from .models.generation import AutoregressiveWrapper
     from .models.transformer import Transformer
-    from .planner.plan import Plan, max_seq_len, plan
+    from .planner.plan import max_seq_len, plan
+    from .planner.result import Plan
 
 __all__ = [
     "AlibiBias",
@@ -71,7 +72,8 @@ _NAMES = {
     "loss.linear_cross_entropy": ("linear_cross_entropy",),
     "models.generation": ("AutoregressiveWrapper",),
     "models.transformer": ("Transformer",),
-    "planner.plan": ("Plan", "max_seq_len", "plan"),
+    "planner.plan": ("max_seq_len", "plan"),
+    "planner.result": ("Plan",),
 }
 _HOMES = {name: module for module, names in _NAMES.items() for name in names}
 __getattr__, __dir__ = names_from(__name__, _HOMES)

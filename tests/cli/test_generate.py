@@ -13,8 +13,8 @@ from memory_efficient_attention_pytorch.cli import generate, main
 from memory_efficient_attention_pytorch.training.checkpoints import Checkpoints, TrainState
 from memory_efficient_attention_pytorch.training.config import TrainConfig, dump_config
 from memory_efficient_attention_pytorch.training.model import build_model
+from memory_efficient_attention_pytorch.training.optimizer import adamw
 from memory_efficient_attention_pytorch.training.tokenizers import ByteTokenizer, train_tokenizer
-from memory_efficient_attention_pytorch.training.trainer import make_optimizer
 from tests.cli import train_command
 
 SHAPE = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "seq_len": 24}
@@ -34,7 +34,7 @@ def make_run(path, seed=0, vocab_size=None, bias=None, **options):
     with torch.no_grad():
         for token, value in (bias or {}).items():
             model.to_logits[1].bias[token] = value
-    optimizer = make_optimizer(model, config)
+    optimizer = adamw(model.parameters(), config)
     model(torch.zeros(1, 2, dtype=torch.long), labels=torch.zeros(1, 2, dtype=torch.long)).backward()
     optimizer.step()
     Checkpoints(path / "checkpoints").save(model, optimizer, TrainState(step=1, validation_loss=1.0))
@@ -134,7 +134,7 @@ def test_a_text_ends_with_its_document(mea):
     ("run", "how"),
     [
         ("rotary", "each token sees the last 24 and none before"),
-        ("learned", "the model reads the last 24 anew for each token, since its learned positions end there"),
+        ("learned", "the model reads the last 24 again for each token, since its learned positions end there"),
         ("window", "nothing changes, since no token looks back further than the model's window"),
     ],
 )
@@ -154,7 +154,7 @@ def test_the_better_of_two_checkpoints_and_the_newest(mea, tmp_path):
     model = build_model(config, 256)
     with torch.no_grad():
         model.to_logits[1].bias[98] = 50.0
-    optimizer = make_optimizer(model, config)
+    optimizer = adamw(model.parameters(), config)
     model(torch.zeros(1, 2, dtype=torch.long), labels=torch.zeros(1, 2, dtype=torch.long)).backward()
     optimizer.step()
     Checkpoints(run / "checkpoints").save(model, optimizer, TrainState(step=2, validation_loss=1.5))

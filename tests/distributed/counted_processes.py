@@ -1,6 +1,7 @@
 """One of several processes that note what they send and compute, in order, for an attention over divided tokens.
 
-Run as `python -m tests.distributed.counted_processes RANK WORLD DIRECTORY`. Goes to DIRECTORY/RANK.json.
+Run as `python -m tests.distributed.counted_processes RANK WORLD DIRECTORY`. Goes to DIRECTORY/RANK.json, and what was
+sent first of all, for two tokens, to DIRECTORY/first-RANK.json.
 """
 
 import json
@@ -55,6 +56,9 @@ class Noted(TorchDispatchMode):
             self.events.append(["send" if name == "send" else "receive", peer, sum(t.nbytes for t in tensors)])
         elif func.namespace == "c10d" and name == "alltoall_base_":
             self.events.append(["exchange", args[1].nbytes])
+        elif func.namespace == "c10d" and name == "allreduce_" and args[0][0].numel() == 1:
+            # Others are of the largest values, which on a CPU decide how scores are computed.
+            self.events.append(["meet"])
         out = func(*args, **(kwargs or {}))
         operations = 0 if func.namespace == "c10d" else count_flops(func, args, kwargs or {}, out)
         if operations and self.events and self.events[-1][0] == "compute":
@@ -81,9 +85,20 @@ def attended(case: Case, world: int) -> dict[str, list[list[Any]]]:
     return {"forward": forward.events, "backward": backward.events}
 
 
+def of_two_tokens() -> list[list[Any]]:
+    """The first two have one each: more processes neither send nor receive."""
+    context = ContextParallel(dist.group.WORLD, method="ring")
+    q = context.shard(torch.randn(1, 2, HEADS, 8)).transpose(1, 2)
+    with context, Noted() as noted:
+        dot_product_attention(q, q, q, causal=True)
+    return noted.events
+
+
 def main() -> None:
     rank, world, directory = int(sys.argv[1]), int(sys.argv[2]), Path(sys.argv[3])
     join(rank, world, directory)
+    first = [of_two_tokens() for _ in range(2)]
+    (directory / f"first-{rank}.json").write_text(json.dumps(first))
     ring.SLICE["cpu"], all_to_all.AT_ONCE["cpu"] = SLICE, AT_ONCE
     torch.manual_seed(0)
     (directory / f"{rank}.json").write_text(json.dumps([attended(case, world) for case in CASES]))

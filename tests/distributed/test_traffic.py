@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -28,11 +29,29 @@ def scale():
 
 
 @pytest.fixture(scope="module", params=(2, 4))
-def noted(request, tmp_path_factory) -> list[list[dict[str, Any]]]:
+def counted(request, tmp_path_factory) -> Path:
+    """All cases run once, in so many processes; the folder of what they noted."""
+    directory = tmp_path_factory.mktemp("counted")
+    run_processes(counted_processes, request.param, request.param, directory)
+    return directory
+
+
+@pytest.fixture
+def noted(counted) -> list[list[dict[str, Any]]]:
     """Of each process what it did in every case."""
-    world, directory = request.param, tmp_path_factory.mktemp("counted")
-    run_processes(counted_processes, world, world, directory)
-    return [json.loads((directory / f"{rank}.json").read_text()) for rank in range(world)]
+    return noted_by_process(counted, "")
+
+
+def test_all_take_part_in_a_collective_before_some_send_messages_and_never_again(counted):
+    """NCCL may hang where its first messages in a group are those of a few."""
+    each = noted_by_process(counted, "first-")
+    kinds = [[[event[0] for event in events if event[0] != "compute"] for events in of_rank] for of_rank in each]
+    messages = [["send"], ["receive"], [], []][: len(each)]
+    assert kinds == [[["meet", *sent], sent] for sent in messages]
+
+
+def noted_by_process(counted: Path, name: str) -> list[Any]:
+    return [json.loads(path.read_text()) for path in sorted(counted.glob(f"{name}[0-9].json"))]
 
 
 def call(scale, case: Case, world: int):
@@ -76,8 +95,8 @@ def test_processes_send_what_the_formulas_say_in_that_order(scale, noted, number
         if case.method == "all_to_all":
             to_others = (world - 1) / world
             assert [total * to_others for total in sent] == [scale.exchange_bytes(asked, backward)] * world
-        elif not case.missing and max(side or 0 for side in case.sides) <= CHUNK:
-            assert sum(sent) == world * scale.ring_bytes(asked, backward)
+        elif not case.missing:
+            assert sum(sent) == pytest.approx(world * scale.ring_bytes(asked, backward), abs=0.5)
 
 
 def with_sums(events):
@@ -140,7 +159,7 @@ def test_under_causality_all_have_as_much_to_do_after_every_turn(scale, processe
     assert (done[1:].max(axis=1) - done[1:].min(axis=1)).max() <= a_slice
 
 
-@pytest.mark.parametrize("sides", [(None, None), (None, 0), (16, 0)])
+@pytest.mark.parametrize("sides", [(None, None), (None, 0), (None, 7), (16, 0), (100, 0), (300, 0), (90, 90)])
 def test_the_way_taken_by_itself_is_the_one_that_sends_less(scale, sides):
     """In single precision, forward and backward, but for the log-sum-exps that an exchange sends besides."""
     ways = set()
@@ -159,4 +178,4 @@ def test_the_way_taken_by_itself_is_the_one_that_sends_less(scale, sides):
         assert taken == less, asked
         ways.add(taken)
     assert "ring" in ways
-    assert len(ways) == 2 or sides == (16, 0)
+    assert len(ways) == 2 or sides in ((16, 0), (100, 0))

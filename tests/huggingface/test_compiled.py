@@ -2,22 +2,22 @@
 
 import pytest
 import torch
-from torch._dynamo.backends.debugging import aot_eager
 from torch._dynamo.utils import counters
 
 pytest.importorskip("transformers")
 
 from memory_efficient_attention_pytorch.huggingface import make_memory_efficient
+from tests.compiled import Counted
 
 from .models import SMALL, small_model, tokens
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler, about what it does not follow
 
 
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2"])
+@pytest.mark.parametrize("kind", ["Llama", pytest.param("Mistral", marks=pytest.mark.slow), "Gemma2"])
 def test_a_compiled_step_is_the_same_and_compiled_once_for_all_lengths(kind):
     torch._dynamo.reset()
-    model, graphs = small_model(kind, torch.float32), []
+    model, backend = small_model(kind, torch.float32), Counted()
 
     def step(called, length):
         model.zero_grad()
@@ -26,17 +26,13 @@ def test_a_compiled_step_is_the_same_and_compiled_once_for_all_lengths(kind):
         loss.backward()
         return [loss.detach(), *(p.grad.clone() for p in model.parameters())]
 
-    def counted(graph, example_inputs):
-        graphs.append(graph)
-        return aot_eager(graph, example_inputs)
-
     lengths = (23, 31, 17, 40)
     expected = [step(model, length) for length in lengths]
     make_memory_efficient(model)
-    compiled, made = torch.compile(model, backend=counted), []
+    compiled, made = torch.compile(model, backend=backend), []
     for length, truth in zip(lengths, expected, strict=True):
         torch.testing.assert_close(step(compiled, length), truth, rtol=2e-5, atol=2e-5)
-        made.append(len(graphs))
+        made.append(backend.graphs)
     torch._dynamo.reset()
     assert made[0] > 0
     assert made[1] == made[2] == made[3]  # for the first length, and once more for all others

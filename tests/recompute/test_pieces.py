@@ -312,16 +312,37 @@ def test_a_branch_from_outside_of_the_library_has_the_output_and_gradients_of_it
     assert_same((ours, *gradients(ours, wanted)), (truth, *gradients(truth, wanted)), 1e-5)
 
 
-def test_a_piece_of_another_shape_than_its_slice_is_refused():
+class InRows(nn.Module):
+    """A module that offers its pieces, one for each sequence."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.net = nn.Linear(8, width)
+
+    def forward(self, x):
+        return self.net(x)
+
+    def as_branch(self, x, kwargs, norm=None):
+        return Rows(self, kwargs, norm)
+
+
+WAYS = {
+    "pieces": lambda module, x: apply_piecewise(Rows(module, {}), x),
+    "reversal": lambda module, x: ReversibleSequence(nn.ModuleList([nn.ModuleList([module, module])]))(x),
+}
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_piece_of_another_shape_than_its_slice_is_refused(way):
     """It would be broadcast, and a width of one become that of the input."""
-
-    class EachSequence(Branch):
-        single_piece = False
-
-        def slices(self, x):
-            return [(slice(i, i + 1),) for i in range(len(x))]
-
-    x = torch.randn(3, 8)
+    x = torch.randn(3, 8, requires_grad=True)
     with pytest.raises(ValueError, match=r"piece: expected a value of the output's slice, \(1, 8\), got \(1, 1\)"):
-        apply_piecewise(EachSequence(nn.Linear(8, 1), {}), x)
-    apply_piecewise(EachSequence(nn.Linear(8, 8), {}), x)
+        WAYS[way](InRows(1), x)
+    WAYS[way](InRows(8), x).sum().backward()
+    assert x.grad.shape == x.shape
+
+
+def test_a_reversible_branch_of_another_shape_than_its_stream_is_refused():
+    """All of it at once, too."""
+    with pytest.raises(ValueError, match=r"piece: expected a value of the output's slice, \(3, 8\), got \(3, 1\)"):
+        WAYS["reversal"](nn.Linear(8, 1), torch.randn(3, 8, requires_grad=True))

@@ -1,7 +1,7 @@
 """One of several processes that run `mea train` together over gloo, in a directory that holds text.txt.
 
 Each case of RUNS of that many processes leaves its run in the directory; what the refused ones of REFUSED print and
-return is written to refused-WORLD-RANK.json.
+return is written to refused-WORLD-RANK.json, and what is chosen by free memory to memory-WORLD-RANK.json.
 """
 
 import contextlib
@@ -12,9 +12,11 @@ from pathlib import Path
 from typing import Any
 
 import torch.distributed as dist
+from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 
 from memory_efficient_attention_pytorch import cli
+from memory_efficient_attention_pytorch.training import budget, runs
 from memory_efficient_attention_pytorch.training.config import TrainConfig
 from memory_efficient_attention_pytorch.training.runs import resume_run, start_run
 from memory_efficient_attention_pytorch.training.tracking import Callback
@@ -85,6 +87,17 @@ def refuse(arguments: list[str]) -> dict[str, Any]:
     return {"status": status, "error": error.getvalue()}
 
 
+def chosen_for_memory(rank: int, directory: Path) -> dict[str, Any]:
+    """What is decided by free memory where the main process's device has most of it; the others' has 2 GiB."""
+    budget.available_memory = lambda device: (2 if rank else 8) << 30
+    common, found = config(directory, "context", divided=False), {}
+    for name in ("auto", None):
+        asked = common.updated({"reversible": None, "memory_budget": name})
+        _, memory, words = runs._settle(Accelerator(cpu=True), asked, 256)
+        found[str(name)] = words if memory is None else memory.budget - memory.before
+    return found
+
+
 def run_all(rank: int, world: int, directory: Path) -> None:
     # What torchrun would say; they meet in a file, not at an address.
     os.environ |= {f"{prefix}RANK": str(rank) for prefix in ("", "LOCAL_")} | {"OMP_NUM_THREADS": "1"}
@@ -108,5 +121,8 @@ def run_all(rank: int, world: int, directory: Path) -> None:
             os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = str(case == "another engine")
             found[case] = refuse(arguments)
         (directory / f"refused-{world}-{rank}.json").write_text(json.dumps(found))
+        os.environ["ACCELERATE_USE_PARALLELISM_CONFIG"] = "False"
+        joined(rank, world, directory, "memory")
+        (directory / f"memory-{world}-{rank}.json").write_text(json.dumps(chosen_for_memory(rank, directory)))
     joined(rank, world, directory, "end")
     leave()

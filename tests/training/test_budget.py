@@ -7,6 +7,7 @@ import re
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from memory_efficient_attention_pytorch.cli.train import add_arguments
 from memory_efficient_attention_pytorch.common.sizes import format_size
@@ -85,13 +86,12 @@ def test_settings_are_chosen_saved_and_kept(train, here):
 
 
 @pytest.mark.slow
-def test_without_a_budget_the_fastest_settings_that_fit_in_what_is_free(monkeypatch):
+def test_without_a_budget_the_fastest_settings_that_fit_in_what_is_free():
     free = {"bytes": 16 << 30}
-    monkeypatch.setattr(budget, "available_memory", lambda device: free["bytes"])
     shape = TrainConfig(dim=64, depth=8, heads=4, dim_head=16, seq_len=1024, batch_size=4)
 
     def fitted(config=shape, **more):
-        return budget.fastest_that_fits(config, torch.device("cpu"), 256, **more)
+        return budget.fastest_that_fits(config, torch.device("cpu"), 256, free=free["bytes"], **more)
 
     plenty, words = fitted()
     stored, allowed, leanest = sizes(words)
@@ -120,14 +120,18 @@ def test_without_a_budget_the_fastest_settings_that_fit_in_what_is_free(monkeypa
     assert fitted(settled) == (settled, "")
 
 
-def test_where_a_device_does_not_tell_what_is_free_activations_are_rebuilt(monkeypatch):
+def test_where_a_device_does_not_tell_what_is_free_activations_are_rebuilt_and_a_budget_is_asked_for(monkeypatch):
     def unknown(device):
         raise NotImplementedError
 
     monkeypatch.setattr(budget, "available_memory", unknown)
-    config, words = budget.fastest_that_fits(TrainConfig(), torch.device("cpu"), 256)
+    free = budget.least_free(Accelerator(cpu=True))
+    config, words = budget.fastest_that_fits(TrainConfig(), torch.device("cpu"), 256, free=free)
     assert config.reversible is True
     assert "is not known" in words
+    asked = dataclasses.replace(WIDE, memory_budget="auto")
+    with pytest.raises(ValueError, match="memory_budget: expected a size, since how much is free on cpu is not known"):
+        budget.within_budget(asked, torch.device("cpu"), 256, free=free)
 
 
 @pytest.fixture
@@ -191,10 +195,10 @@ def test_a_model_is_sharded_before_its_tokens_are_divided(alone):
 
 
 def test_what_is_free_on_a_cpu_is_shared_by_its_processes(monkeypatch):
-    monkeypatch.setattr(budget, "available_memory", lambda device: 8 << 30)
     monkeypatch.setattr(budget, "memory_now", lambda device: 0)
     config = dataclasses.replace(WIDE, memory_budget="auto")
-    assert budget.within_budget(config, torch.device("cpu"), 256, processes=4)[0].memory_budget == "2048MiB"
+    chosen, _ = budget.within_budget(config, torch.device("cpu"), 256, processes=4, free=8 << 30)
+    assert chosen.memory_budget == "2048MiB"
 
 
 @pytest.mark.slow
@@ -208,7 +212,7 @@ def test_what_cannot_fit_is_refused_with_what_would(train, here):
     assert result.error.count("\n") == 1
     assert not (here / "runs").exists()
     length, batch, enough = re.search(
-        r"--batch-size (\d+) or --seq-len (\d+) or --memory-budget (\d+MiB) would fit", result.error
+        r"--batch-size (\d+) or --seq-len (\d+) or --memory-budget (\d+MiB)\b.* would fit", result.error
     ).group(2, 1, 3)
     assert 128 < int(length) < 2048
     assert 1 < int(batch) < 16

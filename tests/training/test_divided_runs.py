@@ -7,7 +7,6 @@ import sys
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 
 from memory_efficient_attention_pytorch.training.parts import load_parts, shapes_in
 from memory_efficient_attention_pytorch.training.runs import start_run
@@ -23,13 +22,6 @@ def directory(tmp_path_factory):
     for world in sorted({processes for processes, *_ in RUNS.values()}):
         train_command.together(world, run_all, directory)
     return directory
-
-
-@pytest.fixture(autouse=True)
-def _accelerate_anew():
-    """accelerate keeps the first choice of precision for as long as a process lives."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 def measured(run, name):
@@ -80,6 +72,14 @@ def test_a_mistake_is_said_once_and_ends_all_with_status_2(case, directory):
     assert REFUSED[case][1] in first["error"]
     assert second["error"] == ""
     assert not (directory / "runs").exists()
+
+
+def test_the_device_with_least_free_memory_decides(directory):
+    """Two processes on a CPU share its 2 GiB; the main one's 8 are not what both have."""
+    for rank in range(2):
+        found = json.loads((directory / f"memory-2-{rank}.json").read_text())
+        assert found["auto"] == 1 << 30
+        assert "in the 1 GiB free" in found["None"]
 
 
 @pytest.mark.parametrize("options", [{"context_parallel": 2}, {"shard": True}])

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 import torch
+from accelerate import Accelerator
 
 from memory_efficient_attention_pytorch.layers.working_set import splits
 from memory_efficient_attention_pytorch.training.config import TrainConfig
@@ -51,6 +52,12 @@ def test_precision_follows_the_machine_and_the_launcher(monkeypatch):
         pick_precision(TrainConfig(precision="fp16"), CPU)
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     assert pick_precision(TrainConfig(), CPU) == "bf16"
+
+
+@pytest.mark.parametrize("precision", ["no", "bf16"])
+def test_a_run_has_its_own_precision_whatever_ran_before(precision):
+    """accelerate refuses another one than its first: tests/conftest.py has it begin anew."""
+    assert Accelerator(cpu=True, mixed_precision=precision).mixed_precision == precision
 
 
 def test_small_models_are_not_cut_and_large_ones_are():

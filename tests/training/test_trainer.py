@@ -10,26 +10,18 @@ import warnings
 
 import pytest
 import torch
-from accelerate.state import AcceleratorState
 from safetensors.torch import load_file
 
 from memory_efficient_attention_pytorch.training import load_run
 from memory_efficient_attention_pytorch.training.config import TrainConfig
 from memory_efficient_attention_pytorch.training.data import Batches, Corpus
 from memory_efficient_attention_pytorch.training.model import build_model
+from memory_efficient_attention_pytorch.training.optimizer import adamw, learning_rate
 from memory_efficient_attention_pytorch.training.run_directory import RunDirectory
 from memory_efficient_attention_pytorch.training.runs import resume_run, start_run
 from memory_efficient_attention_pytorch.training.tracking import Callback, Step
-from memory_efficient_attention_pytorch.training.trainer import learning_rate, make_optimizer
 
 TINY = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "seq_len": 16, "device": "cpu", "evaluation_windows": 4}
-
-
-@pytest.fixture(autouse=True)
-def _accelerate_anew():
-    """accelerate keeps the first choice of precision for as long as a process lives."""
-    yield
-    AcceleratorState._reset_state(reset_partial_state=True)
 
 
 @pytest.fixture
@@ -243,7 +235,7 @@ def test_the_learning_rate_rises_and_falls():
 
 def test_every_parameter_is_optimised_once_and_only_matrices_decay():
     model = build_model(TrainConfig(**TINY), 256)
-    decayed, rest = make_optimizer(model, TrainConfig(weight_decay=0.3)).param_groups
+    decayed, rest = adamw(model.parameters(), TrainConfig(weight_decay=0.3)).param_groups
     assert {id(p) for p in decayed["params"] + rest["params"]} == {id(p) for p in model.parameters()}
     assert len(decayed["params"] + rest["params"]) == len(list(model.parameters()))
     assert (decayed["weight_decay"], rest["weight_decay"]) == (0.3, 0.0)

@@ -56,7 +56,8 @@ class Bias:
         expected = "a tensor, a module called with query and key positions or a function of a score and four indices"
         require(callable(values), "attn_bias", expected, type(values).__name__)
         if is_score_mod(values):
-            return Bias._of_score(values, shape, q)
+            captured = () if 0 in shape else captured_by(values, q.device, full_dtype(q.dtype))
+            return Bias(values, shape, False, of_score=True, captured=captured)
         trained = isinstance(values, nn.Module) and any(p.requires_grad for p in values.parameters())
         position = torch.zeros(1, dtype=torch.long, device=q.device)
         at_one = values(position, position)
@@ -64,11 +65,6 @@ class Bias:
         expected = "a module that holds what needs a gradient as parameters"
         require(trained or not at_one.requires_grad, "attn_bias", expected, "a captured tensor")
         return Bias(values, shape, trained and torch.is_grad_enabled())
-
-    @staticmethod
-    def _of_score(function: BiasModule, shape: tuple[int, int, int, int], q: Tensor) -> Bias:
-        captured = () if 0 in shape else captured_by(function, q.device, full_dtype(q.dtype))
-        return Bias(function, shape, False, True, captured)
 
     @property
     def tensor(self) -> Tensor | None:

@@ -60,15 +60,13 @@ class CpuKernel(Tiled):
             lse = lse.masked_fill(level.squeeze(-1) == float("-inf"), float("-inf"))
         elif visible is not None:
             lse = lse.masked_fill(~visible.any(dim=-1), float("-inf"))
-        return out.to(dtype), LogSumExp.of(lse, *(() if level is None else (level.squeeze(-1),)))
+        return out.to(dtype), LogSumExp.of(lse, None if level is None else level.squeeze(-1))
 
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients | None:
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         added, level = scores.relative(scores.request.compute_dtype, scores.visible)
-        lse = bucket.above(level).squeeze(-1)
-        if bucket.rest is not None:
-            lse = lse + bucket.rest
+        lse = bucket.lse_above(level)
         if added is not None and level is not None:
             if scores.is_negligible(-lse):
                 return None

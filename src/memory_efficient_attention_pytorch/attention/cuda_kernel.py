@@ -16,7 +16,7 @@ from .cpu_kernel import unit_stride
 from .kernel import ALIGNMENT
 from .products import Products
 from .request import AttentionRequest
-from .tiles import Found, LogSumExp, Part, QueryBucket, Scores, Tiled, TileGradients, finite
+from .tiles import Found, LogSumExp, Part, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
 
 # Least sides of a tile: each tile is a launch, which must fill the device.
@@ -45,7 +45,7 @@ class CudaKernel(Tiled):
         if request.d != request.e or request.d % ALIGNMENT:
             return f"q and v must have one width, a multiple of {ALIGNMENT}, not {request.d} and {request.e}"
         if not are_plain(q, k, v):
-            return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
+            return "tensor subclasses and torch.func's transforms support only PyTorch's public functions"
         return "this PyTorch does not have it" if attention_kernels.efficient_kernel() is None else None
 
     def rows(
@@ -73,15 +73,12 @@ class CudaKernel(Tiled):
             nothing = (added == float("-inf")).all(dim=-1)
             out = out.masked_fill(nothing.unsqueeze(-1), 0.0)
             lse = lse.masked_fill(nothing, float("-inf"))
-        return out, LogSumExp.of(lse, *(() if level is None else (level.squeeze(-1),)))
+        return out, LogSumExp.of(lse, None if level is None else level.squeeze(-1))
 
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients:
         added, level = scores.relative(torch.float32, scores.visible)
         q, i = bucket.q, bucket.q.shape[2]
-        lse = bucket.lse if level is None else bucket.lse - finite(level).squeeze(-1)
-        if bucket.rest is not None:
-            lse = lse + bucket.rest
-        lse = F.pad(lse, (0, -i % LSE_MULTIPLE), value=float("inf"))
+        lse = F.pad(bucket.lse_above(level), (0, -i % LSE_MULTIPLE), value=float("inf"))
         heads = unit_stride(bucket.grad_out.to(q.dtype), q, *_for_each_query_head(q, k, v))
         bias = _laid_out(added, heads[1], heads[2])
         # Random state, unused without dropout.

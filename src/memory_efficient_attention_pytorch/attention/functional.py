@@ -6,8 +6,10 @@ import inspect
 from dataclasses import dataclass, field
 from typing import Any, Literal, TypedDict, Unpack, overload
 
+import torch
 from torch import Tensor
 
+from ..common.compiled import eagerly
 from ..common.errors import require
 from .bias import BiasModule
 from .decision import WAYS, decide
@@ -130,25 +132,47 @@ def dot_product_attention(
         >>> out.shape
         torch.Size([2, 8, 1000, 64])
     """
-    decision, q, k, v = decide(
-        *(q, k, v),
-        mask=mask,
-        attn_bias=attn_bias,
-        causal=causal,
-        window=window,
-        document_ids=document_ids,
-        dropout=dropout,
-        scale=scale,
-        backend=backend,
-        q_bucket_size=q_bucket_size,
-        k_bucket_size=k_bucket_size,
-        return_lse=return_lse,
-    )
+    arguments: dict[str, Any] = {
+        "mask": mask,
+        "attn_bias": attn_bias,
+        "causal": causal,
+        "window": window,
+        "document_ids": document_ids,
+        "dropout": dropout,
+        "scale": scale,
+        "backend": backend,
+        "q_bucket_size": q_bucket_size,
+        "k_bucket_size": k_bucket_size,
+        "return_lse": return_lse,
+    }
+    if torch.compiler.is_compiling() and backend != "naive":
+        return _compiled(q, k, v, arguments)
+    return _attend(q, k, v, arguments)
+
+
+def _attend(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    decision, q, k, v = decide(q, k, v, **arguments)
     out, lse = decision.attend(q, k, v)
-    if not return_lse:
+    if not arguments["return_lse"]:
         return out
     assert lse is not None  # ways without one object to return_lse
     return out, lse
+
+
+def _compiled(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Tensor | tuple[Tensor, Tensor]:
+    """Attend under a compiler: by PyTorch's function, in the graph, where that serves; otherwise eagerly.
+
+    Tiles depend on lengths and on what tensors hold, so each length would have a graph of its own.
+    """
+    # A decision with dropout draws a seed, and there must be one draw.
+    if arguments["backend"] in ("auto", "fused", "sdpa") and not arguments["dropout"]:
+        try:
+            decision, *cast = decide(q, k, v, **{**arguments, "backend": "sdpa"})
+        except NotImplementedError:
+            pass  # another way may serve; if none does, the eager call says so
+        else:
+            return decision.attend(cast[0], cast[1], cast[2])[0]
+    return eagerly(_attend, q, k, v, arguments)
 
 
 def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **arguments: Any) -> BackendChoice:

@@ -40,7 +40,7 @@ class WholeKernel(Fused):
         if reason is not None:
             return reason
         if not are_plain(q, k, v):
-            return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
+            return "tensor subclasses and torch.func's transforms support only PyTorch's public functions"
         if self.name not in fused_kernels(request, q, k, v):
             return f"the {self.name} kernel does not take {request.dtype} with these arguments on {request.device_type}"
         if request.device_type == "cuda" and request.d % ALIGNMENT:

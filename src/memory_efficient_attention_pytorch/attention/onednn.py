@@ -57,7 +57,7 @@ class OneDnn(Way):
     """Computes whole tiles by oneDNN's products."""
 
     name, backend = "onednn", "tiled"
-    merit = "oneDNN's products, with a head for each thread, are faster on this CPU than what else could compute this"
+    merit = "oneDNN's products, with a head per thread, are the fastest way on this CPU"
 
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         if request.device_type != "cpu":
@@ -67,23 +67,23 @@ class OneDnn(Way):
         if request.bias is not None and request.bias.of_score:
             return OF_SCORE
         if not are_plain(q, k, v):
-            return "other kinds of tensors and torch.func's transforms have rules for PyTorch's public functions alone"
+            return "tensor subclasses and torch.func's transforms support only PyTorch's public functions"
         usable = products.onednn_is_usable(q.device) and onednn.in_place_product() is not None
-        return None if usable else "this PyTorch has no oneDNN, or none of its products that add in place"
+        return None if usable else "this PyTorch has no oneDNN, or not its in-place products"
 
     def drawback(self, request: AttentionRequest) -> str | None:
         if not request.moderate:
             return IMMODERATE
         small = request.tile_scores < LEAST_TILE_SCORES or request.n * request.m < LEAST_HEAD_SCORES
         if small or min(request.d, request.e) < LEAST_WIDTH:
-            return "calling its operators would cost more than they gain in tiles this small"
+            return "in tiles this small its operators would cost more than they gain"
         if num_threads() > MOST_THREADS:
             return f"a tile is too little work for more than {MOST_THREADS} threads"
         if not _calls_nobody(request):
-            return "a function of the caller's would be called for each head, and by one thread"
+            return "a mask or bias function would be called for each head, on one thread"
         if request.visibility.document_ids is not None and min(request.d, request.e) < WIDE:
-            return "what documents hide would be found for each head, which products as narrow do not pay for"
-        # The fused kernel drops nothing of a tile, and beside plain products this is faster without AVX-512, too.
+            return "documents would be evaluated for each head, which costs more than products this narrow gain"
+        # The fused kernel has no dropout within a tile, and this is faster than plain products even without AVX-512.
         return None if request.dropout or products.onednn_is_faster() else "MKL is as fast on this CPU"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:

@@ -13,7 +13,7 @@ class Products(Tiled):
     """Computes tiles by PyTorch's operators, for as many heads at once as fit in the device's cache."""
 
     name = "products"
-    merit = "serves every request in linear memory"
+    merit = "computes every request in linear memory"
 
     def attend(
         self, scores: Scores, q: Tensor, k: Tensor, v: Tensor, seen: LogSumExp | None

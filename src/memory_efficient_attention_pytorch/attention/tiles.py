@@ -160,11 +160,9 @@ class Scores(NamedTuple):
     def bias(self) -> Tensor | None:
         """The bias, broadcastable to ``(b, h, i, j)``; None where nothing is added."""
         bias = self.request.bias
-        return (
-            None
-            if bias is None or bias.of_score
-            else bias.tile(self.tile, self.part.batch, self.part.heads, self.request.device)
-        )
+        if bias is None or bias.of_score:
+            return None
+        return bias.tile(self.tile, self.part.batch, self.part.heads, self.request.device)
 
     @property
     def is_modified(self) -> bool:
@@ -282,6 +280,11 @@ class QueryBucket(NamedTuple):
         lse = self.lse.unsqueeze(-1)
         return lse if level is None else lse - finite(level)
 
+    def lse_above(self, level: Tensor | None) -> Tensor:
+        """Return the log-sum-exp with its rest, ``(b, h, i)``, less the level of a tile's biases, if any."""
+        lse = self.above(level).squeeze(-1)
+        return lse if self.rest is None else lse + self.rest
+
 
 class LogSumExp(NamedTuple):
     """Each row's log-sum-exp ``(b, h, i)`` as a sum of two parts.
@@ -293,10 +296,12 @@ class LogSumExp(NamedTuple):
     low: Tensor
 
     @staticmethod
-    def of(low: Tensor, *levels: Tensor) -> LogSumExp:
-        """Return the sum of levels and ``low``, which is −∞ where nothing is seen."""
+    def of(low: Tensor, *levels: Tensor | None) -> LogSumExp:
+        """Return the sum of levels, where given, and ``low``, which is −∞ where nothing is seen."""
         high = torch.zeros_like(low)
         for level in levels:
+            if level is None:
+                continue
             addend = finite(level)
             total = high + addend
             # The rounding error of the sum (Knuth's TwoSum).

@@ -1,7 +1,7 @@
-"""What a query may see: masks, causality, windows and documents, evaluated one tile at a time.
+"""The keys that a query may see: masks, causality, windows and documents, evaluated one tile at a time.
 
 Letters used throughout: b batch, h query heads, kv key/value heads, n queries, m keys, d width of q and k, e of v.
-Query i stands at position ``i + m - n`` among the keys, so that the last query is aligned with the last key.
+Query i is at position ``i + m - n`` among the keys, so that the last query is aligned with the last key.
 """
 
 from __future__ import annotations

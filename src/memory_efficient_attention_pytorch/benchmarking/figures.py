@@ -8,6 +8,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 
+from ..training.files import write_figure
 from .results import Results, Run
 from .summary import compared, peak, series, step_seconds
 from .systems import REFERENCE, SYSTEMS
@@ -17,6 +18,7 @@ OURS = ("#08306b", "#00a2c7", "#2f6fde", "#7b9ff2", "#a9c7ee", "#54789c")
 OTHERS = ("#7f7f7f", "#b45f06", "#e69138", "#f1c232", "#6aa84f", "#a64d79", "#674ea7", "#444444")
 MEMORY, SECONDS = "memory above the model, MiB", "seconds a step"
 MARKERS = "osD^vPX*<>hp"
+MOST_TICKS = 12
 FINEST_FIRST = (
     tuple(tenths / 10 for tenths in range(10, 100)),
     (1, 1.2, 1.5, 2, 2.5, 3, 3.5, 4, 4.5, 5, 6, 7, 8, 9),
@@ -54,10 +56,7 @@ def _save(drawing: Callable[[Any], bool], path: Path) -> Path | None:
     axes.spines[["top", "right"]].set_visible(False)
     # Below, since beside the plot the names would take half of the picture.
     figure.legend(loc="outside lower center", ncols=3, frameon=False, fontsize="small")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
-    return partial.replace(path)
+    return write_figure(path, figure)
 
 
 def _mib(run: Run) -> float:
@@ -126,8 +125,8 @@ def _logarithmic(axes: Any, name: str) -> None:
     axes.set(**{f"{name}ticks": ticks, f"{name}ticklabels": [f"{tick:,g}" for tick in ticks]})
 
 
-def round_numbers(low: float, high: float, most: int = 12) -> list[float]:
-    """Round numbers for a logarithmic axis, as close as ``most`` of them allow; ``low`` and ``high`` lie between."""
+def round_numbers(low: float, high: float) -> list[float]:
+    """Return at most ``MOST_TICKS`` round numbers for a logarithmic axis, with ``low`` and ``high`` between them."""
     exponents = range(math.floor(math.log10(low)) - 1, math.ceil(math.log10(high)) + 2)
     found: list[float] = []
     for digits in FINEST_FIRST:
@@ -135,6 +134,6 @@ def round_numbers(low: float, high: float, most: int = 12) -> list[float]:
         first = max(i for i, number in enumerate(numbers) if number <= low)
         last = min(i for i, number in enumerate(numbers) if number >= high)
         found = numbers[first : max(last, first + 1) + 1]
-        if len(found) <= most:
+        if len(found) <= MOST_TICKS:
             break
     return found

@@ -132,10 +132,7 @@ def _load(target: str) -> Callable[..., Callable[[], Any]]:
     module, _, function = target.rpartition(":")
     if not module or not function:
         raise ValueError(f"target must be 'module:function' or 'file.py:function', got {target!r}")
-    if not module.endswith(".py"):
-        imported: Any = importlib.import_module(module)
-    else:
-        imported = _from_file(module)
+    imported = _from_file(module) if module.endswith(".py") else importlib.import_module(module)
     found: Callable[..., Callable[[], Any]] = getattr(imported, function)
     return found
 

@@ -45,10 +45,6 @@ class Run:
     def __post_init__(self) -> None:
         require(self.outcome in OUTCOMES, "outcome", f"one of {', '.join(OUTCOMES)}", self.outcome)
 
-    @property
-    def units(self) -> float | None:
-        return None if self.peak_bytes is None else self.peak_bytes / self.shape.unit_bytes
-
 
 @dataclass
 class Results:

@@ -15,13 +15,13 @@ from typing import Any
 import torch
 
 from ..common.errors import require
+from ..common.sizes import available_memory
 from .measure import Measurement, measure_peak
 from .results import Results, Run, begin
 from .schedule import Forecast, Job, Settings, schedule
 from .systems import System
 
 MEMORY_SHARE = 0.9  # of available memory; beyond it an allocation fails, before the machine itself runs out
-MEMORY_INFO = Path("/proc/meminfo")
 STOP_AFTER = 4  # times the step limit, for a run that takes longer than forecast
 
 
@@ -121,7 +121,7 @@ def _require_measurable(device: str) -> None:
         require(torch.cuda.is_available(), "device", "an available device", f"{device} without a usable CUDA device")
     else:
         require(kind == "cpu", "device", "cpu or cuda", device)
-        require(MEMORY_INFO.exists(), "device", "cuda, or cpu on Linux, where /proc reports memory", device)
+        require(Path("/proc/meminfo").exists(), "device", "cuda, or cpu on Linux, where /proc reports memory", device)
 
 
 def _implies_too_large(run: Run, job: Job) -> bool:
@@ -135,10 +135,7 @@ def _implies_too_large(run: Run, job: Job) -> bool:
 
 def _memory_limit(device: str) -> int | None:
     """Return the bytes that a run on the CPU may take; None for a CUDA device, which has its own limit."""
-    if torch.device(device).type != "cpu":
-        return None
-    available = next(line for line in MEMORY_INFO.read_text().splitlines() if line.startswith("MemAvailable:"))
-    return int(MEMORY_SHARE * int(available.split()[1]) * 1024)
+    return int(MEMORY_SHARE * available_memory()) if torch.device(device).type == "cpu" else None
 
 
 def _last_line(error: Exception) -> str:

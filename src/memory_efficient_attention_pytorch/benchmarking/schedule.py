@@ -14,7 +14,7 @@ from .systems import System
 
 @dataclass(frozen=True)
 class Settings:
-    """What to compare, and how long to measure.
+    """Settings of a comparison: what to compare, and how long to measure.
 
     ``base`` is compared in ``rounds`` rounds of ``repeats`` timed steps after a first one; besides, there is one run
     for each other value of ``lengths``, ``depths`` (at ``sweep_seq_len`` tokens) and ``vocabularies`` (likewise).

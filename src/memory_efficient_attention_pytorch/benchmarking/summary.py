@@ -100,13 +100,13 @@ def series(results: Results, axis: str, quantity: Callable[[Run], float]) -> dic
     }
 
 
-def growth(points: Sequence[tuple[int, float]], start: int = GROWTH_FROM) -> float | None:
+def growth(points: Sequence[tuple[int, float]]) -> float | None:
     """Return the exponent p of quantity ∝ length^p, or None for fewer than three points.
 
-    Fitted by least squares of the logarithms, from length ``start`` on.
+    Fitted by least squares of the logarithms, from length ``GROWTH_FROM`` on.
     """
-    from_start = [(length, quantity) for length, quantity in points if length >= start and quantity > 0]
-    if len(from_start) < 3:
+    fitted = [(length, quantity) for length, quantity in points if length >= GROWTH_FROM and quantity > 0]
+    if len(fitted) < 3:
         return None
-    lengths, quantities = np.log(np.array(from_start)).T
+    lengths, quantities = np.log(np.array(fitted)).T
     return float(np.polyfit(lengths, quantities, 1)[0])

@@ -109,11 +109,12 @@ def _new_folder(device: str, quick: bool) -> Path:
 
 
 def _print_progress(progress: Progress) -> None:
-    from ..benchmarking.summary import describe_outcome, step_seconds
+    from ..benchmarking.summary import describe_outcome, step_seconds, units
 
     run = progress.run
     shape, left = run.shape, "" if progress.seconds_left is None else _duration(progress.seconds_left)
-    found = f"{run.units:6.1f}{step_seconds(run):10.3f}" if run.units is not None else describe_outcome(run)
+    measured = run.outcome == "measured"
+    found = f"{units(run):6.1f}{step_seconds(run):10.3f}" if measured else describe_outcome(run)
     done, sizes = f"[{progress.done}/{progress.total}]", (shape.seq_len, shape.depth, shape.num_tokens)
     print(_PROGRESS.format(done, run.system, *sizes, found, left).rstrip(), flush=True)
 

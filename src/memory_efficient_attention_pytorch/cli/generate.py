@@ -159,7 +159,7 @@ def _note_length(wrapper: "AutoregressiveWrapper", longest: int, tokens: int) ->
     how = {
         "window": "nothing changes, since no token looks back further than the model's window",
         "slide": f"each token sees the last {limit} and none before",
-        "recompute": f"the model reads the last {limit} anew for each token, since its learned positions end there, "
+        "recompute": f"the model reads the last {limit} again for each token, since its learned positions end there, "
         "which takes longer",
     }[wrapper.beyond_max_seq_len]
     _note(f"prompt and text may exceed {limit} tokens, the length the model was trained on: beyond it {how}")

@@ -10,6 +10,7 @@ import numpy as np
 
 from ..common.sizes import format_size
 from ..planner import Plan
+from ..training.files import write_figure
 
 GIB, MIB = 2**30, 2**20
 POINTS = 2000
@@ -23,12 +24,7 @@ def draw(plan: Plan, path: Path | str) -> Path:
     Raises:
         ModuleNotFoundError: matplotlib is not installed.
     """
-    figure = picture(plan)
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    figure.savefig(partial, dpi=130, format="png", metadata={"Software": None})
-    return partial.replace(path)
+    return write_figure(Path(path), picture(plan))
 
 
 def picture(plan: Plan, size: tuple[float, float] = (11, 5)) -> Any:

@@ -31,7 +31,7 @@ class AllToAll(Way):
     """
 
     name, backend = "all_to_all", "all_to_all"
-    merit = "heads exchanged for tokens travel once"
+    merit = "heads are exchanged for tokens"
 
     def __init__(self, within: Tiled, layout: Layout, group: dist.ProcessGroup) -> None:
         self.within, self.layout, self.group, self.rank = within, layout, group, group.rank()

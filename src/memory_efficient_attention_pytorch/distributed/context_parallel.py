@@ -20,7 +20,7 @@ from ..common.divided import within
 from ..common.errors import require
 from .all_to_all import AllToAll
 from .exchange import Layout, together
-from .ring import Ring
+from .ring import Ring, tokens_sent
 
 METHODS = ("auto", "ring", "all_to_all")
 
@@ -219,17 +219,12 @@ class ContextParallel:
         return kind(within, self.layout, self.group)
 
     def _exchange_is_less(self, request: AttentionRequest) -> bool:
-        """Compare the elements sent per token: all heads out and back once, or keys and values p − 1 times.
+        """Compare the elements that all send: all heads out and back once, or keys and values to whoever may see them.
 
-        Causality spares a quarter of that, and a window's keys are needed from two neighbours alone.
+        In forward; in backward both send as much again and gradients besides, in about the same proportion.
         """
-        exchanged = (request.h + max(request.kv, self.size)) * (self.size - 1) / self.size
-        sides = (request.visibility.left, request.visibility.right)
-        steps = (self.size - 1) * (0.75 if 0 in sides else 1.0)
-        near = [side for side in sides if side is not None]
-        if len(near) == 2:
-            steps = min(steps, 2 * sum(near) / self.layout.local)
-        return exchanged < request.kv * steps
+        exchanged = (request.h + max(request.kv, self.size)) * (self.size - 1) * self.layout.local
+        return exchanged < request.kv * tokens_sent(self.layout, (request.visibility.left, request.visibility.right))
 
 
 def _broadcast(told: list[int], *, group: dist.ProcessGroup) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
+from weakref import WeakSet
 
 import torch
 import torch.distributed as dist
@@ -18,6 +19,22 @@ def together(collective: Callable[..., Any], *arguments: Any, group: dist.Proces
     return (
         collective(*arguments, group=group) if watching is None else watching.exchanges(collective.__name__, arguments)
     )
+
+
+_met: WeakSet[dist.ProcessGroup] = WeakSet()
+"""Groups whose processes have all taken part in a collective."""
+
+
+def meet(group: dist.ProcessGroup, device: torch.device) -> None:
+    """Have all of a group take part in a collective, once, before any :class:`Transfer`.
+
+    A process of which no other sees a token, and that sees none, takes part in no transfer, and the documentation of
+    torch.distributed.batch_isend_irecv says: if it is a group's first collective, "all ranks of the group must
+    participate in this API call; otherwise, the behavior is undefined". After another collective some are enough.
+    """
+    if group not in _met:
+        together(dist.all_reduce, torch.zeros(1, device=device), group=group)
+        _met.add(group)
 
 
 class Layout(NamedTuple):

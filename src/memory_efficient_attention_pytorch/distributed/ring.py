@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from functools import lru_cache, partial
+from itertools import permutations
 from typing import NamedTuple
 
 import torch
@@ -22,7 +23,7 @@ from ..attention.tiles import Found, LogSumExp, Tiled, cut
 from ..attention.visibility import Block
 from ..attention.way import BackwardInputs, Way
 from ..common.dry_run import each
-from .exchange import Layout, Transfer
+from .exchange import Layout, Transfer, meet
 
 SLICE = {"cpu": 2**19}
 """Bytes of keys and values sent at a time."""
@@ -52,12 +53,13 @@ class Ring(Way):
     """
 
     name, backend = "ring", "ring"
-    merit = "keys and values of few heads go round"
+    merit = "keys and values are passed around a ring"
 
     def __init__(self, within: Tiled, layout: Layout, group: dist.ProcessGroup) -> None:
         self.within, self.layout, self.group, self.rank = within, layout, group, group.rank()
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
+        meet(self.group, q.device)
         # Token-major in memory, so that merging the heads afterwards is a view.
         shape, dtype = (request.b, q.shape[2], request.h, request.e), request.compute_dtype
         out = v.new_zeros(shape, dtype=dtype).transpose(1, 2)
@@ -219,6 +221,13 @@ def needed(layout: Layout, rank: int, source: int, sides: Sides) -> list[slice]:
             first, others = slice(first.start, max(first.stop, others[0].stop)), []
         found += [part for part in (first, *others) if part.start < part.stop]
     return found
+
+
+@lru_cache(maxsize=256)
+def tokens_sent(layout: Layout, sides: Sides) -> int:
+    """Return the number of tokens whose keys and values all processes together send in forward."""
+    pairs = permutations(range(layout.size), 2)
+    return sum(part.stop - part.start for rank, source in pairs for part in needed(layout, rank, source, sides))
 
 
 def _seen(sides: Sides, queries: slice, keys: slice) -> slice:

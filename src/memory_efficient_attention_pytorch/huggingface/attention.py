@@ -54,7 +54,6 @@ def memory_efficient_attention(
         before = arguments.get("attn_bias")
         arguments["attn_bias"] = position_bias if before is None else position_bias + before
     options = {"dropout": float(dropout), "scale": scaling, **arguments}
-    attend = _attend_eagerly if _looks_at_values(options) else dot_product_attention
     if divided is not None:
         if position_bias is not None:
             raise _refusal(module, "position_bias: not supported where tokens are divided over processes")
@@ -62,22 +61,12 @@ def memory_efficient_attention(
         with within(divided):
             out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
     elif s_aux is None:
-        out = attend(query, key, value, **options)
+        out = dot_product_attention(query, key, value, **options)
     else:
-        out, lse = attend(query, key, value, return_lse=True, **options)
+        out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
     if s_aux is not None:
         out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
-
-
-_attend_eagerly: Any = torch.compiler.disable(dot_product_attention)
-
-
-def _looks_at_values(options: dict[str, Any]) -> bool:
-    """Return whether tiles depend on tensors' values or functions: each look at them would break a compiled graph."""
-    mask, bias = options.get("mask"), options.get("attn_bias")
-    of_mask = mask is not None and (options.get("causal") or "window" in options or not isinstance(mask, Tensor))
-    return bool(of_mask) or "document_ids" in options or isinstance(bias, SoftCap)
 
 
 class SoftCap:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from types import MethodType
 from typing import Any
@@ -108,16 +108,15 @@ def make_memory_efficient(
     if isinstance(base, MemoryEfficientForCausalLM):
         attention = mlp = loss = checkpoint = False
         report.left.append(("model", "it is memory-efficient by itself"))
-    steps: list[tuple[bool, Callable[[], None]]] = [
-        (attention, lambda: _change_attention(base, record, report)),
-        (mlp, lambda: _change_mlps(base, record, report)),
-        (loss, lambda: _change_loss(base, record, report)),
-        (bool(checkpoint), lambda: _change_checkpoints(base, record, report, checkpoint == "cpu")),
-    ]
     try:
-        for asked, change in steps:
-            if asked:
-                change()
+        if attention:
+            _change_attention(base, record, report)
+        if mlp:
+            _change_mlps(base, record, report)
+        if loss:
+            _change_loss(base, record, report)
+        if checkpoint:
+            _change_checkpoints(base, record, report, offload=checkpoint == "cpu")
     except BaseException:
         restore(model)
         raise
@@ -155,9 +154,7 @@ def _change_attention(model: PreTrainedModel, record: Record, report: Report) ->
     before = model.config._attn_implementation
     for config in _configs(model):
         record.note(config, "_attn_implementation_internal")
-    for m in model.modules():
-        if isinstance(m, PreTrainedModel):
-            record.note(m.config, "_attn_was_changed")
+        record.note(config, "_attn_was_changed")
     model.set_attn_implementation(visibility.NAME)
     report.changed.append((part, f"in tiles, instead of {before}"))
 
@@ -191,7 +188,7 @@ def _change_loss(model: PreTrainedModel, record: Record, report: Report) -> None
     report.changed.append(("loss", "without logits; outputs.logits are made when touched"))
 
 
-def _change_checkpoints(model: PreTrainedModel, record: Record, report: Report, offload: bool) -> None:
+def _change_checkpoints(model: PreTrainedModel, record: Record, report: Report, *, offload: bool) -> None:
     part = "layers"
     if not model.supports_gradient_checkpointing:
         report.left.append((part, f"{type(model).__name__} does not support checkpointing"))

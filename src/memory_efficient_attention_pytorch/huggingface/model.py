@@ -166,26 +166,19 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
             NotImplementedError: tokens that are divided over processes, which ``net`` takes.
         """
         refuse_divided("MemoryEfficientForCausalLM (not its net)")
-        for name in ("output_attentions", "output_hidden_states"):
-            asked = kwargs.get(name)
-            asked = getattr(self.config, name, False) if asked is None else asked
-            require(not asked, name, "False: tokens come in, and logits or a loss go out", asked)
-        x = input_ids if inputs_embeds is None else inputs_embeds
-        expected = "tokens (b, n), or inputs_embeds (b, n, dim) in their place"
-        require(x is not None, "input_ids", expected, "neither")
-        require(input_ids is None or inputs_embeds is None, "input_ids", expected, "both")
-        assert x is not None
+        self._check_outputs(kwargs)
+        x = _input_of(input_ids, inputs_embeds)
         flat = attention_mask is None or attention_mask.dim() == 2
         require(flat, "attention_mask", "(b, tokens), of padding alone", getattr(attention_mask, "shape", None))
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
         before = 0 if past_key_values is None else int(past_key_values.get_seq_length())
-        self._check_positions(position_ids, mask, before, x)
+        _check_positions(position_ids, mask, before, x)
         shift_labels: Tensor | None = kwargs.get("shift_labels")  # no argument, which Trainer would take for labels
         if labels is not None or shift_labels is not None:
             require(past_key_values is None, "labels", "none with a cache", "both")
-            if labels is not None and shift_labels is None:
+            if shift_labels is None:
+                assert labels is not None
                 shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[:, 1:]
-            assert shift_labels is not None
             loss = self.net(x, labels=shift_labels, mask=mask, ignore_index=ignore_index)
             if num_items_in_batch is not None:
                 loss = loss * (shift_labels != ignore_index).sum() / num_items_in_batch
@@ -198,16 +191,30 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         logits = logits[:, logits_to_keep if isinstance(logits_to_keep, Tensor) else kept]
         return CausalLMOutputWithPast(logits=logits, past_key_values=past_key_values)
 
-    def _check_positions(self, given: Tensor | None, mask: Tensor | None, before: int, x: Tensor) -> None:
-        if given is None:
-            return
-        total = before + x.shape[1]
-        seen = torch.ones(1, total, dtype=torch.bool, device=given.device) if mask is None else mask
-        expected = (torch.arange(total, device=given.device) - seen.int().argmax(1, keepdim=True))[:, before:]
-        same = (given == expected) | ~seen[:, before:]
-        require(
-            bool(same.all()), "position_ids", "those that follow from attention_mask", "others, as for packed sequences"
-        )
+    def _check_outputs(self, asked_for: dict[str, Any]) -> None:
+        for name in ("output_attentions", "output_hidden_states"):
+            asked = asked_for.get(name)
+            asked = getattr(self.config, name, False) if asked is None else asked
+            require(not asked, name, "False: tokens come in, and logits or a loss go out", asked)
+
+
+def _input_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+    expected = "tokens (b, n), or inputs_embeds (b, n, dim) in their place"
+    require(input_ids is None or inputs_embeds is None, "input_ids", expected, "both")
+    x = input_ids if inputs_embeds is None else inputs_embeds
+    require(x is not None, "input_ids", expected, "neither")
+    assert x is not None
+    return x
+
+
+def _check_positions(given: Tensor | None, mask: Tensor | None, before: int, x: Tensor) -> None:
+    if given is None:
+        return
+    total = before + x.shape[1]
+    seen = torch.ones(1, total, dtype=torch.bool, device=given.device) if mask is None else mask
+    expected = (torch.arange(total, device=given.device) - seen.int().argmax(1, keepdim=True))[:, before:]
+    same = bool(((given == expected) | ~seen[:, before:]).all())
+    require(same, "position_ids", "those that follow from attention_mask", "others, as for packed sequences")
 
 
 class _Behind(KVCache):

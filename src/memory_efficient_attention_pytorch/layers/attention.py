@@ -13,6 +13,7 @@ from ..attention.decision import BACKENDS, Decision, decide
 from ..attention.functional import dot_product_attention
 from ..attention.mask_function import mask_function
 from ..attention.visibility import Mask, window_sides
+from ..common.compiled import eagerly
 from ..common.divided import active
 from ..common.errors import require, require_positive_int, require_probability
 from ..recompute.by_hand import reason_against
@@ -132,14 +133,17 @@ class Attention(nn.Module):
         if cache is None:
             groups = self._groups(x, context)
             if len(groups) > 1 and self._comes_in_groups(groups):
-                refuse_captured(attn_bias, x.device)
-                return apply_piecewise(HeadGroupBranch(self, groups, {"context": context, **given}), x)
+                return eagerly(self._in_groups, groups, x, context=context, **given)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
         k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
         out = self.attend(q, k, v, **given)
         merged: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return merged
+
+    def _in_groups(self, groups: tuple[HeadGroup, ...], x: Tensor, **given: Any) -> Tensor:
+        refuse_captured(given.get("attn_bias"), x.device)
+        return apply_piecewise(HeadGroupBranch(self, groups, given), x)
 
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Return pieces over groups of heads, or a single piece if the projections must run their own ``forward``."""
@@ -246,8 +250,8 @@ def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _last_keys(tensor: Tensor | None, keys: int) -> Tensor | None:
-    return tensor if tensor is None or tensor.shape[-1] == 1 else tensor[..., -keys:]
+def _last_keys(tensor: Tensor, keys: int) -> Tensor:
+    return tensor if tensor.shape[-1] == 1 else tensor[..., -keys:]
 
 
 def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
@@ -255,8 +259,6 @@ def _of_heads(argument: str, tensor: Any, heads: slice) -> Any:
     if isinstance(tensor, Tensor):
         per_head = tensor.dim() >= 3 and tensor.shape[-3] > 1
         return tensor[..., heads, :, :] if per_head else tensor
-    if tensor is None:
-        return None
     return mask_function(tensor).of_heads(heads) if argument == "mask" else bias_of_heads(tensor, heads)
 
 

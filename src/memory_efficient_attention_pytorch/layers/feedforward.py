@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.compiled import eagerly
 from ..common.dry_run import each
 from ..common.errors import require, require_positive_int
 from ..common.precision import compute_dtype, full_dtype
@@ -56,7 +57,10 @@ class FeedForward(nn.Module):
         return known and self.net[0].bias is not None and self.net[2].bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) if self._chunks(x) == 1 else apply_piecewise(self.as_branch(x, {}), x)
+        return self.net(x) if self._chunks(x) == 1 else eagerly(self._piecewise, x)
+
+    def _piecewise(self, x: Tensor) -> Tensor:
+        return apply_piecewise(self.as_branch(x, {}), x)
 
 
 class FeedForwardBranch(ChunkBranch):

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from ..common.compiled import eagerly
 from ..common.errors import require
 from ..recompute.by_hand import reason_against
 from ..recompute.reversal import Chain, ChainEnd, Grid, OntoGrid, advance
@@ -31,6 +32,13 @@ class ReversibleBlock(nn.Sequential):
         self, x1: Tensor, x2: Tensor, chain: Chain, *kwargs_of_each: Mapping[str, Any]
     ) -> tuple[Tensor, Tensor]:
         """Map two streams to two streams, given the keywords of f and those of g."""
+        if chain.rebuild:
+            return eagerly(self._advance, x1, x2, chain, *kwargs_of_each)
+        return self._advance(x1, x2, chain, *kwargs_of_each)
+
+    def _advance(
+        self, x1: Tensor, x2: Tensor, chain: Chain, *kwargs_of_each: Mapping[str, Any]
+    ) -> tuple[Tensor, Tensor]:
         streams = (x1, x2)
         chain.enter(*streams)
         chain.watched |= reason_against(self) is not None
@@ -107,8 +115,13 @@ class ReversibleSequence(nn.Sequential):
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Map x ``(…, d)`` to ``(…, d)``, in x's dtype."""
-        chain, y1, y2 = self.streams(x, **kwargs)
         if self.reverses:
+            return eagerly(self._forward, x, **kwargs)
+        return self._forward(x, **kwargs)
+
+    def _forward(self, x: Tensor, **kwargs: Any) -> Tensor:
+        chain, y1, y2 = self.streams(x, **kwargs)
+        if chain.rebuild:
             y1, y2 = ChainEnd.apply(chain, False, y1, y2), y2.detach()
         return (y1 + y2).to(x.dtype)
 

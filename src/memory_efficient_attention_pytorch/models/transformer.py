@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ..attention.mask_function import mask_function
 from ..attention.visibility import Mask
+from ..common.compiled import eagerly
 from ..common.divided import Divided, active
 from ..common.errors import require
 from ..layers.attention import Attention, FlashAttention
@@ -104,6 +105,19 @@ class Transformer(nn.Module):
         Raises:
             ValueError: a wrong shape or dtype, a token outside the vocabulary, too many tokens for learned positions.
         """
+        given = (x, labels, mask, cache, ignore_index)
+        # A compiler cannot follow reversible blocks and their loss, and would compile anew as a cache gets longer.
+        eager = cache is not None or (labels is not None and self.layers.reverses)
+        return eagerly(self._forward, *given) if eager else self._forward(*given)
+
+    def initialise_embedding(self) -> None:
+        """Draw the token embeddings anew: N(0, 1), or where they are tied what gives logits of unit variance."""
+        std = self.dim**-0.5 if len(self.to_logits) == 1 else 1.0
+        nn.init.normal_(self.token_emb.weight, std=std)
+
+    def _forward(
+        self, x: Tensor, labels: Tensor | None, mask: Mask | None, cache: KVCache | None, ignore_index: int
+    ) -> Tensor:
         self._check(x, labels, mask, cache)
         x, labels = x if x.is_floating_point() else x.long(), None if labels is None else labels.long()
         if callable(mask):
@@ -114,15 +128,10 @@ class Transformer(nn.Module):
             rows = self._rows(*self._embed(x, mask, cache))
             options: dict[str, Any] = {"bias": getattr(head, "bias", None), "chunk_size": self.loss_chunk_size}
             weight = self._tied_weight(x) if head is None else head.weight
-            return linear_cross_entropy(rows, weight, labels, ignore_index=ignore_index, **options)
+            return eagerly(linear_cross_entropy, rows, weight, labels, ignore_index=ignore_index, **options)
         hidden = self.to_logits(self._through(self.layers, *self._embed(x, mask, cache)))
         logits = nn.functional.linear(hidden, self._tied_weight(x)) if head is None else hidden
         return logits if labels is None else _mean_cross_entropy(logits, labels, ignore_index)
-
-    def initialise_embedding(self) -> None:
-        """Draw the token embeddings anew: N(0, 1), or where they are tied what gives logits of unit variance."""
-        std = self.dim**-0.5 if len(self.to_logits) == 1 else 1.0
-        nn.init.normal_(self.token_emb.weight, std=std)
 
     def _tied_weight(self, x: Tensor) -> Tensor:
         weight = self.token_emb.weight
@@ -142,7 +151,8 @@ class Transformer(nn.Module):
     def _rows(self, tokens: Tensor, given: dict[str, Any]) -> Tensor | RowSource:
         """Return the last layer's input, in chunks if the blocks and the norm are as built and have no hooks."""
         norm = self.to_logits[0]
-        if not is_norm_of_tokens(norm) or reason_against(self.layers) is not None:
+        compiled = torch.compiler.is_compiling()  # which computes the norm of all tokens, as part of a graph
+        if compiled or not is_norm_of_tokens(norm) or reason_against(self.layers) is not None:
             hidden: Tensor = norm(self._through(self.layers, tokens, given))
             return hidden
         return normed_sum(norm, *self._through(self.layers.streams, tokens, given))

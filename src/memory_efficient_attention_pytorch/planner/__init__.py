@@ -1,7 +1,8 @@
 """Predict what a training step needs before it runs, by a dry run of the real code on fake tensors."""
 
 from ..common.sizes import available_memory, format_size, parse_size
-from .plan import Option, Plan, max_seq_len, plan
+from .plan import max_seq_len, plan
+from .result import Option, Plan
 from .timeline import CATEGORIES, Operation, Timeline
 
 __all__ = [

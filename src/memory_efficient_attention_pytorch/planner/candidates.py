@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -42,6 +42,11 @@ def candidates(
             found.append(Candidate(name if free else "as configured", free))
             settings |= free
     return found
+
+
+def leanest(found: Iterable[Candidate]) -> dict[str, Any]:
+    """Return the settings of all candidates together, which take the least memory."""
+    return {name: value for candidate in found for name, value in candidate.changes.items()}
 
 
 def _changes(

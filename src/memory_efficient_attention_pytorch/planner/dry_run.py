@@ -172,9 +172,7 @@ def _set_up(trained: list[nn.Parameter], step: Step, ledger: Ledger, at_once: bo
     if not step.keep_gradients:
         for parameter in trained:
             parameter.grad = None
-            parameter.register_post_accumulate_grad_hook(
-                lambda made: ledger.belongs("gradients", made.grad)  # until then the module's that made it
-            )
+        ledger.gradients_of(trained)
     return optimizer
 
 

@@ -33,7 +33,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Place:
-    """Where in the step code runs: the phase and the path of the innermost module ("" outside any module)."""
+    """A place in the step: the phase and the path of the innermost module ("" outside any module)."""
 
     phase: str
     module: str = ""
@@ -103,6 +103,12 @@ class Ledger(TorchDispatchMode):
     def belongs(self, category: str, tensor: Tensor) -> None:
         """Move the tensor's storage to this category, whichever module allocated it."""
         self._change(tensor, category=category)
+
+    def gradients_of(self, parameters: Iterable[nn.Parameter]) -> None:
+        """Move each gradient to the gradients once it is complete; until then it is the module's that made it."""
+        for parameter in parameters:
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(lambda made: self.belongs("gradients", made.grad))
 
     def few_of(
         self, parts: Sequence[T], size: Callable[[T], float] | None, first: int, last: int, alike: Alike

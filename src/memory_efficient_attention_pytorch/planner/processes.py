@@ -84,11 +84,7 @@ class ShardedParameters:
         for unit in self._units:
             ledger.enter("communication", unit.parameters)
             self._release(unit)
-            for parameter in unit.parameters:
-                if parameter.requires_grad:
-                    parameter.register_post_accumulate_grad_hook(
-                        lambda made: ledger.belongs("gradients", made.grad)  # until then the module's that made it
-                    )
+            ledger.gradients_of(unit.parameters)
 
     def finish(self) -> None:
         """Finish a backward pass: reduce the gradients of units whose inputs need none."""

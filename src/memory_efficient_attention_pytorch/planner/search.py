@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Callable
 
 FRACTION, GRANULE = 256, 64
+_START = 1024  # the first size to be tried
 
 
 def largest(
     need: Callable[[int], int],
     budget: int,
     limit: int | None = None,
-    start: int = 1024,
     beyond: int | None = None,
     fraction: int = FRACTION,
     granule: int = GRANULE,
@@ -24,7 +24,7 @@ def largest(
     the search then starts at 1.
     """
     low, high = 0, None if limit is None else limit + 1
-    n = start if limit is None else min(start, limit)
+    n = _START if limit is None else min(_START, limit)
     known: dict[int, int] = {}
     if beyond is not None:
         assert high is not None

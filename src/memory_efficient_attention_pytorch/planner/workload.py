@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ..common.errors import require, require_positive_int
 from ..distributed.exchange import Layout
 from ..layers.cache import KVCache
+from ..models.config import TransformerConfig
 from ..models.transformer import Transformer
 from .accounting import Accounting
 from .dry_run import OptimizerMaker, Step, dry_run
@@ -45,12 +46,9 @@ class Workload:
         kinds = "a Transformer's keywords or an nn.Module"
         require(isinstance(self.subject, Mapping | nn.Module), "model_or_config", kinds, type(self.subject).__name__)
         for name in ("batch_size", "seq_len"):
-            if getattr(self, name) is not None:
+            if self.of_transformer or getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
-        if self.of_transformer:
-            for name in ("batch_size", "seq_len"):
-                require(getattr(self, name) is not None, name, "a positive integer", None)
-        else:
+        if not self.of_transformer:
             expected = "the inputs of this module's forward, or a function of (batch_size, seq_len) that makes them"
             require(self.example_inputs is not None, "example_inputs", expected, None)
         for name in ("shards", "context"):
@@ -69,6 +67,20 @@ class Workload:
         assert self.batch_size is not None
         assert self.seq_len is not None
         return self.batch_size, self.seq_len
+
+    @property
+    def most_tokens(self) -> int | None:
+        """How many learned positions a Transformer has; None if its positions set no limit."""
+        if isinstance(self.subject, Mapping):
+            learned = self.subject.get("positions", TransformerConfig.positions) == "learned"
+            return self.subject.get("max_seq_len") if learned else None
+        subject = self.subject
+        return subject.max_seq_len if isinstance(subject, Transformer) and subject.pos_emb is not None else None
+
+    def with_settings(self, settings: Mapping[str, Any]) -> Workload:
+        """Return the same step of a Transformer with other keywords."""
+        assert isinstance(self.subject, Mapping)
+        return replace(self, subject={**self.subject, **settings})
 
     def run_dry(self, accounting: Accounting) -> Timeline:
         """Return the step's timeline; for equal blocks it is extended from those of 2 and 3 (sharded: 3 and 4)."""

@@ -16,9 +16,11 @@ def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
     """
     if known and type(module) not in known:
         return f"it is a {type(module).__name__}, no {' or '.join(kind.__name__ for kind in known)}"
-    # accelerate leaves the class's own ``forward`` as an attribute when its hooks are removed.
-    own = module.forward
-    if getattr(own, "__func__", None) is not type(module).forward or getattr(own, "__self__", None) is not module:
+    # Hooks that were removed leave the class's own ``forward`` behind as an attribute (accelerate). Only attributes are
+    # looked at: a compiler has bound methods of its own.
+    own = vars(module).get("forward")
+    bound = (getattr(own, "__func__", None), getattr(own, "__self__", None))
+    if own is not None and (bound[0] is not type(module).forward or bound[1] is not module):
         return "its forward has been replaced"
     if module_is_watched(module):
         return "it has hooks"

@@ -90,9 +90,8 @@ class KeptResults:
             return description, tensors
         call = next(self._repeated, None)
         if call is None or call.owner is not owner:
-            expected = f"{type(owner).__name__} to be called in backward as in forward"
-            expected = f"{expected} (no checkpoint inside a reversible block)"
-            raise ValueError(f"{option}: expected {expected}, got another call")
+            called = f"{type(owner).__name__} to be called in backward as in forward"
+            raise ValueError(f"{option}: expected {called} (no checkpoint inside a reversible block), got another call")
         mine = zip(self._tensors[call.start :], call.devices, strict=False)
         return call.description, tuple(t.to(device, non_blocking=True) for t, device in mine)
 

@@ -202,8 +202,13 @@ def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
 def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     """Return ``module(x)`` of a stream x that is still needed: a module that works in place gets a copy.
 
-    Raises ValueError for a module that changes x without having an attribute ``inplace``.
+    Raises ValueError for a module that changes x without having an attribute ``inplace``; under a compiler it gets a
+    copy, too.
     """
+    if torch.compiler.is_compiling():
+        # A compiler cannot tell afterwards what was changed, and leaves out a copy that nobody changes.
+        copied: Tensor = module(x.clone(), **kwargs)
+        return copied
     in_place = any(getattr(part, "inplace", False) for part in module.modules())
     before = version(x)
     value: Tensor = module(x.clone() if in_place else x, **kwargs)
@@ -256,6 +261,17 @@ def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
     return out
 
 
+def slice_for(value: Tensor, whole: Tensor, index: Index) -> Tensor:
+    """Return the slice of ``whole`` that a piece's value is for. Raises ValueError for another shape.
+
+    Sums in place would broadcast a smaller one.
+    """
+    part = whole[index]
+    expected = f"a value of the output's slice, {tuple(part.shape)}"
+    require(value.shape == part.shape, "piece", expected, tuple(value.shape))
+    return part
+
+
 class _Piecewise(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, branch: Branch, replay: Replay, x: Tensor, *inputs: Tensor) -> Tensor:
@@ -267,9 +283,8 @@ class _Piecewise(torch.autograd.Function):
             nonlocal out, dtype
             if out is None:
                 dtype, out = value.dtype, branch.allocate(x, value)
-            shape = tuple(out[index].shape)
-            require(tuple(value.shape) == shape, "piece", f"a value of the output's slice, {shape}", tuple(value.shape))
-            out[index].add_(value) if branch.overlapping else out[index].copy_(value)
+            part = slice_for(value, out, index)
+            part.add_(value) if branch.overlapping else part.copy_(value)
 
         with replay.first():
             branch.run(x, inputs, add)

@@ -20,7 +20,7 @@ from ..common.errors import require
 from ..common.precision import full_dtype
 from ..torch_internals.engine import version
 from ..torch_internals.tensors import is_fake, memory_is_shared
-from .pieces import Branch, Index, branch_of, refuse_sharded, value_of
+from .pieces import Branch, Index, branch_of, refuse_sharded, slice_for, value_of
 from .replay import Replay
 
 
@@ -78,6 +78,8 @@ class Chain:
 
     def leave(self, *streams: Tensor) -> None:
         """Record the streams that a block returns."""
+        if not self.rebuild:
+            return
         self._left = [(weakref.ref(t.untyped_storage()), version(t)) for t in streams]
 
     def enter(self, *streams: Tensor) -> None:
@@ -85,8 +87,7 @@ class Chain:
         pairs = zip(self._left, streams, strict=False)
         untouched = all(left() is t.untyped_storage() and count == version(t) for (left, count), t in pairs)
         expected = "to reach the next block unchanged (reversible=False allows any)"
-        fits = untouched or not self.rebuild
-        require(fits, "a reversible block's output", expected, "other values, from a hook perhaps")
+        require(untouched, "a reversible block's output", expected, "other values, from a hook perhaps")
 
     def watch(self, stream: Tensor) -> None:
         """Remember the stream's largest magnitude, for :meth:`report`."""
@@ -141,7 +142,7 @@ class _Step(torch.autograd.Function):
         c = a.clone(memory_format=torch.contiguous_format)
 
         def add(index: Index, value: Tensor) -> None:
-            c[index].add_(chain.onto_grid(value))
+            slice_for(value, c, index).add_(chain.onto_grid(value))
 
         with replay.first():
             branch.run(b.to(chain.dtype), inputs, add)
@@ -213,7 +214,9 @@ class ChainEnd(torch.autograd.Function):
 
 def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
     """Return ``(b, a + module(b))``. The sum is the same bit for bit whether or not backward will rebuild it."""
-    branch = branch_of(module, b, kwargs) if chain.in_pieces else None
+    # Nothing that a compiler follows is rebuilt, and a module asked for pieces has them in its own forward.
+    in_pieces = chain.in_pieces and not torch.compiler.is_compiling()
+    branch = branch_of(module, b, kwargs) if in_pieces else None
     if branch is not None and branch.single_piece:
         if not chain.rebuild:
             branch = None

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cached_property
 from typing import Any, Generic, TypeVar
 
 import torch
@@ -17,16 +16,21 @@ class Capability(Generic[T]):
 
     def __init__(self, name: str, find: Callable[[], T | None]) -> None:
         self.name, self._find, self._taken = name, find, False
-
-    @cached_property
-    def _found(self) -> T | None:
-        try:
-            return self._find()
-        except (AttributeError, ImportError, RuntimeError):
-            return None
+        # Two plain attributes: torch.compile cannot trace the lock that cached_property takes under Python 3.11.
+        self._found: T | None = None
+        self._looked_up = False
 
     def __call__(self) -> T | None:
+        if not self._looked_up:
+            self._look_up()
         return None if self._taken else self._found
+
+    def _look_up(self) -> None:
+        try:
+            self._found = self._find()
+        except (AttributeError, ImportError, RuntimeError):
+            self._found = None
+        self._looked_up = True
 
 
 ALL: dict[str, Capability[Any]] = {}

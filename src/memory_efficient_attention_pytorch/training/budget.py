@@ -4,19 +4,22 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from ..common.sizes import available_memory, format_size, parse_size
 from ..models.config import SETTINGS
 from ..planner import Option, Plan, plan
-from ..planner.candidates import candidates
+from ..planner.candidates import candidates, leanest
 from .config import TrainConfig
 from .model import build_model, model_keywords
+from .optimizer import adamw
 from .plot import drawn
 from .resources import memory_now, memory_peak, pick_precision, resolve, return_freed_blocks, trim_heap, warm_up
-from .trainer import adamw
+
+if TYPE_CHECKING:
+    from accelerate import Accelerator
 
 Division = dict[str, Any]
 """The keys of a TrainConfig that say how the processes of a run share its step."""
@@ -80,17 +83,38 @@ def prepare(device: torch.device) -> None:
     trim_heap()
 
 
+def least_free(accelerator: "Accelerator") -> int | None:
+    """Return the bytes free on the device that has least of all processes' own; None where that is not known.
+
+    All processes have to ask, since each sees its own device.
+    """
+    from accelerate.utils import gather_object
+
+    own: int | None = None
+    with contextlib.suppress(NotImplementedError):
+        own = available_memory(accelerator.device)
+    found = gather_object([own])
+    return None if None in found else min(found)
+
+
 def within_budget(
-    config: TrainConfig, device: torch.device, num_tokens: int, *, processes: int = 1, settled: bool = False
+    config: TrainConfig,
+    device: torch.device,
+    num_tokens: int,
+    *,
+    processes: int = 1,
+    settled: bool = False,
+    free: int | None = None,
 ) -> tuple[TrainConfig, Memory]:
     """Return the configuration with the fastest settings that keep each process's step within the budget.
 
     Settings that it has stay as they are, and all of them where they are `settled`, as in a run that goes on; a budget
-    of "auto" becomes a size. Several processes share the model, and then the tokens, only where nothing fits otherwise.
-    Call `prepare` before. Raises ValueError, with the changes that would make it fit, where nothing does.
+    of "auto" becomes a size, by what is `free` (`least_free`). Several processes share the model, and then the tokens,
+    only where nothing fits otherwise. Call `prepare` before. Raises ValueError, with the changes that would make it
+    fit, where nothing does.
     """
     before = memory_now(device)
-    budget = _budget(config, device, before, processes)
+    budget = _budget(config, device, before, processes, free)
     beside = before + (_BESIDE if device.type == "cpu" else 0)
     # Another process, or this run when it goes on, may itself take a little more than this one.
     room = budget - beside - (0 if settled else _NOISE)
@@ -121,20 +145,19 @@ def within_budget(
 
 
 def fastest_that_fits(
-    config: TrainConfig, device: torch.device, num_tokens: int, *, processes: int = 1
+    config: TrainConfig, device: torch.device, num_tokens: int, *, free: int | None, processes: int = 1
 ) -> tuple[TrainConfig, str]:
     """Return the configuration with the fastest settings that fit in free memory, and a sentence on what they take.
 
     For a run without a budget. Settings that were given do not change. If nothing fits, the leanest settings are taken:
-    without a limit nothing is refused. Where a device does not report free memory, those of `resolve` are taken.
+    without a limit nothing is refused. Where it is not known how much is free (None), those of `resolve` are taken.
     """
     step = _Step(config, device, num_tokens, processes)
     if not step.leanest_settings:
         return step.config, ""
-    try:
-        free = _free(device, processes)
-    except NotImplementedError:
+    if free is None:
         return step.config, f"how much is free on {device} is not known, so reversal and small pieces"
+    free = _share(free, device, processes)
     room = free - free // _KEPT_FREE - step.buckets
     if step.leanest > room:
         least = format_size(step.leanest)
@@ -169,8 +192,7 @@ class _Step:
         """The open settings with which the step takes the least memory."""
         config, mixed_precision = self.config, self.config.precision != "fp32"
         offload = self.device.type == "cuda"
-        found = candidates(self.given, config.batch_size, config.seq_len, mixed_precision, offload)
-        return {name: value for candidate in found for name, value in candidate.changes.items()}
+        return leanest(candidates(self.given, config.batch_size, config.seq_len, mixed_precision, offload))
 
     @functools.cached_property
     def leanest(self) -> int:
@@ -251,19 +273,18 @@ def _open(config: TrainConfig) -> list[str]:
     return found
 
 
-def _free(device: torch.device, processes: int) -> int:
-    """What is free for one process: those on a CPU share it."""
-    return available_memory(device) // (processes if device.type == "cpu" else 1)
+def _share(free: int, device: torch.device, processes: int) -> int:
+    """Return what one process may take of what is free: those on a CPU share it."""
+    return free // (processes if device.type == "cpu" else 1)
 
 
-def _budget(config: TrainConfig, device: torch.device, before: int, processes: int) -> int:
+def _budget(config: TrainConfig, device: torch.device, before: int, processes: int, free: int | None) -> int:
     assert config.memory_budget is not None
     if config.memory_budget != "auto":
         return parse_size(config.memory_budget, "memory_budget")
-    try:
-        return before + _free(device, processes)
-    except NotImplementedError as error:
-        raise ValueError(f"memory_budget: {error}") from error
+    if free is None:
+        raise ValueError(f"memory_budget: expected a size, since how much is free on {device} is not known, got 'auto'")
+    return before + _share(free, device, processes)
 
 
 def _choice(chosen: TrainConfig, options: tuple[Option, ...], standing: int) -> str:

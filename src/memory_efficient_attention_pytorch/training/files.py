@@ -2,12 +2,14 @@
 
 import contextlib
 import hashlib
+import io
 import os
 import shlex
 import shutil
 import string
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from safetensors import SafetensorError
 
@@ -40,6 +42,15 @@ def write_atomically(path: Path, content: str | bytes) -> None:
         temporary.unlink(missing_ok=True)
         raise
     flush(path.parent)
+
+
+def write_figure(path: Path, figure: Any) -> Path:
+    """Write a figure of matplotlib's as PNG, making its folder, and return the path."""
+    png = io.BytesIO()
+    figure.savefig(png, dpi=130, format="png", metadata={"Software": None})
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(path, png.getvalue())
+    return path
 
 
 @contextlib.contextmanager

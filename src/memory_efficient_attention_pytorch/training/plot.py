@@ -5,6 +5,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from .files import write_atomically
 from .tracking import read_metrics
 
 UNITS = ((10**9, " B"), (10**6, " M"), (10**3, " k"), (1, ""))
@@ -16,9 +17,7 @@ BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 def plot_losses(metrics: Path, picture: Path) -> None:
     """Draw training and validation bits per byte against tokens from `metrics.jsonl` into a PNG."""
-    temporary = picture.with_name(f".{picture.name}.partial")
-    temporary.write_bytes(drawn(read_metrics(metrics)))
-    temporary.replace(picture)
+    write_atomically(picture, drawn(read_metrics(metrics)))
 
 
 def drawn(records: Sequence[Mapping[str, Any]]) -> bytes:

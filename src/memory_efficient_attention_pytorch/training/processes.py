@@ -1,4 +1,4 @@
-"""How the processes of a run share a step: a mesh of (data, context)."""
+"""Divide a step over the processes of a run: a mesh of (data, context)."""
 
 from contextlib import AbstractContextManager, nullcontext
 from typing import TYPE_CHECKING

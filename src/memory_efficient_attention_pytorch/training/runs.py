@@ -10,21 +10,22 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import torch
 
-from ..attention.functional import select_backend
 from ..common.errors import brought_by
-from .budget import Memory, fastest_that_fits, prepare, within_budget
+from .budget import Memory, fastest_that_fits, least_free, prepare, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
+from .description import describe
 from .files import ElsewhereError, RunError, write_atomically
 from .model import build_model
+from .optimizer import learning_rate
 from .processes import ProcessMesh, check_division
 from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
 from .tracking import Callback, MetricsFile, TensorBoardFile
-from .trainer import Trainer, learning_rate
+from .trainer import Trainer
 from .watch import watched
 
 if TYPE_CHECKING:
@@ -38,15 +39,8 @@ RUNS = Path("runs")
 _CHANGEABLE = {
     *("steps", "batch_size", "accumulation", "learning_rate", "final_learning_rate", "warmup_steps", "weight_decay"),
     *("clip", "device", "shard", "context_parallel", "head_chunks", "ff_chunks", "loss_chunk_size", "memory_budget"),
-    *(
-        "evaluate_every",
-        "evaluation_windows",
-        "sample_every",
-        "sample_tokens",
-        "checkpoint_every",
-        "keep",
-        "tensorboard",
-    ),
+    *("evaluate_every", "evaluation_windows", "sample_every", "sample_tokens", "checkpoint_every", "keep"),
+    "tensorboard",
 }
 
 
@@ -130,17 +124,19 @@ def _settle(
         if settled:
             config = resolve(config, device)
         else:
+            free = least_free(accelerator)
             config, fit = _on_main(
-                accelerator, lambda: fastest_that_fits(config, device, num_tokens, processes=processes)
+                accelerator, lambda: fastest_that_fits(config, device, num_tokens, free=free, processes=processes)
             )
         if config.reversible:
             # A run that stores activations has the memory, and clearing the same pages in every step costs 4 to 10 %.
             return_freed_blocks()
         return config, None, fit
     prepare(device)
+    free = least_free(accelerator) if config.memory_budget == "auto" else None
     config, memory = _on_main(
         accelerator,
-        lambda: within_budget(config, device, num_tokens, processes=processes, settled=settled),
+        lambda: within_budget(config, device, num_tokens, processes=processes, settled=settled, free=free),
     )
     accelerator.gradient_accumulation_steps = config.accumulation
     return config, memory, ""
@@ -182,20 +178,7 @@ def _train(
         try:
             display = make_display(main)
             stack.callback(display.close)
-            files: list[Callback] = []
-
-            def prepare() -> Checkpoint | None:
-                stack.enter_context(run.locked())
-                with run.clear_about_writing():
-                    found = _prepare(run, config, display, before)
-                    files.extend(_files(run, config, first_step=found.state.step if found else -1))
-                return found
-
-            checkpoint = _on_main(accelerator, prepare)
-            for file in files:
-                stack.callback(file.close)
-            corpus, tokenizer = Corpus(run.data), run.load_tokenizer()
-            trainer = Trainer(accelerator, processes, run, config, corpus, tokenizer, [*files, display], checkpoint)
+            trainer = _make_trainer(stack, accelerator, processes, run, config, display, before)
         except (RunError, BrokenPipeError):
             raise  # the run can be resumed
         except Exception:
@@ -207,7 +190,7 @@ def _train(
             with run.clear_about_writing():
                 write_atomically(run.config, dump_config(config))
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        plan = describe(config, accelerator, processes, corpus, parameters, fit)
+        plan = describe(config, accelerator, processes, trainer.corpus, parameters, fit)
         if memory is not None:
             plan += f"\n{memory.announcement()}"
         display.started(plan, run.path, trainer.state.step, config.steps)
@@ -215,6 +198,35 @@ def _train(
         if memory is not None:
             memory = dataclasses.replace(memory, measured=memory_peak(accelerator.device))
         return Outcome(run, config, state, parameters, main, memory)
+
+
+def _make_trainer(
+    stack: contextlib.ExitStack,
+    accelerator: "Accelerator",
+    processes: ProcessMesh,
+    run: RunDirectory,
+    config: TrainConfig,
+    display: Callback,
+    before: TrainConfig | None,
+) -> Trainer:
+    """Prepare the run directory, whose lock and files ``stack`` closes, and return the loop."""
+    files: list[Callback] = []
+
+    def prepare() -> Checkpoint | None:
+        stack.enter_context(run.locked())
+        with run.clear_about_writing():
+            found = _prepare(run, config, display, before)
+            first_step = found.state.step if found else -1
+            files.append(MetricsFile(run.metrics, first_step))
+            if config.tensorboard:
+                files.append(TensorBoardFile(run.tensorboard, first_step))
+        return found
+
+    checkpoint = _on_main(accelerator, prepare)
+    for file in files:
+        stack.callback(file.close)
+    callbacks = [*files, display]
+    return Trainer(accelerator, processes, run, config, Corpus(run.data), run.load_tokenizer(), callbacks, checkpoint)
 
 
 def _prepare(
@@ -254,68 +266,6 @@ def _last_checkpoint(
             "--steps, --learning-rate, --warmup-steps and --final-learning-rate shape it together"
         )
     return checkpoint
-
-
-def _files(run: RunDirectory, config: TrainConfig, *, first_step: int) -> list[Callback]:
-    files: list[Callback] = [MetricsFile(run.metrics, first_step)]
-    if config.tensorboard:
-        files.append(TensorBoardFile(run.tensorboard, first_step))
-    return files
-
-
-def describe(
-    config: TrainConfig,
-    accelerator: "Accelerator",
-    processes: ProcessMesh,
-    corpus: Corpus,
-    parameters: int,
-    fit: str = "",
-) -> str:
-    """What the run uses and why, a line for each choice, which every process has to ask for."""
-    device = accelerator.device
-    threads = torch.get_num_threads()
-    where = str(device) if device.type != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
-    if accelerator.num_processes > 1:
-        where = f"{_division(config, accelerator.num_processes)}, each on {where}"
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(config.precision, torch.float32)
-    heads = (config.heads, config.kv_heads or config.heads, config.kv_heads or config.heads)
-    # One element expanded to the run's shape: the choice depends on shapes and dtypes, not on values.
-    windows = torch.zeros((), dtype=torch.long).expand(config.batch_size, config.seq_len)
-    tokens = processes.own(windows, windows)[0].shape[1]
-    shapes = [(config.batch_size, number, tokens, config.dim_head) for number in heads]
-    q, k, v = (torch.zeros((), device=device, dtype=dtype).expand(shape) for shape in shapes)
-    window = None if config.window is None else (config.window, 0)
-    with processes.entered():
-        choice = select_backend(q, k, v, causal=True, window=window, dropout=config.dropout)
-    pieces = "for the memory budget" if config.memory_budget else "so that each stays small"
-    if not config.reversible:
-        reversal = "off, activations are stored"
-    elif config.exact:
-        reversal = f"exact, since {config.precision} would round"
-    else:
-        reversal = f"on, not exact, since {config.precision} rounds little"
-    kept = {True: ", kept for backward", "cpu": ", kept for backward in host memory"}.get(
-        config.keep_attention or "", ""
-    )
-    held_out = f"{corpus.info.validation_tokens:,} to validate on ({corpus.info.split})"
-    lines = [
-        f"{parameters:,} parameters; {where}; {config.precision}",
-        f"attention: {choice.name} ({choice.reason}){kept}",
-        f"reversal: {reversal}",
-        f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} ({pieces})",
-        *([f"memory: {fit}"] if fit else []),
-        f"text: {corpus.info.train_tokens:,} tokens to train on, {held_out}",
-    ]
-    return "\n  ".join(lines)
-
-
-def _division(config: TrainConfig, processes: int) -> str:
-    """Return how the work is divided over processes, in words."""
-    size = config.context_parallel or 1
-    words = f"{processes} processes"
-    if size > 1:
-        words += f" ({processes // size} x {size}: windows x tokens)"
-    return words + (" with the model divided among all" if config.shard else "")
 
 
 @contextlib.contextmanager

@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import math
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -18,6 +18,7 @@ from .data import Batches, Corpus, evaluation_starts, shifted
 from .files import WRITE_ERRORS, RunError
 from .interruption import Interrupted, Interruption
 from .model import build_model
+from .optimizer import adamw, learning_rate
 from .plot import plot_losses
 from .processes import ProcessMesh
 from .resources import forget_pages, memory_now, memory_peak
@@ -66,7 +67,7 @@ class Trainer:
         if checkpoint:
             load_weights(self.model, checkpoint)
         self.wrapped: nn.Module = self.model if config.shard else accelerator.prepare(self.model)
-        self.optimizer = accelerator.prepare(make_optimizer(self.model, config))
+        self.optimizer = accelerator.prepare(adamw(self.model.parameters(), config))
         if checkpoint:
             load_optimizer(self.model, self.optimizer.optimizer, checkpoint)
             if accelerator.scaler is not None and self.state.scaler is not None:
@@ -286,31 +287,6 @@ class Trainer:
                 f"the run took {before} windows a step and would now take {now}: "
                 "choose --batch-size, --accumulation and the processes so that their product stays the same"
             )
-
-
-def make_optimizer(model: nn.Module, config: TrainConfig) -> torch.optim.AdamW:
-    """Return the optimizer of a model's parameters; see `adamw`."""
-    return adamw(model.parameters(), config)
-
-
-def adamw(parameters: Iterable[nn.Parameter], config: TrainConfig) -> torch.optim.AdamW:
-    """Return AdamW (Loshchilov and Hutter, 2019) with weight decay on matrices only, not on biases and norms."""
-    parameters = [parameter for parameter in parameters if parameter.requires_grad]
-    groups = [
-        {"params": [p for p in parameters if p.ndim >= 2], "weight_decay": config.weight_decay},
-        {"params": [p for p in parameters if p.ndim < 2], "weight_decay": 0.0},
-    ]
-    # One kernel for all parameters; otherwise each takes a dozen small operations, each of which wakes the threads.
-    return torch.optim.AdamW(groups, lr=config.learning_rate, betas=(config.beta1, config.beta2), fused=True)
-
-
-def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the rate at a step: linear warm-up, then a cosine down to `final_learning_rate` times the peak."""
-    if step < config.warmup_steps:
-        return config.learning_rate * (step + 1) / config.warmup_steps
-    progress = (step - config.warmup_steps) / max(1, config.steps - 1 - config.warmup_steps)
-    cosine = 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
-    return config.learning_rate * (config.final_learning_rate + (1 - config.final_learning_rate) * cosine)
 
 
 def _seed_of(*numbers: int) -> int:
