@@ -28,7 +28,7 @@ Call = Callable[[], Tensor]
 HEADS = 8
 CASES = ("plain", "causal", "window", "padding", "documents", "ALiBi", "dropout")
 # By functions, and what is differentiated, too: for these there is less to choose from.
-OTHERS = ("mask function", "mask function, kept", "soft cap", "bias gradient")
+OTHERS = ("mask function", "mask function, kept", "soft cap", "bias", "bias gradient")
 
 
 def arguments_of(case: str, n: int) -> tuple[dict[str, object], dict[str, object]]:
@@ -58,8 +58,8 @@ def arguments_of(case: str, n: int) -> tuple[dict[str, object], dict[str, object
         return {"causal": True, "attn_bias": bias}, {"attn_mask": values}
     if case == "dropout":
         return {"causal": True, "dropout": 0.1}, {"is_causal": True, "dropout_p": 0.1}
-    if case == "bias gradient":
-        bias = torch.randn(1, HEADS, n, n, requires_grad=True)
+    if case in ("bias", "bias gradient"):  # random, so that it does not fall with distance
+        bias = torch.randn(1, HEADS, n, n, requires_grad=case == "bias gradient")
         return {"attn_bias": bias}, {"attn_mask": bias}
     return {"causal": case == "causal"}, {"is_causal": case == "causal"}
 

@@ -9,7 +9,7 @@ from ..common.dry_run import num_threads
 from ..torch_internals import attention_kernels
 from .products import Products
 from .request import IMMODERATE, AttentionRequest
-from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients
+from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite, relative
 from .way import OF_SCORE, BackwardInputs
 
 
@@ -44,15 +44,15 @@ class CpuKernel(Tiled):
         add = Products().add_gradients if by_products else super().add_gradients
         add(request, given, grad_q, grad_k, grad_v)
 
-    def attend(
-        self, scores: Scores, q: Tensor, k: Tensor, v: Tensor, seen: LogSumExp | None
-    ) -> tuple[Tensor, LogSumExp] | None:
+    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp] | None:
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         dtype = scores.request.compute_dtype
         visible = scores.visible
         added, level = scores.relative(dtype, visible)
-        if seen is not None and level is not None and scores.is_negligible(seen.below(level)):
+        seen = scores.seen
+        negligible = None if level is None or seen is None else scores.negligible(seen.below(level))
+        if negligible is not None and negligible.all():
             return None
         out, lse = kernel.forward(*unit_stride(q, k, v), attn_mask=added, scale=scores.request.scale)
         # The kernel leaves a finite log-sum-exp on a row that sees nothing here.
@@ -60,22 +60,28 @@ class CpuKernel(Tiled):
             lse = lse.masked_fill(level.squeeze(-1) == float("-inf"), float("-inf"))
         elif visible is not None:
             lse = lse.masked_fill(~visible.any(dim=-1), float("-inf"))
+        if negligible is not None:
+            lse = lse.masked_fill(negligible, float("-inf"))
         return out.to(dtype), LogSumExp.of(lse, None if level is None else level.squeeze(-1))
 
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients | None:
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
-        added, level = scores.relative(scores.request.compute_dtype, scores.visible)
+        bias, visible = scores.bias, scores.visible
+        added, level = relative(visible, bias, scores.request.compute_dtype)
         lse = bucket.lse_above(level)
-        if added is not None and level is not None:
-            if scores.is_negligible(-lse):
+        if bias is not None and added is not None and level is not None and scores.bound is not None:
+            # The kernel keeps its scores inside, so weights are hidden that are negligible whatever the scores: those
+            # of biases below the floor. (Its forward pass hides denormal ones by itself.)
+            floor = lse - scores.bound + NEGLIGIBLE
+            negligible = floor > 0
+            if negligible.all():
                 return None
-            # The kernel keeps its scores inside, so weights are hidden that are negligible whatever the scores. Its
-            # forward pass hides denormal ones by itself. What heads or rows share is not copied for this.
-            if added.shape[:-1] == lse.shape:
-                added.sub_(lse.unsqueeze(-1))
-                torch.threshold_(added, NEGLIGIBLE - scores.largest, float("-inf"))
-                lse = torch.zeros_like(lse)
+            # A bias that falls with distance is least at the tile's ends: elsewhere a pass over the tile is saved.
+            falls = negligible | (torch.minimum(bias[..., 0], bias[..., -1]) - finite(level).squeeze(-1) < floor)
+            if falls.any():
+                floor = floor.masked_fill(~falls, float("-inf")).unsqueeze(-1)
+                added = added.masked_fill(added < floor, float("-inf"))
         heads = unit_stride(bucket.grad_out.to(bucket.q.dtype), bucket.q, k, v)
         found = kernel.backward(*heads, bucket.out, lse, 0.0, False, attn_mask=added, scale=scores.request.scale)
         grad_q, grad_k, grad_v = found

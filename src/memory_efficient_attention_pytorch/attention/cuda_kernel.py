@@ -60,9 +60,7 @@ class CudaKernel(Tiled):
             return Products().add_gradients(request, given, grad_q, grad_k, grad_v)
         return super().add_gradients(_in_large_tiles(request), given, grad_q, grad_k, grad_v)
 
-    def attend(
-        self, scores: Scores, q: Tensor, k: Tensor, v: Tensor, seen: LogSumExp | None
-    ) -> tuple[Tensor, LogSumExp]:
+    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
         added, level = scores.relative(torch.float32, scores.visible)
         heads = unit_stride(q, *_for_each_query_head(q, k, v))
         bias = _laid_out(added, heads[0], heads[1])

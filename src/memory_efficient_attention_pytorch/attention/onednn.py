@@ -33,7 +33,7 @@ from .tiles import (
     cut,
     empty_results,
     finite,
-    largest_product,
+    largest_products,
     nearest_first,
     tiles,
 )
@@ -198,7 +198,7 @@ def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: T
     """
     request, scratch = shared.request, shared.scratch
     packed_keys, packed_values = _Packed(k, False), _Packed(v, True)
-    largest = largest_product(request, q, k)
+    largest = largest_products(request, q[None, None], k[None, None])
     for row in part.rows(request):
         for packed in (packed_keys, packed_values):
             packed.forget_before(row.tiles[0].j0)
@@ -269,7 +269,8 @@ class _Softmax:
     def _add_biased(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> bool:
         # With biases scores often rise from tile to tile: a kept top would have all computed twice.
         level = self.shared.start_biased(of_tile, scores)
-        if of_tile.is_negligible(level - self.level - self.top / LOG2_E):
+        negligible = of_tile.negligible(level - self.level - self.top / LOG2_E)
+        if negligible is not None and negligible.all():
             return False
         keys.add_product(scores.mul_(LOG2_E), self.queries)
         higher = torch.maximum(self.level, level)
@@ -293,7 +294,8 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
     request, scratch = shared.request, shared.scratch
     grad_q = part.of_query(gradients[0])[0, 0]
     k, v, grad_k, grad_v = (part.of_key(x)[0, 0] for x in (given.k, given.v, *gradients[1:]))
-    survivor_scale, largest = 1 / (1 - request.dropout), largest_product(request, part.of_query(given.q)[0, 0], k)
+    survivor_scale = 1 / (1 - request.dropout)
+    largest = largest_products(request, part.of_query(given.q), part.of_key(given.k))
     for row in part.rows(request):
         bucket = QueryBucket.of(part, row.queries, given, torch.float32)
         q, grad_out, delta = (x[0, 0] for x in (bucket.q, bucket.grad_out, bucket.delta))
@@ -313,7 +315,8 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
                 level = shared.start_biased(of_tile, weights).view(-1, 1)
                 assert bucket.rest is not None
                 above = bucket.above(level) + bucket.rest.unsqueeze(-1)
-                if of_tile.is_negligible(-above):
+                negligible = of_tile.negligible(-above)
+                if negligible is not None and negligible.all():
                     continue
                 weights.sub_(above[0, 0].t()).mul_(LOG2_E)
             by_queries.add_product(weights, scratch.take("keys", *keys.shape).copy_(keys))

@@ -15,9 +15,7 @@ class Products(Tiled):
     name = "products"
     merit = "computes every request in linear memory"
 
-    def attend(
-        self, scores: Scores, q: Tensor, k: Tensor, v: Tensor, seen: LogSumExp | None
-    ) -> tuple[Tensor, LogSumExp]:
+    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
         request = scores.request
         dtype = request.compute_dtype
         weights = _products(scores, q.to(dtype), k.to(dtype))

@@ -87,18 +87,28 @@ def nearest_first(request: AttentionRequest, row: Row) -> Iterable[Tile]:
     return tiles(row._replace(tiles=ordered))
 
 
-def largest_product(request: AttentionRequest, q: Tensor, k: Tensor) -> float:
-    """Return what no scaled product of these queries and keys exceeds, by the inequality of Cauchy and Schwarz.
+def largest_products(request: AttentionRequest, q: Tensor, k: Tensor) -> Tensor | None:
+    """Return what no scaled product of each query with a key exceeds, ``(b, h, n)``: by Cauchy and Schwarz, rounded up.
 
-    Infinity where it is not needed or not known: without a bias, and where the host would wait for values or has none.
+    Keys that causality hides from a query do not count, so that the future stays invisible bit for bit. None where it
+    is not needed or not known: without a bias, and where the host would wait for values or has none.
     """
     if request.bias is None or request.bias.of_score or request.device_type != "cpu":
-        return math.inf
+        return None
     known = are_plain(q, k) and not is_fake(q) and not is_fake(k) and q.numel() > 0 < k.numel()
     if torch.compiler.is_compiling() or not known:
-        return math.inf
-    q_norm, k_norm = (torch.linalg.vector_norm(x, dim=-1, dtype=request.compute_dtype).amax() for x in (q, k))
-    return abs(request.scale) * float(q_norm) * float(k_norm)
+        return None
+    of_queries, reach = (torch.linalg.vector_norm(x, dim=-1, dtype=request.compute_dtype) for x in (q, k))
+    seen, queries, first_key = request.visibility, request.held.queries, request.held.keys.start
+    if seen.right is None:
+        reach = reach.amax(dim=-1, keepdim=True)
+    else:
+        last = torch.arange(queries.start, queries.stop) + (seen.offset + seen.right - first_key)
+        reach = reach.cummax(dim=-1).values[..., last.clamp(0, k.shape[2] - 1)]
+    reach = reach.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
+    # More than rounding, so that what is left out by this bound is certainly hidden by the scores themselves.
+    bounds: Tensor = of_queries * reach * (1.01 * abs(request.scale)) + 1.0
+    return bounds
 
 
 def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alike = None) -> Iterable[Part]:
@@ -138,12 +148,16 @@ def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
 
 
 class Scores(NamedTuple):
-    """One tile of a part: its biases, its visible keys, its dropout mask. largest: see :func:`largest_product`."""
+    """One tile of a part: its biases, its visible keys, its dropout mask.
+
+    largest: of the part, by :func:`largest_products`. seen: the log-sum-exp of the tiles before.
+    """
 
     request: AttentionRequest
     part: Part
     tile: Tile
-    largest: float = math.inf
+    largest: Tensor | None = None
+    seen: LogSumExp | None = None
 
     @staticmethod
     def all_of(request: AttentionRequest) -> Scores:
@@ -185,13 +199,21 @@ class Scores(NamedTuple):
         The level is the largest bias that a row sees in this tile, −∞ where it sees none, and None without a bias.
         Softmax does not depend on it, but beside a level of −1e9 fp32 would round the scores away.
         """
-        bias = self.bias
-        added = additive(visible, bias, dtype)
-        return (added, None) if bias is None or added is None else less_level(added)
+        return relative(visible, self.bias, dtype)
 
-    def is_negligible(self, relative: Tensor) -> bool:
-        """Return True if all weights are negligible, given the rows' levels less what is known of their log-sum-exp."""
-        return math.isfinite(self.largest) and float(relative.amax()) + self.largest < NEGLIGIBLE
+    @property
+    def bound(self) -> Tensor | None:
+        """What no product of each query exceeds, ``(b, h, i)``; None where it is not known."""
+        if self.largest is None:
+            return None
+        return self.largest[:, :, shifted(self.tile.queries, self.request.held.queries.start)]
+
+    def negligible(self, relative: Tensor) -> Tensor | None:
+        """Return in which rows all weights are certainly negligible, ``(b, h, i)``; None if it is not known.
+
+        relative: the level of each row's biases less what is known of its log-sum-exp. Only the row itself counts.
+        """
+        return None if self.bound is None else relative.reshape(self.bound.shape) + self.bound < NEGLIGIBLE
 
     @property
     def survivors(self) -> Tensor | None:
@@ -223,6 +245,12 @@ def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) ->
         return None if bias is None else bias.to(dtype)
     value = torch.zeros((), dtype=dtype, device=visible.device) if bias is None else bias.to(dtype)
     return torch.where(visible, value, float("-inf"))
+
+
+def relative(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
+    """Return :func:`additive` less each row's level, and the level, None without a bias."""
+    added = additive(visible, bias, dtype)
+    return (added, None) if bias is None or added is None else less_level(added)
 
 
 def less_level(added: Tensor) -> tuple[Tensor, Tensor]:
@@ -350,12 +378,10 @@ class Tiled(Way):
         return None
 
     @abstractmethod
-    def attend(
-        self, scores: Scores, q: Tensor, k: Tensor, v: Tensor, seen: LogSumExp | None
-    ) -> tuple[Tensor, LogSumExp] | None:
+    def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp] | None:
         """Return this tile's normalised output ``(b, h, i, e)`` and log-sum-exp, in the compute dtype.
 
-        seen: the log-sum-exp of other tiles. None may be returned if all weights are negligible beside it.
+        None may be returned if all weights are negligible beside those seen.
         """
 
     @abstractmethod
@@ -385,15 +411,15 @@ class Tiled(Way):
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
-            largest = largest_product(request, part.of_query(q), keys)
+            largest = largest_products(request, part.of_query(q), keys)
             for row in part.rows(request):
                 here = shifted(row.queries, first_query)
                 queries = part.of_query(q)[:, :, here]
                 merged = None if before is None else before.at(part, here)
                 for tile in nearest_first(request, row):
-                    scores = Scores(request, part, tile, largest)
                     there, seen = shifted(tile.keys, first_key), None if merged is None else merged[1]
-                    found = self.attend(scores, queries, keys[:, :, there], values[:, :, there], seen)
+                    scores = Scores(request, part, tile, largest, seen)
+                    found = self.attend(scores, queries, keys[:, :, there], values[:, :, there])
                     merged = merged if found is None else found if merged is None else merge(*merged, *found)
                 assert merged is not None  # a row has a tile
                 yield part, here, *merged
@@ -414,7 +440,7 @@ class Tiled(Way):
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, *given.tensors)):
             keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
-            largest = largest_product(request, part.of_query(given.q), keys)
+            largest = largest_products(request, part.of_query(given.q), keys)
             for row in part.rows(request):
                 queries = shifted(row.queries, first_query)
                 bucket = QueryBucket.of(part, queries, given, dtype)
