@@ -174,6 +174,34 @@ def test_no_product_meets_a_denormal_weight(way, monkeypatch):
     assert sum(seen) == 0
 
 
+@pytest.mark.parametrize("slope", [0.35, 0.6, 1.0])
+@pytest.mark.parametrize("future", [{"q": 1e3}, {"k": 1e3}, {"k": 1e20}, {"q": 30.0, "k": 30.0, "v": 1e28}])
+@pytest.mark.parametrize("first", [201, 255])
+@pytest.mark.parametrize("way", WAYS)
+def test_the_future_decides_about_no_weight(way, first, future, slope):
+    """Where far values are so large that weights below 2**-100 show, whether these count depends on the past alone."""
+    usable(way)
+    if way == "cpu_kernel" and future.get("k") == 1e20:
+        pytest.skip("the kernel refuses such keys")
+    generator = torch.Generator().manual_seed(0)
+    heads = {name: torch.randn(1, 2, 256, D, generator=generator) / 100 for name in "qkv"}
+    heads["v"][:, :, :64], heads["v"][:, :, 64:] = 1e28, 0.0
+    other = {name: x.clone() for name, x in heads.items()}
+    for name, norm in future.items():
+        x = torch.randn(1, 2, 256 - first, D, generator=generator)
+        other[name][:, :, first:] = x * norm / x.norm(dim=-1, keepdim=True)
+    found = []
+    for given in (heads, other):
+        leaves = [x.requires_grad_() for x in given.values()]
+        bias = Falling(slope).requires_grad_(False)
+        out, lse = dot_product_attention(*leaves, causal=True, attn_bias=bias, backend=way, return_lse=True, **BUCKETS)
+        gradients = torch.autograd.grad(out[:, :, :first].sum(), leaves)
+        found.append([x[:, :, :first] for x in (out, lse, *gradients)])
+    for name, ours, others in zip(("out", "lse", "dq", "dk", "dv"), *found, strict=True):
+        assert ours.isfinite().all(), name
+        assert torch.equal(ours, others), name
+
+
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0)])
 def test_no_queries_or_keys_have_no_bound(way, n, m):

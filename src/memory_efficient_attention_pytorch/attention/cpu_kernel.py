@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from ..common.dry_run import num_threads
 from ..torch_internals import attention_kernels
 from .products import Products
 from .request import IMMODERATE, AttentionRequest
-from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite, relative
+from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
 
 
@@ -50,38 +49,39 @@ class CpuKernel(Tiled):
         dtype = scores.request.compute_dtype
         visible = scores.visible
         added, level = scores.relative(dtype, visible)
-        seen = scores.seen
-        negligible = None if level is None or seen is None else scores.negligible(seen.below(level))
-        if negligible is not None and negligible.all():
-            return None
+        negligible, count = None, 0
+        if level is not None and scores.seen is not None and scores.bound is not None:
+            negligible = scores.seen.below(level).add_(scores.bound) < NEGLIGIBLE
+            count = int(negligible.count_nonzero())
+            if count == negligible.numel():
+                return None
         out, lse = kernel.forward(*unit_stride(q, k, v), attn_mask=added, scale=scores.request.scale)
         # The kernel leaves a finite log-sum-exp on a row that sees nothing here.
         if level is not None:
             lse = lse.masked_fill(level.squeeze(-1) == float("-inf"), float("-inf"))
         elif visible is not None:
             lse = lse.masked_fill(~visible.any(dim=-1), float("-inf"))
-        if negligible is not None:
+        if negligible is not None and count:
             lse = lse.masked_fill(negligible, float("-inf"))
         return out.to(dtype), LogSumExp.of(lse, None if level is None else level.squeeze(-1))
 
     def differentiate(self, scores: Scores, bucket: QueryBucket, k: Tensor, v: Tensor) -> TileGradients | None:
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
-        bias, visible = scores.bias, scores.visible
-        added, level = relative(visible, bias, scores.request.compute_dtype)
+        added, level = scores.relative(scores.request.compute_dtype, scores.visible)
         lse = bucket.lse_above(level)
-        if bias is not None and added is not None and level is not None and scores.bound is not None:
+        if added is not None and level is not None and scores.bound is not None:
             # The kernel keeps its scores inside, so weights are hidden that are negligible whatever the scores: those
             # of biases below the floor. (Its forward pass hides denormal ones by itself.)
-            floor = lse - scores.bound + NEGLIGIBLE
-            negligible = floor > 0
-            if negligible.all():
+            floor = (lse - scores.bound).add_(NEGLIGIBLE).unsqueeze(-1)
+            falls = floor > 0  # nothing exceeds the level, which is 0 now
+            if falls.all():
                 return None
-            # A bias that falls with distance is least at the tile's ends: elsewhere a pass over the tile is saved.
-            falls = negligible | (torch.minimum(bias[..., 0], bias[..., -1]) - finite(level).squeeze(-1) < floor)
+            # A bias that falls with distance is least at the ends of a row: others are spared a pass over the tile.
+            ends = added[..., :: max(1, added.shape[-1] - 1)]
+            falls |= ((ends < floor) & (ends > float("-inf"))).any(dim=-1, keepdim=True)
             if falls.any():
-                floor = floor.masked_fill(~falls, float("-inf")).unsqueeze(-1)
-                added = added.masked_fill(added < floor, float("-inf"))
+                added = added.masked_fill(added < floor.masked_fill_(~falls, float("-inf")), float("-inf"))
         heads = unit_stride(bucket.grad_out.to(bucket.q.dtype), bucket.q, k, v)
         found = kernel.backward(*heads, bucket.out, lse, 0.0, False, attn_mask=added, scale=scores.request.scale)
         grad_q, grad_k, grad_v = found

@@ -162,11 +162,13 @@ class _Shared:
         """
         bias = of_tile.bias
         assert bias is not None
-        scores.copy_(bias[0, 0].t() if self.transposed else bias[0, 0])
+        values = (bias[0, 0].t() if self.transposed else bias[0, 0]).expand_as(scores)
+        if values.dtype != torch.float32:
+            values = scores.copy_(values)
         if not of_tile.tile.full:
-            scores.add_(self._hidden(of_tile))
-        level = scores.amax(0 if self.transposed else 1, keepdim=True)
-        scores.sub_(finite(level))
+            values = torch.add(values, self._hidden(of_tile), out=scores)
+        level = values.amax(0 if self.transposed else 1, keepdim=True)
+        torch.sub(values, finite(level), out=scores)
         return level
 
     def _hidden(self, of_tile: Scores) -> Tensor:
@@ -198,14 +200,15 @@ def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: T
     """
     request, scratch = shared.request, shared.scratch
     packed_keys, packed_values = _Packed(k, False), _Packed(v, True)
-    largest = largest_products(request, q[None, None], k[None, None])
+    bound = largest_products(request, q[None, None], k[None, None])
     for row in part.rows(request):
         for packed in (packed_keys, packed_values):
             packed.forget_before(row.tiles[0].j0)
         queries = _scaled(q[row.queries], request.scale * LOG2_E)
         total, softmax = queries.new_zeros(len(queries), request.e), _Softmax(shared, queries)
+        of_row = None if bound is None else bound[:, :, row.queries]
         for tile in nearest_first(request, row):
-            of_tile = Scores(request, part, tile, largest)
+            of_tile = Scores(request, part, tile, of_row)
             weights = scratch.take("scores", len(queries), tile.j1 - tile.j0)
             if not softmax.add(of_tile, weights, packed_keys.take(tile, len(queries)), total):
                 continue
@@ -269,8 +272,7 @@ class _Softmax:
     def _add_biased(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> bool:
         # With biases scores often rise from tile to tile: a kept top would have all computed twice.
         level = self.shared.start_biased(of_tile, scores)
-        negligible = of_tile.negligible(level - self.level - self.top / LOG2_E)
-        if negligible is not None and negligible.all():
+        if of_tile.all_negligible(level - self.level - self.top / LOG2_E):
             return False
         keys.add_product(scores.mul_(LOG2_E), self.queries)
         higher = torch.maximum(self.level, level)
@@ -295,7 +297,7 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
     grad_q = part.of_query(gradients[0])[0, 0]
     k, v, grad_k, grad_v = (part.of_key(x)[0, 0] for x in (given.k, given.v, *gradients[1:]))
     survivor_scale = 1 / (1 - request.dropout)
-    largest = largest_products(request, part.of_query(given.q), part.of_key(given.k))
+    bound = largest_products(request, part.of_query(given.q), part.of_key(given.k))
     for row in part.rows(request):
         bucket = QueryBucket.of(part, row.queries, given, torch.float32)
         q, grad_out, delta = (x[0, 0] for x in (bucket.q, bucket.grad_out, bucket.delta))
@@ -304,10 +306,11 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
         minus_delta, minus_lse = delta.neg_(), bucket.lse[0, 0] * -LOG2_E
         operands = (queries, upstream, (queries / LOG2_E).t(), upstream.t())
         by_queries, by_upstream, to_keys, to_values = (PackedWeight(x, length=i, rows=j) for x in operands)
+        of_row = None if bound is None else bound[:, :, row.queries]
         of_queries = queries.new_zeros(request.d, i)
         for tile in tiles(row):
             j = tile.j1 - tile.j0
-            of_tile, keys, values = Scores(request, part, tile, largest), k[tile.keys], v[tile.keys]
+            of_tile, keys, values = Scores(request, part, tile, of_row), k[tile.keys], v[tile.keys]
             weights, grads = scratch.take("weights", j, i), scratch.take("gradients", j, i)
             if request.bias is None:
                 shared.start(of_tile, weights, minus_lse)
@@ -315,8 +318,7 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
                 level = shared.start_biased(of_tile, weights).view(-1, 1)
                 assert bucket.rest is not None
                 above = bucket.above(level) + bucket.rest.unsqueeze(-1)
-                negligible = of_tile.negligible(-above)
-                if negligible is not None and negligible.all():
+                if of_tile.all_negligible(-above):
                     continue
                 weights.sub_(above[0, 0].t()).mul_(LOG2_E)
             by_queries.add_product(weights, scratch.take("keys", *keys.shape).copy_(keys))

@@ -71,7 +71,11 @@ def _products(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
 
 def _without_negligible(scores: Scores, relative: Tensor) -> Tensor:
     """Hide scores, relative to their rows, that biases make negligible."""
-    return relative if scores.request.bias is None else torch.threshold_(relative, NEGLIGIBLE, float("-inf"))
+    return (
+        relative
+        if scores.request.bias is None or scores.is_modified
+        else torch.threshold_(relative, NEGLIGIBLE, float("-inf"))
+    )
 
 
 def _add_and_hide(scores: Scores, values: Tensor, visible: Tensor | None) -> Tensor | None:

@@ -150,13 +150,13 @@ def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
 class Scores(NamedTuple):
     """One tile of a part: its biases, its visible keys, its dropout mask.
 
-    largest: of the part, by :func:`largest_products`. seen: the log-sum-exp of the tiles before.
+    bound: by :func:`largest_products`, of the tile's queries. seen: the log-sum-exp of the tiles before.
     """
 
     request: AttentionRequest
     part: Part
     tile: Tile
-    largest: Tensor | None = None
+    bound: Tensor | None = None
     seen: LogSumExp | None = None
 
     @staticmethod
@@ -199,21 +199,13 @@ class Scores(NamedTuple):
         The level is the largest bias that a row sees in this tile, −∞ where it sees none, and None without a bias.
         Softmax does not depend on it, but beside a level of −1e9 fp32 would round the scores away.
         """
-        return relative(visible, self.bias, dtype)
+        bias = self.bias
+        added = additive(visible, bias, dtype)
+        return (added, None) if bias is None or added is None else less_level(added)
 
-    @property
-    def bound(self) -> Tensor | None:
-        """What no product of each query exceeds, ``(b, h, i)``; None where it is not known."""
-        if self.largest is None:
-            return None
-        return self.largest[:, :, shifted(self.tile.queries, self.request.held.queries.start)]
-
-    def negligible(self, relative: Tensor) -> Tensor | None:
-        """Return in which rows all weights are certainly negligible, ``(b, h, i)``; None if it is not known.
-
-        relative: the level of each row's biases less what is known of its log-sum-exp. Only the row itself counts.
-        """
-        return None if self.bound is None else relative.reshape(self.bound.shape) + self.bound < NEGLIGIBLE
+    def all_negligible(self, relative: Tensor) -> bool:
+        """Return True if all weights are, given each row's level of biases less what is known of its log-sum-exp."""
+        return self.bound is not None and bool((relative.reshape(self.bound.shape) + self.bound < NEGLIGIBLE).all())
 
     @property
     def survivors(self) -> Tensor | None:
@@ -245,12 +237,6 @@ def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) ->
         return None if bias is None else bias.to(dtype)
     value = torch.zeros((), dtype=dtype, device=visible.device) if bias is None else bias.to(dtype)
     return torch.where(visible, value, float("-inf"))
-
-
-def relative(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None]:
-    """Return :func:`additive` less each row's level, and the level, None without a bias."""
-    added = additive(visible, bias, dtype)
-    return (added, None) if bias is None or added is None else less_level(added)
 
 
 def less_level(added: Tensor) -> tuple[Tensor, Tensor]:
@@ -411,14 +397,15 @@ class Tiled(Way):
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
-            largest = largest_products(request, part.of_query(q), keys)
+            bound = largest_products(request, part.of_query(q), keys)
             for row in part.rows(request):
                 here = shifted(row.queries, first_query)
                 queries = part.of_query(q)[:, :, here]
+                of_row = None if bound is None else bound[:, :, here]
                 merged = None if before is None else before.at(part, here)
                 for tile in nearest_first(request, row):
                     there, seen = shifted(tile.keys, first_key), None if merged is None else merged[1]
-                    scores = Scores(request, part, tile, largest, seen)
+                    scores = Scores(request, part, tile, of_row, seen)
                     found = self.attend(scores, queries, keys[:, :, there], values[:, :, there])
                     merged = merged if found is None else found if merged is None else merge(*merged, *found)
                 assert merged is not None  # a row has a tile
@@ -440,14 +427,15 @@ class Tiled(Way):
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, *given.tensors)):
             keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
-            largest = largest_products(request, part.of_query(given.q), keys)
+            bound = largest_products(request, part.of_query(given.q), keys)
             for row in part.rows(request):
                 queries = shifted(row.queries, first_query)
+                of_row = None if bound is None else bound[:, :, queries]
                 bucket = QueryBucket.of(part, queries, given, dtype)
                 of_queries = torch.zeros_like(bucket.q, dtype=dtype)
                 for tile in tiles(row):
                     here = (EVERYTHING, EVERYTHING, shifted(tile.keys, first_key))
-                    scores = Scores(request, part, tile, largest)
+                    scores = Scores(request, part, tile, of_row)
                     found = self.differentiate(scores, bucket, keys[here], values[here])
                     if found is None:
                         continue
