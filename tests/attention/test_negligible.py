@@ -138,37 +138,20 @@ def test_tiles_of_negligible_weights_are_not_computed(way, monkeypatch):
     assert computed(way, monkeypatch, leaves, causal=True, attn_bias=AlibiBias(2)) == [everything, everything]
 
 
-@pytest.mark.parametrize("way", WAYS)
-def test_no_product_meets_a_denormal_weight(way, monkeypatch):
-    """Each tile's weights are 0 or normal: what denormal ones would add is far below rounding, and they are slow."""
-    usable(way)
-    leaves = heads()
-    bias = Falling(0.7).requires_grad_(False)
-    tiny, seen = torch.finfo(torch.float32).tiny, []
-    exp, exp2 = torch.Tensor.exp_, torch.Tensor.exp2_
+def test_the_fused_kernel_meets_no_denormal_weight_in_backward(monkeypatch):
+    """In rows whose bias falls weights are 0 or normal: what denormal ones would add is far below rounding."""
+    usable("cpu_kernel")
+    leaves, bias = heads(), Falling(0.7).requires_grad_(False)
+    tiny, seen, kernel = torch.finfo(torch.float32).tiny, [], attention_kernels.cpu_kernel()
 
-    def looking(function):
-        def wrapped(x):
-            result = function(x)
-            seen.append(int(((result > 0) & (result < tiny)).sum()) if result.shape[-1] > 1 else 0)
-            return result
+    def backward(grad_out, q, k, v, out, lse, *args, attn_mask, scale):
+        weights = (q @ k.mT * scale + attn_mask - lse.unsqueeze(-1)).exp()
+        seen.append(int(((weights > 0) & (weights < tiny)).sum()))
+        return kernel.backward(grad_out, q, k, v, out, lse, *args, attn_mask=attn_mask, scale=scale)
 
-        return wrapped
-
-    kwargs = {"causal": True, "attn_bias": bias, "backend": way, "q_bucket_size": 512, "k_bucket_size": 512}
-    if way == "cpu_kernel":
-        kernel = attention_kernels.cpu_kernel()
-
-        def backward(grad_out, q, k, v, out, lse, *args, attn_mask, scale):
-            weights = (q @ k.mT * scale + attn_mask - lse.unsqueeze(-1)).exp()
-            seen.append(int(((weights > 0) & (weights < tiny)).sum()))
-            return kernel.backward(grad_out, q, k, v, out, lse, *args, attn_mask=attn_mask, scale=scale)
-
-        monkeypatch.setattr(attention_kernels, "cpu_kernel", lambda: kernel._replace(backward=backward))
-    else:
-        monkeypatch.setattr(torch.Tensor, "exp_", looking(exp))
-        monkeypatch.setattr(torch.Tensor, "exp2_", looking(exp2))
-    out = dot_product_attention(*leaves, **kwargs)
+    monkeypatch.setattr(attention_kernels, "cpu_kernel", lambda: kernel._replace(backward=backward))
+    buckets = {"q_bucket_size": 512, "k_bucket_size": 512}
+    out = dot_product_attention(*leaves, causal=True, attn_bias=bias, backend="cpu_kernel", **buckets)
     torch.autograd.grad(out.sum(), leaves)
     assert seen
     assert sum(seen) == 0

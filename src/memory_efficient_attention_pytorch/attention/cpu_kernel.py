@@ -49,19 +49,16 @@ class CpuKernel(Tiled):
         dtype = scores.request.compute_dtype
         visible = scores.visible
         added, level = scores.relative(dtype, visible)
-        negligible, count = None, 0
-        if level is not None and scores.seen is not None and scores.bound is not None:
-            negligible = scores.seen.below(level).add_(scores.bound) < NEGLIGIBLE
-            count = int(negligible.count_nonzero())
-            if count == negligible.numel():
-                return None
+        negligible = None if level is None or scores.seen is None else scores.negligible(scores.seen.below(level))
+        if negligible is not None and negligible.all():
+            return None
         out, lse = kernel.forward(*unit_stride(q, k, v), attn_mask=added, scale=scores.request.scale)
         # The kernel leaves a finite log-sum-exp on a row that sees nothing here.
         if level is not None:
             lse = lse.masked_fill(level.squeeze(-1) == float("-inf"), float("-inf"))
         elif visible is not None:
             lse = lse.masked_fill(~visible.any(dim=-1), float("-inf"))
-        if negligible is not None and count:
+        if negligible is not None:
             lse = lse.masked_fill(negligible, float("-inf"))
         return out.to(dtype), LogSumExp.of(lse, None if level is None else level.squeeze(-1))
 

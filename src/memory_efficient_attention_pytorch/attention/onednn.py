@@ -24,7 +24,6 @@ from ..torch_internals import onednn
 from ..torch_internals.tensors import are_plain, is_fake
 from .request import IMMODERATE, AttentionRequest
 from .tiles import (
-    NEGLIGIBLE,
     LogSumExp,
     Part,
     QueryBucket,
@@ -272,15 +271,18 @@ class _Softmax:
     def _add_biased(self, of_tile: Scores, scores: Tensor, keys: PackedWeight, total: Tensor) -> bool:
         # With biases scores often rise from tile to tile: a kept top would have all computed twice.
         level = self.shared.start_biased(of_tile, scores)
-        if of_tile.all_negligible(level - self.level - self.top / LOG2_E):
-            return False
+        negligible = of_tile.negligible(level - self.level - self.top / LOG2_E)
+        if negligible is not None:
+            if negligible.all():
+                return False
+            level = level.masked_fill(negligible.view(-1, 1), -math.inf)
         keys.add_product(scores.mul_(LOG2_E), self.queries)
         higher = torch.maximum(self.level, level)
         before = self.top + (self.level - finite(higher)).mul_(LOG2_E)
         rise = (level - finite(higher)).mul_(LOG2_E)
         top = finite(torch.maximum(before, scores.amax(1, keepdim=True) + rise))
         shrink = (before - top).exp2_()
-        weights = torch.threshold_(scores.add_(rise - top), NEGLIGIBLE * LOG2_E, -math.inf).exp2_()
+        weights = scores.add_(rise - top).exp2_()
         self.mass.mul_(shrink).add_(weights.sum(1, keepdim=True))
         total.mul_(shrink)
         self.level, self.top = higher, top
@@ -318,12 +320,13 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
                 level = shared.start_biased(of_tile, weights).view(-1, 1)
                 assert bucket.rest is not None
                 above = bucket.above(level) + bucket.rest.unsqueeze(-1)
-                if of_tile.all_negligible(-above):
-                    continue
+                negligible = of_tile.negligible(-above)
+                if negligible is not None:
+                    if negligible.all():
+                        continue
+                    above = above.masked_fill(negligible.unsqueeze(-1), math.inf)
                 weights.sub_(above[0, 0].t()).mul_(LOG2_E)
             by_queries.add_product(weights, scratch.take("keys", *keys.shape).copy_(keys))
-            if request.bias is not None:
-                torch.threshold_(weights, NEGLIGIBLE * LOG2_E, -math.inf)
             weights.exp2_()
             survivors, values = of_tile.survivors, scratch.take("values", *values.shape).copy_(values)
             if survivors is None:

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import torch
 from torch import Tensor
 
 from .request import ROUNDED_AWAY
-from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite
+from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite
 
 
 class Products(Tiled):
@@ -23,7 +22,7 @@ class Products(Tiled):
             weights = scores.modified(weights).clone()  # the function may return a tensor that it captures
         level = _add_and_hide(scores, weights, scores.visible)
         top = finite(weights.amax(dim=-1, keepdim=True))
-        weights = _without_negligible(scores, weights.sub_(top)).exp_()
+        weights = weights.sub_(top).exp_()
         total = weights.sum(dim=-1, keepdim=True)
         lse = LogSumExp.of(total.log().squeeze(-1), *(x.squeeze(-1) for x in (level, top) if x is not None))
         survivors = scores.survivors
@@ -44,7 +43,7 @@ class Products(Tiled):
         weights.sub_(bucket.above(_add_and_hide(scores, weights, visible)))
         if bucket.rest is not None:
             weights.sub_(bucket.rest.unsqueeze(-1))
-        _without_negligible(scores, weights).exp_()
+        weights.exp_()
         survivors, survivor_scale = scores.survivors, 1 / (1 - request.dropout)
         grad_weights = _unfold(_fold(grad_out, values) @ values.mT, grad_out)
         if survivors is not None:
@@ -67,15 +66,6 @@ class Products(Tiled):
 def _products(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
     """Return ``scale · q kᵀ``."""
     return _unfold(_fold(q * scores.request.scale, k) @ k.mT, q)
-
-
-def _without_negligible(scores: Scores, relative: Tensor) -> Tensor:
-    """Hide scores, relative to their rows, that biases make negligible."""
-    return (
-        relative
-        if scores.request.bias is None or scores.is_modified
-        else torch.threshold_(relative, NEGLIGIBLE, float("-inf"))
-    )
 
 
 def _add_and_hide(scores: Scores, values: Tensor, visible: Tensor | None) -> Tensor | None:

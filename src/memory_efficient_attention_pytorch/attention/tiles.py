@@ -28,7 +28,7 @@ from .way import BackwardInputs, Way
 
 # Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 fit in a CPU's cache, a GPU needs more work.
 ELEMENTS_ON_A_CPU, ELEMENTS_ELSEWHERE = 2**20, 2**25
-# With a bias, weights below 2**-100 of their row's sum count as 0: they change no sum of the others in fp32 or fp64,
+# With a bias, weights below 2**-100 of their row's sum may count as 0: they change no other sum in fp32 or fp64,
 # and some CPUs multiply the denormal ones among them slowly.
 NEGLIGIBLE = -100 * math.log(2)
 
@@ -203,9 +203,13 @@ class Scores(NamedTuple):
         added = additive(visible, bias, dtype)
         return (added, None) if bias is None or added is None else less_level(added)
 
-    def all_negligible(self, relative: Tensor) -> bool:
-        """Return True if all weights are, given each row's level of biases less what is known of its log-sum-exp."""
-        return self.bound is not None and bool((relative.reshape(self.bound.shape) + self.bound < NEGLIGIBLE).all())
+    def negligible(self, relative: Tensor) -> Tensor | None:
+        """Return which rows have only negligible weights, ``(b, h, i)``; None if none has.
+
+        relative: each row's level of biases less what is known of its log-sum-exp.
+        """
+        rows = None if self.bound is None else relative.reshape(self.bound.shape) + self.bound < NEGLIGIBLE
+        return rows if rows is not None and rows.any() else None
 
     @property
     def survivors(self) -> Tensor | None:
