@@ -170,7 +170,9 @@ def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | No
         found = torch.stack([value.to(full_dtype(q.dtype)) for value in values])
         return (found if divided is None else divided.largest(found)).tolist()
 
-    q_largest, k_largest, v_largest = of_all(*(torch.stack(x.aminmax()).abs().amax() for x in (q, k, v)))
+    # In the order of memory, which after a projection has tokens before heads, this takes half the time.
+    extremes = ((x if x.is_contiguous() else x.transpose(1, 2)).aminmax() for x in (q, k, v))
+    q_largest, k_largest, v_largest = of_all(*(torch.stack(pair).abs().amax() for pair in extremes))
     if not (v_largest <= LARGEST_VALUE or math.isinf(v_largest)):
         return False
     # This bound needs no norms, which take longer, and nearly always decides.
