@@ -9,8 +9,8 @@ from torch import nn
 from memory_efficient_attention_pytorch.common.dry_run import STAND_IN
 from memory_efficient_attention_pytorch.planner import plan
 from memory_efficient_attention_pytorch.planner.accounting import Accounting
-from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
 from memory_efficient_attention_pytorch.planner.stand_in import standing_in
+from memory_efficient_attention_pytorch.planner.step import Step, dry_run
 from memory_efficient_attention_pytorch.torch_internals import taken_away
 from memory_efficient_attention_pytorch.torch_internals.fake import fake_tensors
 
