@@ -20,7 +20,7 @@ from ..common.errors import require
 from ..torch_internals.fake import fake_tensors
 from .accounting import Accounting
 from .ledger import Ledger, Place
-from .processes import DividedTokens, ShardedParameters
+from .processes import ShardedParameters, divided_tokens
 from .stand_in import standing_in
 from .timeline import Timeline
 
@@ -83,7 +83,7 @@ def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> 
         ledger = Ledger(accounting, device, categorizer(model), every_part)
         ledger.follow(model)
         sharded = ShardedParameters(model, step.shards) if step.shards > 1 else None
-        entered.enter_context(within(DividedTokens(*step.context) if step.context else None))
+        entered.enter_context(within(divided_tokens(*step.context) if step.context else None))
         entered.enter_context(ledger)
         entered.enter_context(nullcontext() if planned == "cpu" else standing_in(planned))
         entered.enter_context(watched_by(ledger))
