@@ -261,6 +261,11 @@ def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
     return out
 
 
+def in_pieces(module: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return ``module(x, **kwargs)`` by the pieces that the module offers."""
+    return apply_piecewise(module.as_branch(x, kwargs), x)
+
+
 def slice_for(value: Tensor, whole: Tensor, index: Index) -> Tensor:
     """Return the slice of ``whole`` that a piece's value is for. Raises ValueError for another shape.
 
