@@ -217,10 +217,12 @@ def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     return value
 
 
-def branch_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:
-    """Return the module's own pieces of x if it offers any (``as_branch``), else a single piece."""
+def branch_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
+    """Return the module's own pieces of x if it offers any (``as_branch``), else a single piece; after the norm."""
     offer = pieces_of(module)
-    return Branch(module, kwargs) if offer is None else offer(x, kwargs)
+    if offer is None:
+        return Branch(module, kwargs, norm)
+    return offer(x, kwargs) if norm is None else offer(x, kwargs, norm=norm)
 
 
 def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:
