@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -27,10 +28,7 @@ from ..recompute.by_hand import reason_against
 from ..recompute.normed import is_norm_of_tokens
 from .config import KNOBS, TransformerConfig, built_from
 
-_OF_ATTENTION = (
-    *("dim", "heads", "dim_head", "causal", "dropout", "kv_heads", "window", "head_chunks", "keep_attention"),
-    *("memory_efficient", "q_bucket_size", "k_bucket_size", "backend"),
-)
+_OF_ATTENTION = tuple(inspect.signature(Attention).parameters)
 
 
 class Transformer(nn.Module):
