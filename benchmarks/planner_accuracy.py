@@ -32,8 +32,8 @@ from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
 from memory_efficient_attention_pytorch.planner import format_size, max_seq_len, parse_size, plan
-from memory_efficient_attention_pytorch.planner.dry_run import OPTIMIZERS
 from memory_efficient_attention_pytorch.planner.plan import DTYPES
+from memory_efficient_attention_pytorch.planner.step import OPTIMIZERS
 
 RESULTS = Path(__file__).parent / "results" / "planner-accuracy"
 STATE = ("parameters", "gradients", "optimizer")
