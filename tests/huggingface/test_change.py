@@ -1,6 +1,7 @@
 """A model of transformers gives the same loss and gradients in less memory, and is what it was after restore."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -74,6 +75,38 @@ def test_loss_and_gradients_are_those_of_its_own_attention(kind, case):
     again = step(model, ids, **given)
     assert torch.equal(again[0], expected[0])
     assert all(torch.equal(again[1][n], g) for n, g in expected[1].items())
+
+
+POSITIONS = {
+    "start again": [*range(7), *range(16)],
+    "holes": [0, 1, 2, *range(7, 27)],
+    "repeated": [i // 2 for i in range(23)],
+    "of padding on the left, by hand": [*[0] * 5, *range(18)],
+    "downwards": [*range(22, -1, -1)],
+    "later": [*range(5, 28)],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_mean_what_they_mean_to_transformers(kind):
+    """There a step of other than one begins a document where no cache is made; with a cache all is one sequence."""
+    ids = tokens()
+    settings = (
+        ({"use_cache": False}, False, True),
+        ({}, True, True),  # its own checkpointing makes no cache either
+        ({}, False, False),
+    )
+    for (name, positions), (given, own, checkpoint) in itertools.product(POSITIONS.items(), settings):
+        model = small_model(kind)
+        if own:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        inputs = {"position_ids": torch.tensor([positions, range(23)]), "labels": ids, **given}
+        expected = step(model, ids, **inputs)
+        make_memory_efficient(model, checkpoint=checkpoint)
+        try:
+            assert_same_step(step(model, ids, **inputs), expected, 1e-6)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, {given}, own checkpoints: {own}") from error
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -178,6 +211,34 @@ def test_adapters_are_trained_as_before(targets):
     before = model.state_dict().keys()
     restore(model)
     assert model.state_dict().keys() == before
+
+
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Mistral", "Gemma3"])
+def test_learned_keys_are_trained_as_before(kind, side):
+    """peft's prefix tuning, which passes them as a cache that grows; the layers are not checkpointed."""
+    peft = pytest.importorskip("peft")
+    sizes = {"num_layers": 2, "num_attention_heads": 4 if kind == "GPT2" else 2}
+    sizes["token_dim"] = 8 * sizes["num_attention_heads"]
+    for length in (4, 9):  # shorter and longer than the windows
+        torch.manual_seed(3)
+        prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, **sizes)
+        model, ids = peft.get_peft_model(small_model(kind), prefix).double(), tokens()
+        expected = step(model, ids, **inputs(side, ids))
+        assert [g.shape for g in expected[1].values()] == [(length, 4 * sizes["token_dim"])]
+        report = make_memory_efficient(model)
+        assert_same_step(step(model, ids, **inputs(side, ids)), expected, 1e-6)
+        assert [part for part, _ in report.left] == ["layers"]
+        assert {part for part, _ in report.changed} == {"attention", "2 MLPs", "loss"}
+
+
+def test_a_cache_that_checkpoints_drop_is_refused():
+    model, ids = small_model("Llama"), tokens()
+    with torch.no_grad():
+        cache = model.eval()(input_ids=ids[:, :9], use_cache=True).past_key_values
+    make_memory_efficient(model.train())
+    with pytest.raises(NotImplementedError, match=r"not 14 × 14 \(checkpointed layers are given no cache\)"):
+        model(input_ids=ids[:, 9:], past_key_values=cache, labels=ids[:, 9:])
 
 
 def test_what_is_saved_is_what_was_there(tmp_path):
