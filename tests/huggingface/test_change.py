@@ -257,10 +257,63 @@ def test_logits_exist_only_when_touched():
     logits = model(input_ids=ids, labels=ids).logits
     assert isinstance(logits, LazyLogits)
     assert logits._made is None
-    torch.testing.assert_close(logits.float(), expected.float())
+    assert (logits.shape, logits.dtype, logits.device) == (expected.shape, expected.dtype, expected.device)
+    assert logits.float()._made is None
+    assert logits._made is None
+    torch.testing.assert_close(logits.float().materialize(), expected.float())
     torch.testing.assert_close(torch.softmax(logits, -1), expected.softmax(-1))
     torch.testing.assert_close(logits[:, -1] + 1, expected[:, -1] + 1)
     assert isinstance(model(input_ids=ids).logits, torch.Tensor)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])
+def test_mixed_precision_makes_no_logits(kind):
+    """accelerate converts what a model returns to fp32, at each step."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model, ids = small_model(kind, torch.float32), tokens()
+    called = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(lambda: model(input_ids=ids, labels=ids)))
+    expected = called()
+    make_memory_efficient(model)
+    found = called()
+    assert type(found.logits) is LazyLogits
+    assert found.logits._made is None
+    assert found.logits.dtype == expected.logits.dtype == torch.float32
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.logits.materialize(), expected.logits, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_a_trainer_evaluates_and_predicts_as_before(precision, tmp_path, monkeypatch):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in tokens(batch=5, length=12)]
+    made, materialize = [], LazyLogits.materialize
+    monkeypatch.setattr(LazyLogits, "materialize", lambda logits: [made.append(1), materialize(logits)][1])
+
+    def found(model, **options):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=2,
+            **precision,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, eval_dataset=data, **options)
+        loss = trainer.evaluate()["eval_loss"]
+        return (loss, trainer.predict(data).predictions) if options else loss
+
+    def metrics(prediction):
+        return {"sum": float(prediction.predictions.sum())}
+
+    expected = found(small_model("Llama", torch.float32), compute_metrics=metrics)
+    model = small_model("Llama", torch.float32)  # accelerate replaces a model's forward, and so its loss is left
+    make_memory_efficient(model)
+    assert found(model) == pytest.approx(expected[0], rel=1e-2 if precision else 1e-5)
+    assert not made
+    tolerance = 2e-2 if precision else 2e-5
+    loss, predictions = found(model, compute_metrics=metrics)
+    assert loss == pytest.approx(expected[0], rel=tolerance)
+    assert made
+    assert predictions.shape == (5, 12, 61)
+    torch.testing.assert_close(*map(torch.from_numpy, (predictions, expected[1])), rtol=tolerance, atol=tolerance)
 
 
 def test_the_loss_takes_the_arguments_of_the_library():
