@@ -379,6 +379,8 @@ def test_what_cannot_be_served_is_refused_by_name():
         make_memory_efficient(model)
     with pytest.raises(NotImplementedError, match="LlamaAttention of layer 0: output_attentions"):
         model(input_ids=ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"labels: expected a number for each of the logits, \(2, 5\), got \(2, 23\)"):
+        model(input_ids=ids, labels=ids, logits_to_keep=5)
     with pytest.raises(ValueError, match="a model of transformers"):
         make_memory_efficient(torch.nn.Linear(2, 2))
 

@@ -249,7 +249,10 @@ def causal_lm_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if divided is not None:
             shift_labels = shift_labels[:, divided.positions(labels.device)]
-    shift_labels = shift_labels.to(logits._hidden.device).reshape(logits._hidden.shape[:-1])
+    rows = logits._hidden.shape[:-1]
+    fits = shift_labels.numel() == rows.numel()
+    require(fits, "labels", f"a number for each of the logits, {tuple(rows)}", tuple(shift_labels.shape))
+    shift_labels = shift_labels.to(logits._hidden.device).reshape(rows)
     if num_items_in_batch is None:
         return logits.loss(shift_labels, ignore_index, "mean")
     if isinstance(num_items_in_batch, Tensor):
