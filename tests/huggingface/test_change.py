@@ -266,6 +266,28 @@ def test_logits_exist_only_when_touched():
     assert isinstance(model(input_ids=ids).logits, torch.Tensor)
 
 
+def test_logits_have_the_gradients_of_the_forward_pass_that_made_them():
+    model, ids = small_model("Gemma2"), tokens()
+
+    def step():
+        model.zero_grad()
+        output = model(input_ids=ids, labels=ids)
+        with torch.no_grad():
+            first = output.logits[0, 0, 0].item()
+        (output.loss + first + output.logits.square().mean()).backward()
+        return first, [p.grad.clone() for p in model.parameters()]
+
+    expected = step()
+    make_memory_efficient(model)
+    torch.testing.assert_close(step(), expected, rtol=1e-6, atol=1e-6)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            output = model(input_ids=ids, labels=ids)
+        assert isinstance(output.logits, torch.Tensor)  # as Trainer asks
+        assert not output.logits.float().sum().requires_grad
+        assert not output.logits.sum().requires_grad
+
+
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])
 def test_mixed_precision_makes_no_logits(kind):
     """accelerate converts what a model returns to fp32, at each step."""

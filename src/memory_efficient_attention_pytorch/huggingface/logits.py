@@ -37,11 +37,12 @@ class LazyLogits:
         hidden: Tensor,
         steps: tuple[tuple[str, float], ...] = (),
         computed_in: torch.dtype | None = None,
+        evaluated: bool = False,
     ) -> None:
         self._head, self._hidden, self._steps = head, hidden, steps
-        # Of the autocast that is on in the model's forward, not when they are used.
+        # Autocast and gradients are those of the model's forward, not those that are on when the logits are used.
         self._computed_in = computed_in or compute_dtype(hidden)
-        self._evaluated = not torch.is_grad_enabled()
+        self._evaluated = evaluated or not torch.is_grad_enabled()
         self._made: Tensor | None = None
 
     @property  # type: ignore[misc]
@@ -63,14 +64,14 @@ class LazyLogits:
         return self._hidden.device
 
     def materialize(self) -> Tensor:
-        """Return the logits ``(…, V)``, differentiable."""
+        """Return the logits ``(…, V)``, differentiable if gradients were enabled in the model's forward."""
         if self._made is None:
-            with full_precision(self._hidden.device):
+            with full_precision(self._hidden.device), torch.set_grad_enabled(not self._evaluated):
                 bias = None if self._head.bias is None else self._head.bias.to(self._computed_in)
                 weight = self._head.weight.to(self._computed_in)
                 logits = nn.functional.linear(self._hidden.to(self._computed_in), weight, bias)
-            for name, number in self._steps:
-                logits = _STEPS[name](logits, number)
+                for name, number in self._steps:
+                    logits = _STEPS[name](logits, number)
             self._made = logits
         return self._made
 
@@ -91,7 +92,7 @@ class LazyLogits:
     def _then(self, name: str, number: float = 1.0) -> Any:
         if self._made is not None or (name == "tanh" and (name, number) in self._steps):
             return _STEPS[name](self.materialize(), number)
-        return LazyLogits(self._head, self._hidden, (*self._steps, (name, number)), self._computed_in)
+        return LazyLogits(self._head, self._hidden, (*self._steps, (name, number)), self._computed_in, self._evaluated)
 
     @classmethod
     def __torch_function__(
