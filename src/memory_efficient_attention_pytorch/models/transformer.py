@@ -15,6 +15,7 @@ from ..attention.visibility import Mask
 from ..common.compiled import eagerly
 from ..common.divided import active
 from ..common.errors import require
+from ..common.precision import autocast_dtype
 from ..layers.attention import Attention, FlashAttention
 from ..layers.cache import KVCache
 from ..layers.feedforward import FeedForward, PreNorm
@@ -113,6 +114,16 @@ class Transformer(nn.Module):
         std = self.dim**-0.5 if len(self.to_logits) == 1 else 1.0
         nn.init.normal_(self.token_emb.weight, std=std)
 
+    def check_dtype(self, argument: str, embedded: Tensor) -> None:
+        """Raise ValueError unless the layers can compute with embeddings of this dtype, under autocast if it is on."""
+        weight = self.token_emb.weight
+        dtypes = {embedded.dtype, weight.dtype}
+        cast = autocast_dtype(embedded.device) is not None and torch.float64 not in dtypes
+        # Learned positions are added first. A weight that is sharded by itself does not show the dtype it computes in.
+        promoted = self.pos_emb is not None and torch.promote_types(embedded.dtype, weight.dtype) == weight.dtype
+        fits = len(dtypes) == 1 or cast or promoted or type(weight) is not nn.Parameter
+        require(fits, argument, f"embeddings of the model's dtype, {weight.dtype}, or autocast", embedded.dtype)
+
     def _forward(
         self, x: Tensor, labels: Tensor | None, mask: Mask | None, cache: KVCache | None, ignore_index: int
     ) -> Tensor:
@@ -200,6 +211,8 @@ class Transformer(nn.Module):
         fits = embedded or (x.dim() == 2 and _is_integer(x))
         expected = f"integers of shape (batch, tokens), or embeddings (batch, tokens, {self.dim})"
         require(fits, "x", expected, f"{x.dtype} {tuple(x.shape)}")
+        if embedded:
+            self.check_dtype("x", x)
         if labels is not None:
             expected = f"a number for each token of x, {tuple(x.shape[:2])}"
             require(labels.shape == x.shape[:2], "labels", expected, tuple(labels.shape))
