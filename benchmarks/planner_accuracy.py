@@ -220,7 +220,7 @@ def limits() -> Iterator[str]:
 
 
 def runs_within(config: dict[str, Any], room: int) -> bool:
-    """Does the step run where the system refuses it more than ``room`` bytes?"""
+    """Return whether the step runs where the system refuses it more than ``room`` bytes."""
     try:
         measure_peak(f"{__file__}:build", {"config": config}, limit_bytes=room)
     except MemoryError:
