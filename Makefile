@@ -28,7 +28,8 @@ test: lint package docs
 package: setup
 	$(BIN)/python tests/wheel.py
 
-# The site, in site/: open site/index.html. Warnings are errors; the variable is for a notice about MkDocs' future.
+# The site, in site/: open site/index.html; its search needs a server, python3 -m http.server --directory site. Warnings
+# are errors; the variable is for a notice about MkDocs' future.
 docs: setup
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
 

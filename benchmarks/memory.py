@@ -1,4 +1,4 @@
-"""Is a step's memory the same whatever the model, and does a million tokens fit? Measured, each in a fresh process.
+"""Measure whether a step's memory is the same whatever the model, and a step of a million tokens, in fresh processes.
 
     python benchmarks/memory.py [--million] [--output FOLDER]
 

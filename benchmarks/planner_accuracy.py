@@ -32,8 +32,8 @@ from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
 from memory_efficient_attention_pytorch.planner import format_size, max_seq_len, parse_size, plan
-from memory_efficient_attention_pytorch.planner.dry_run import OPTIMIZERS
 from memory_efficient_attention_pytorch.planner.plan import DTYPES
+from memory_efficient_attention_pytorch.planner.step import OPTIMIZERS
 
 RESULTS = Path(__file__).parent / "results" / "planner-accuracy"
 STATE = ("parameters", "gradients", "optimizer")
@@ -220,7 +220,7 @@ def limits() -> Iterator[str]:
 
 
 def runs_within(config: dict[str, Any], room: int) -> bool:
-    """Does the step run where the system refuses it more than ``room`` bytes?"""
+    """Return whether the step runs where the system refuses it more than ``room`` bytes."""
     try:
         measure_peak(f"{__file__}:build", {"config": config}, limit_bytes=room)
     except MemoryError:

@@ -23,7 +23,7 @@ from memory_efficient_attention_pytorch.benchmarking.shape import Shape
 from memory_efficient_attention_pytorch.cli.plan_picture import picture
 from memory_efficient_attention_pytorch.planner import CATEGORIES, Plan, Timeline
 from memory_efficient_attention_pytorch.planner.accounting import accounting_for
-from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
+from memory_efficient_attention_pytorch.planner.step import Step, dry_run
 
 IMAGES = Path(__file__).parent / "images"
 MIB = 2**20

@@ -3,7 +3,8 @@
     python examples/classify_bytes.py --tokens 2048
 
 Somewhere in the first quarter of random bases one is marked, in one of two ways: the class. It is asked for at the last
-token, by the language model's own loss with a label at that token alone. The data are made here.
+token, by the language model's own loss with a label at that token alone. The data are made here. Sequences grow while
+it learns: among many bases the mark is hard to find at first, and once found it stays so.
 """
 
 import argparse
@@ -40,9 +41,11 @@ def main(arguments: list[str] | None = None) -> float:
     step = plan(model, batch_size=chosen.batch_size, seq_len=chosen.tokens)
     print(f"a step on {chosen.batch_size} × {chosen.tokens:,} tokens needs {step.peak_bytes / 2**20:,.0f} MiB")
 
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer, shortest = torch.optim.AdamW(model.parameters(), lr=3e-3), min(32, chosen.tokens)
     for number in range(1, chosen.steps + 1):
-        x, classes = batch(chosen.batch_size, chosen.tokens, generator)
+        grown = min(1.0, 1.5 * number / chosen.steps)  # whole in the last third of the steps
+        tokens = round(shortest * (chosen.tokens / shortest) ** grown)
+        x, classes = batch(chosen.batch_size, tokens, generator)
         labels = torch.full_like(x, -100)  # no label but the last
         labels[:, -1] = classes
         loss = model(x, labels=labels)

@@ -1,6 +1,7 @@
 """The package's own names: loaded when they are used, and the same in whatever order things are imported."""
 
 import ast
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -27,6 +28,22 @@ def test_the_citation_and_the_changelog_are_of_this_version():
     root = Path(__file__).parent.parent
     assert f"\nversion: {package.__version__}\n" in (root / "CITATION.cff").read_text()
     assert f"\n## {package.__version__} (" in (root / "CHANGELOG.md").read_text()
+
+
+def test_the_versions_admitted_are_those_that_workflows_test():
+    root = Path(__file__).parent.parent
+    if not (root / ".github").is_dir():
+        pytest.skip("an sdist has no workflows")
+    project, contributing = ((root / name).read_text() for name in ("pyproject.toml", "CONTRIBUTING.md"))
+    daily, nightly = ((root / ".github/workflows" / name).read_text() for name in ("tests.yml", "nightly.yml"))
+    oldest, beyond = map(int, re.search(r'"torch>=2\.(\d+),<2\.(\d+)"', project).groups())
+    tested = [int(minor) for minor in re.findall(r'"2\.(\d+)\.\d+"', nightly)]
+    assert (min(tested), max(tested)) == (oldest, beyond - 1)
+    assert f"PyTorch from 2.{oldest} to 2.{beyond - 1} " in contributing
+    pythons = sorted(int(minor) for minor in re.findall(r"Python :: 3\.(\d+)", project))
+    (matrix,) = re.findall(r"python-version: \[(.*)\]", daily)
+    assert [int(minor) for minor in re.findall(r"3\.(\d+)", matrix)] == [pythons[0], pythons[-1]]
+    assert f"Python 3.{pythons[0]} to 3.{pythons[-1]};" in contributing
 
 
 def test_type_checkers_see_what_runs():

@@ -59,9 +59,9 @@ def check_contents(sdist: Path, wheel: Path) -> None:
         inside = {name.partition("/")[2] for name in archive.getnames()}
     kept = {
         path.relative_to(ROOT).as_posix()
-        for folder in ("src", "tests", "docs", "benchmarks")
+        for folder in ("src", "tests", "docs", "benchmarks", "examples")
         for path in (ROOT / folder).rglob("*")
-        if path.suffix in (".py", ".md") and ROOT / "benchmarks" / "packages" not in path.parents
+        if path.suffix in (".py", ".md", ".ipynb") and ROOT / "benchmarks" / "packages" not in path.parents
     }
     beside = {"pyproject.toml", "mkdocs.yml", "LICENSE", "README.md", "CHANGELOG.md", "Makefile", "constraints.txt"}
     missing = kept | beside

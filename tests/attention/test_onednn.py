@@ -12,7 +12,7 @@ from memory_efficient_attention_pytorch.attention import onednn as way
 from memory_efficient_attention_pytorch.common import products
 from memory_efficient_attention_pytorch.common.products import PackedWeight, product
 from memory_efficient_attention_pytorch.planner.accounting import Accounting
-from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
+from memory_efficient_attention_pytorch.planner.step import Step, dry_run
 from tests import reference
 from tests.memory.live_bytes import LiveBytes
 

@@ -160,6 +160,22 @@ def test_a_process_killed_while_all_save_ends_the_others_and_the_run_goes_on(her
     assert not list((here / "run/checkpoints").glob(".*"))
 
 
+@pytest.mark.parametrize(("division", "rank"), [([], 1), (["--context-parallel=2"], 0)], ids=["windows", "tokens"])
+def test_a_process_killed_in_a_step_ends_the_others_whatever_they_share(here, text, division, rank):
+    running = launch(here, 2, "train", *options(text, 2, steps=10**6), *division, "--out=run")
+    while not (here / "run/checkpoints/step-00000002").exists():
+        assert all(each.process.is_alive() for each in running)
+        time.sleep(0.01)
+    running[rank].process.kill()
+    killed = time.monotonic()
+    other = running[1 - rank].finish()
+    assert time.monotonic() - killed < 30
+    assert other.status == 1, other.error
+    assert other.error.count(f"mea train: process {rank} of 2 (counted from 0) died") == 1
+    assert "Traceback" not in other.error
+    assert last(here / "run").state.step >= 2
+
+
 def test_a_part_that_cannot_be_written_ends_all_with_a_line(here, text, uninterrupted):
     limit = len(contents(uninterrupted / "two")["model-00002-of-00002.safetensors"]) + 1000
     running = launch(here, 2, "train", *options(text, 2), "--shard", "--out=run", rank=1, file_limit=limit)

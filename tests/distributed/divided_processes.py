@@ -63,6 +63,7 @@ torch.manual_seed(0)  # the bias module is the same everywhere
 SEEN: dict[str, dict[str, Any]] = {
     "all": {},
     "causal": {"causal": True},
+    "causal, one sequence": {"causal": True},
     "window": {"window": (5, 9)},
     "causal window": {"causal": True, "window": 7},
     "padding": {"mask": padding()},
@@ -78,6 +79,7 @@ SEEN: dict[str, dict[str, Any]] = {
 }
 NETWORKS: dict[str, dict[str, Any]] = {
     "learned": {"positions": "learned"},
+    "learned, one sequence": {"positions": "learned"},
     "rotary exact": {"positions": "rotary", "exact": True},
     "rotary exact stored": {"positions": "rotary", "exact": True, "reversible": False},
     "alibi pieces": {"positions": "alibi", "head_chunks": 2, "ff_chunks": 3},
@@ -87,15 +89,20 @@ NETWORKS: dict[str, dict[str, Any]] = {
 }
 
 
+def sequences(name: str) -> int:
+    return 1 if name.endswith("one sequence") else BATCH
+
+
 def attended(seen: str, method: str, context: ContextParallel | None, dtype: torch.dtype) -> dict[str, Tensor]:
     """Output and gradients of one attention; ``method`` ending in ``gqa`` has half as many key/value heads."""
     given = dict(SEEN[seen])
     kv = 2 if method.endswith("gqa") else HEADS
-    leaves = [numbers(BATCH, h, TOKENS, 8, seed=i, dtype=dtype) for i, h in enumerate((HEADS, kv, kv))]
+    batch = sequences(seen)
+    leaves = [numbers(batch, h, TOKENS, 8, seed=i, dtype=dtype) for i, h in enumerate((HEADS, kv, kv))]
     if seen == "large":
         # Only products of one process's query with keys of another are so large that fp32 rounds their log-sum-exp.
         leaves[0][:, :, -1], leaves[1][:, :, 20:22] = 2000.0, 100.0
-    cotangent = numbers(BATCH, HEADS, TOKENS, 8, seed=9, dtype=dtype)
+    cotangent = numbers(batch, HEADS, TOKENS, 8, seed=9, dtype=dtype)
     bias = given.get("attn_bias")
     if isinstance(bias, Tensor):
         bias = given["attn_bias"] = bias.to(dtype).clone().requires_grad_()
@@ -138,8 +145,8 @@ def trained(name: str, context: ContextParallel | None, dtype: torch.dtype) -> d
     model = network(name, dtype)
     if context is not None and name == "learned":
         model.compile(backend="eager")  # runs eagerly where tokens are divided
-    tokens = torch.randint(19, (BATCH, TOKENS), generator=torch.Generator().manual_seed(1))
-    labels, mask = tokens.roll(-1, 1), padding()
+    tokens = torch.randint(19, (sequences(name), TOKENS), generator=torch.Generator().manual_seed(1))
+    labels, mask = tokens.roll(-1, 1), padding()[: len(tokens)]
     labels[:, 14:] = -100
     torch.manual_seed(3)
     if context is None:
@@ -186,14 +193,14 @@ def operations(context: ContextParallel) -> int:
 
 
 def cases(world: int) -> list[tuple[str, str, str, torch.dtype]]:
-    """Kind, name, method and dtype of what is computed."""
-    core = {"causal", "causal window", "dropout", "bias", "rotary exact", "rotary exact stored", "large"}
+    """Kind, name, method and dtype of what is computed; heads in groups of fewer than processes are not exchanged."""
     methods = ("ring", "all_to_all", "ring gqa", "all_to_all gqa")
     found = [("attention", seen, method, torch.float64) for seen in SEEN for method in methods]
-    found += [("network", name, method, torch.float64) for name in NETWORKS for method in methods[:2]]
-    found += [("network", "alibi pieces", "auto", torch.float32), ("attention", "causal", "ring", torch.float32)]
-    found += [("attention", "large", method, torch.float32) for method in methods[:2]]
-    return [case for case in found if world == 2 or case[1] in core]
+    found += [("attention", seen, method, torch.float32) for seen in SEEN for method in methods[:2]]
+    for name, settings in NETWORKS.items():
+        exchanged = HEADS // settings.get("head_chunks", 1) >= world
+        found += [("network", name, method, torch.float64) for method in methods[: 1 + exchanged]]
+    return [*found, ("network", "alibi pieces", "auto", torch.float32)]
 
 
 def compute(

@@ -24,7 +24,7 @@ def found(request, tmp_path_factory) -> tuple[int, Path]:
 
 def test_processes_that_share_a_sequence_are_one(found):
     """Masks of each kind, biases, dropout, grouped heads; reversal, pieces, kept attention, processes without labels;
-    61 tokens divide by nothing."""
+    one sequence and two; 61 tokens divide by nothing."""
     world, directory = found
     each = [load_file(directory / f"{world}-{rank}.safetensors") for rank in range(world)]
     wrong, compared = [], 0

@@ -14,7 +14,7 @@ from memory_efficient_attention_pytorch.attention.request import build_request
 from memory_efficient_attention_pytorch.common.divided import within
 from memory_efficient_attention_pytorch.distributed import all_to_all, ring
 from memory_efficient_attention_pytorch.distributed.exchange import Layout
-from memory_efficient_attention_pytorch.planner.processes import DividedTokens
+from memory_efficient_attention_pytorch.planner.processes import divided_tokens
 from tests.benchmarking.scripts import load_benchmark
 from tests.distributed import counted_processes
 from tests.distributed.counted_processes import AT_ONCE, BUCKET, CASES, CHUNK, HEADS, SLICE, WIDTHS, Case
@@ -165,7 +165,7 @@ def test_the_way_taken_by_itself_is_the_one_that_sends_less(scale, sides):
     ways = set()
     for size, kv_heads, share in itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4, 8)):
         asked = scale.Call(size, 128 * size, kv_heads * share, kv_heads, 8, 8, *sides, itemsize=4, device="cpu")
-        divided = DividedTokens(asked.tokens, size)
+        divided = divided_tokens(asked.tokens, size)
         with within(divided):
             q, k, v = (torch.empty(1, h, asked.local, 8, device="meta") for h in (asked.heads, kv_heads, kv_heads))
             taken = divided.way(Products(), build_request(q, k, v, window=sides)).name

@@ -8,6 +8,9 @@ from pathlib import Path
 from types import ModuleType
 
 import pytest
+import torch
+
+from memory_efficient_attention_pytorch.common import products
 
 DOCS = Path(__file__).parents[2] / "docs"
 MIGRATION = [f"migrate/from-{name}.md" for name in ("0.1", "sdpa", "flash-attn", "flex-attention")]
@@ -41,6 +44,19 @@ def run(monkeypatch):
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_page_runs_as_it_is_written(page, run):
     assert run((DOCS / page).read_text(), page)
+
+
+@pytest.mark.slow
+def test_the_readme_prints_what_it_says(run, monkeypatch):
+    """Its first lines: two plans, two searches, and a step of 8192 tokens, on a processor like the one it names."""
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: False)
+    first = (DOCS.parent / "README.md").read_text().partition("\n## ")[0]
+    threads = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        assert run(first, "README.md") == 1
+    finally:
+        torch.set_num_threads(threads)
 
 
 def test_what_a_page_prints_is_compared(run):

@@ -87,6 +87,11 @@ IMAGES = {**OWN_WIDTHS, "image_size": 12, "patch_size": 4}
 WORDS = {**OWN_WIDTHS, **{k: SMALL[k] for k in ("vocab_size", "bos_token_id", "eos_token_id", "pad_token_id")}}
 UNDROPPED = {"hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
 EXPERTS = {**SMALL, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "experts_implementation": "eager"}
+TEXT = {**SMALL, "vocab_size": 64}
+SEEN = {**IMAGES, "image_size": 16}  # four images of four by four, or one of sixteen tokens
+HALVES = {f"{half}_{what}": n for half in ("encoder", "decoder") for what, n in (("layers", 2), ("attention_heads", 4))}
+BOTH = {**HALVES, "encoder_ffn_dim": 48, "decoder_ffn_dim": 48, "d_model": 32, "vocab_size": 64, "dropout": 0.0}
+OWN_LOSS = {"MLPs": "none was recognised", "loss": "its forward does not call its loss_function"}
 # Of other families: the model's and its configuration's class, the configuration, and what is left of it and why.
 FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
     "BERT": (
@@ -137,6 +142,67 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
         {**EXPERTS, "num_experts": 4, "mlp_only_layers": [0]},
         {"model.layers.1.mlp": "a mixture of experts: tokens are routed, not chunked"},
     ),
+    "Gemma 3 with images": (
+        "Gemma3ForConditionalGeneration",
+        "Gemma3Config",
+        {
+            "text_config": {**TEXT, "query_pre_attn_scalar": 8, **SLIDING},
+            "vision_config": SEEN,
+            "mm_tokens_per_image": 4,
+            "image_token_index": 62,
+            "boi_token_index": 61,
+            "eoi_token_index": 63,
+        },
+        {},
+    ),
+    "PaliGemma": (
+        "PaliGemmaForConditionalGeneration",
+        "PaliGemmaConfig",
+        {
+            "text_config": {**TEXT, "model_type": "gemma"},
+            "vision_config": {
+                **SEEN,
+                "model_type": "siglip_vision_model",
+                "num_image_tokens": 16,
+                "vision_use_head": False,
+            },
+            "image_token_index": 62,
+            "projection_dim": 32,
+        },
+        {},
+    ),
+    "T5": (
+        "T5ForConditionalGeneration",
+        "T5Config",
+        {
+            "vocab_size": 64,
+            "d_model": 32,
+            "d_kv": 8,
+            "d_ff": 48,
+            "num_layers": 2,
+            "num_heads": 4,
+            "dropout_rate": 0.0,
+            "decoder_start_token_id": 0,
+        },
+        {"loss": "its forward does not call its loss_function"},
+    ),
+    "BART": ("BartForConditionalGeneration", "BartConfig", {**BOTH, "max_position_embeddings": 64}, OWN_LOSS),
+    "Whisper": (
+        "WhisperForConditionalGeneration",
+        "WhisperConfig",
+        {
+            **BOTH,
+            "num_mel_bins": 8,
+            "max_source_positions": 12,
+            "max_target_positions": 32,
+            "pad_token_id": 0,
+            "bos_token_id": 1,
+            "eos_token_id": 2,
+            "decoder_start_token_id": 1,
+            "begin_suppress_tokens": None,
+        },
+        OWN_LOSS,
+    ),
 }
 
 
@@ -153,11 +219,26 @@ def of_family(name: str) -> tuple[Any, dict[str, Any], dict[str, str]]:
     padding = torch.ones_like(ids)
     padding[0, 15:] = 0
     words = {"input_ids": ids, "attention_mask": padding}
+
+    def pictured(first: int, last: int) -> dict[str, Any]:
+        """An image in the place of these tokens, which see one another."""
+        place = torch.zeros_like(ids)
+        place[:, first:last] = 1
+        image = torch.randn(2, 3, 16, 16, dtype=torch.float64)
+        given = {"input_ids": ids.masked_fill(place == 1, 62), "token_type_ids": place, "pixel_values": image}
+        return {**words, **given, "labels": ids}
+
     images = {"pixel_values": torch.randn(2, 3, 12, 12, dtype=torch.float64)}
+    answers = {"labels": ids[:, :9].contiguous()}
     inputs = {
         "ViT": {**images, "labels": torch.tensor([0, 2])},
         "SigLIP": {"input_ids": ids, **images, "return_loss": True},
         "RoBERTa": {**words, "labels": torch.tensor([0, 1])},
+        "Gemma 3 with images": pictured(3, 7),
+        "PaliGemma": {**(seen := pictured(0, 16)), "token_type_ids": 1 - seen["token_type_ids"]},  # 1: the answer
+        "T5": {**words, **answers},
+        "BART": {**words, **answers},
+        "Whisper": {"input_features": torch.randn(2, 8, 24, dtype=torch.float64), **answers},
     }
     return model.double().train(), inputs.get(name, {**words, "labels": ids}), left
 

@@ -1,6 +1,7 @@
 """A model of transformers gives the same loss and gradients in less memory, and is what it was after restore."""
 
 import copy
+import itertools
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ import torch
 pytest.importorskip("transformers")
 
 from memory_efficient_attention_pytorch.huggingface import feed_forward, make_memory_efficient, restore
+from memory_efficient_attention_pytorch.huggingface.attention import memory_efficient_attention
 from memory_efficient_attention_pytorch.huggingface.logits import LazyLogits
+from memory_efficient_attention_pytorch.huggingface.visibility import NAME, memory_efficient_mask
 
 from .models import FAMILIES, KINDS, MORE, of_family, small_model, tokens
 
@@ -76,6 +79,38 @@ def test_loss_and_gradients_are_those_of_its_own_attention(kind, case):
     assert all(torch.equal(again[1][n], g) for n, g in expected[1].items())
 
 
+POSITIONS = {
+    "start again": [*range(7), *range(16)],
+    "holes": [0, 1, 2, *range(7, 27)],
+    "repeated": [i // 2 for i in range(23)],
+    "of padding on the left, by hand": [*[0] * 5, *range(18)],
+    "downwards": [*range(22, -1, -1)],
+    "later": [*range(5, 28)],
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_positions_mean_what_they_mean_to_transformers(kind):
+    """There a step of other than one begins a document where no cache is made; with a cache all is one sequence."""
+    ids = tokens()
+    settings = (
+        ({"use_cache": False}, False, True),
+        ({}, True, True),  # its own checkpointing makes no cache either
+        ({}, False, False),
+    )
+    for (name, positions), (given, own, checkpoint) in itertools.product(POSITIONS.items(), settings):
+        model = small_model(kind)
+        if own:
+            model.gradient_checkpointing_enable({"use_reentrant": False})
+        inputs = {"position_ids": torch.tensor([positions, range(23)]), "labels": ids, **given}
+        expected = step(model, ids, **inputs)
+        make_memory_efficient(model, checkpoint=checkpoint)
+        try:
+            assert_same_step(step(model, ids, **inputs), expected, 1e-6)
+        except AssertionError as error:
+            raise AssertionError(f"{name}, {given}, own checkpoints: {own}") from error
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_loss_and_gradients_in_fp32(kind):
     model, ids = small_model(kind, torch.float32), tokens()
@@ -104,7 +139,7 @@ def test_other_decoders_give_the_same_step_and_text_and_say_what_is_left(kind):
 
 
 @pytest.mark.parametrize("name", FAMILIES)
-def test_encoders_images_and_experts_give_the_same_step_and_say_what_is_left(name):
+def test_encoders_both_halves_images_and_experts_give_the_same_step_and_say_what_is_left(name):
     model, given, left = of_family(name)
     expected = step(model, **given)
     assert all(g.isfinite().all() for g in expected[1].values())
@@ -113,7 +148,7 @@ def test_encoders_images_and_experts_give_the_same_step_and_say_what_is_left(nam
     assert dict(report.left) == left
     assert {"attention", "layers"} <= {part for part, _ in report.changed}
     chunked = any("MLPs" in part for part, _ in report.changed)
-    assert chunked == (name not in ("BERT", "RoBERTa", "Mixtral", "Qwen 2 MoE"))
+    assert chunked == (name not in ("BERT", "RoBERTa", "Mixtral", "Qwen 2 MoE", "BART", "Whisper"))
     restore(model)
     again = step(model, **given)
     assert all(torch.equal(again[1][n], g) for n, g in expected[1].items())
@@ -180,6 +215,34 @@ def test_adapters_are_trained_as_before(targets):
     assert model.state_dict().keys() == before
 
 
+@pytest.mark.parametrize("side", [None, "left", "right"])
+@pytest.mark.parametrize("kind", ["Llama", "GPT2", "Mistral", "Gemma3"])
+def test_learned_keys_are_trained_as_before(kind, side):
+    """peft's prefix tuning, which passes them as a cache that grows; the layers are not checkpointed."""
+    peft = pytest.importorskip("peft")
+    sizes = {"num_layers": 2, "num_attention_heads": 4 if kind == "GPT2" else 2}
+    sizes["token_dim"] = 8 * sizes["num_attention_heads"]
+    for length in (4, 9):  # shorter and longer than the windows
+        torch.manual_seed(3)
+        prefix = peft.PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=length, **sizes)
+        model, ids = peft.get_peft_model(small_model(kind), prefix).double(), tokens()
+        expected = step(model, ids, **inputs(side, ids))
+        assert [g.shape for g in expected[1].values()] == [(length, 4 * sizes["token_dim"])]
+        report = make_memory_efficient(model)
+        assert_same_step(step(model, ids, **inputs(side, ids)), expected, 1e-6)
+        assert [part for part, _ in report.left] == ["layers"]
+        assert {part for part, _ in report.changed} == {"attention", "2 MLPs", "loss"}
+
+
+def test_a_cache_that_checkpoints_drop_is_refused():
+    model, ids = small_model("Llama"), tokens()
+    with torch.no_grad():
+        cache = model.eval()(input_ids=ids[:, :9], use_cache=True).past_key_values
+    make_memory_efficient(model.train())
+    with pytest.raises(NotImplementedError, match=r"not 14 × 14 \(checkpointed layers are given no cache\)"):
+        model(input_ids=ids[:, 9:], past_key_values=cache, labels=ids[:, 9:])
+
+
 def test_what_is_saved_is_what_was_there(tmp_path):
     model = small_model("Gemma2")
     model.save_pretrained(tmp_path / "before")
@@ -196,10 +259,85 @@ def test_logits_exist_only_when_touched():
     logits = model(input_ids=ids, labels=ids).logits
     assert isinstance(logits, LazyLogits)
     assert logits._made is None
-    torch.testing.assert_close(logits.float(), expected.float())
+    assert (logits.shape, logits.dtype, logits.device) == (expected.shape, expected.dtype, expected.device)
+    assert logits.float()._made is None
+    assert logits._made is None
+    torch.testing.assert_close(logits.float().materialize(), expected.float())
     torch.testing.assert_close(torch.softmax(logits, -1), expected.softmax(-1))
     torch.testing.assert_close(logits[:, -1] + 1, expected[:, -1] + 1)
     assert isinstance(model(input_ids=ids).logits, torch.Tensor)
+
+
+def test_logits_have_the_gradients_of_the_forward_pass_that_made_them():
+    model, ids = small_model("Gemma2"), tokens()
+
+    def step():
+        model.zero_grad()
+        output = model(input_ids=ids, labels=ids)
+        with torch.no_grad():
+            first = output.logits[0, 0, 0].item()
+        (output.loss + first + output.logits.square().mean()).backward()
+        return first, [p.grad.clone() for p in model.parameters()]
+
+    expected = step()
+    make_memory_efficient(model)
+    torch.testing.assert_close(step(), expected, rtol=1e-6, atol=1e-6)
+    for without in (torch.no_grad, torch.inference_mode):
+        with without():
+            output = model(input_ids=ids, labels=ids)
+        assert isinstance(output.logits, torch.Tensor)  # as Trainer asks
+        assert not output.logits.float().sum().requires_grad
+        assert not output.logits.sum().requires_grad
+
+
+@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])
+def test_mixed_precision_makes_no_logits(kind):
+    """accelerate converts what a model returns to fp32, at each step."""
+    from accelerate.utils import convert_outputs_to_fp32
+
+    model, ids = small_model(kind, torch.float32), tokens()
+    called = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(lambda: model(input_ids=ids, labels=ids)))
+    expected = called()
+    make_memory_efficient(model)
+    found = called()
+    assert type(found.logits) is LazyLogits
+    assert found.logits._made is None
+    assert found.logits.dtype == expected.logits.dtype == torch.float32
+    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2)
+    torch.testing.assert_close(found.logits.materialize(), expected.logits, rtol=2e-2, atol=2e-2)
+
+
+@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
+def test_a_trainer_evaluates_and_predicts_as_before(precision, tmp_path, monkeypatch):
+    from transformers import Trainer, TrainingArguments
+
+    data = [{"input_ids": row, "labels": row} for row in tokens(batch=5, length=12)]
+    made, materialize = [], LazyLogits.materialize
+    monkeypatch.setattr(LazyLogits, "materialize", lambda logits: [made.append(1), materialize(logits)][1])
+
+    def found(model, **options):
+        arguments = TrainingArguments(
+            output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=2,
+            **precision,
+        )  # fmt: skip
+        trainer = Trainer(model, arguments, eval_dataset=data, **options)
+        loss = trainer.evaluate()["eval_loss"]
+        return (loss, trainer.predict(data).predictions) if options else loss
+
+    def metrics(prediction):
+        return {"sum": float(prediction.predictions.sum())}
+
+    expected = found(small_model("Llama", torch.float32), compute_metrics=metrics)
+    model = small_model("Llama", torch.float32)  # accelerate replaces a model's forward, and so its loss is left
+    make_memory_efficient(model)
+    assert found(model) == pytest.approx(expected[0], rel=1e-2 if precision else 1e-5)
+    assert not made
+    tolerance = 2e-2 if precision else 2e-5
+    loss, predictions = found(model, compute_metrics=metrics)
+    assert loss == pytest.approx(expected[0], rel=tolerance)
+    assert made
+    assert predictions.shape == (5, 12, 61)
+    torch.testing.assert_close(*map(torch.from_numpy, (predictions, expected[1])), rtol=tolerance, atol=tolerance)
 
 
 def test_the_loss_takes_the_arguments_of_the_library():
@@ -265,8 +403,40 @@ def test_what_cannot_be_served_is_refused_by_name():
         make_memory_efficient(model)
     with pytest.raises(NotImplementedError, match="LlamaAttention of layer 0: output_attentions"):
         model(input_ids=ids, output_attentions=True)
+    with pytest.raises(ValueError, match=r"labels: expected a number for each of the logits, \(2, 5\), got \(2, 23\)"):
+        model(input_ids=ids, labels=ids, logits_to_keep=5)
     with pytest.raises(ValueError, match="a model of transformers"):
         make_memory_efficient(torch.nn.Linear(2, 2))
+
+
+def test_a_model_whose_mask_would_be_lost_keeps_its_attention():
+    from transformers import MambaConfig, MambaForCausalLM
+
+    model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4)).train()
+    ids = tokens()
+    expected = step(model, ids, labels=ids)
+    report = make_memory_efficient(model)
+    assert "makes its own masks, which would be lost" in dict(report.left)["attention"]
+    assert model.config._attn_implementation != NAME
+    assert_same_step(step(model, ids, labels=ids), expected, 2e-5)
+
+
+@pytest.mark.parametrize(
+    ("given", "why"),
+    [
+        ({"attention_mask": None}, "it passes no mask for 2 queries and 5 keys"),
+        ({"attention_mask": memory_efficient_mask(1, 3, 5, q_offset=2)}, "its mask is for 3 × 5 tokens, not 2 × 5"),
+        ({"cache": object()}, "a paged cache is not supported"),
+        ({"softcap": 2.0, "position_bias": torch.zeros(1, 1, 2, 5)}, "softcap: not together with a bias"),
+        ({"output_attentions": True}, "output_attentions"),
+    ],
+)
+def test_attention_that_would_be_wrong_is_refused_by_the_layer(given, why):
+    layer = small_model("Llama").model.layers[1].self_attn
+    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 5, 8)
+    arguments = {"attention_mask": memory_efficient_mask(1, 2, 5, q_offset=3), **given}
+    with pytest.raises(NotImplementedError, match=f"LlamaAttention of layer 1: .*{why}"):
+        memory_efficient_attention(layer, query, key, key, **arguments)
 
 
 def test_what_is_not_recognised_is_left_and_said():

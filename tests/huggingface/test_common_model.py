@@ -197,6 +197,30 @@ def test_embeddings_in_the_place_of_tokens_give_the_same_and_get_a_gradient(posi
     assert torch.equal(embedded.detach(), before)
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_embeddings_of_another_dtype_are_refused_by_name_and_taken_under_autocast(kind):
+    model, (ids, _) = model_of(kind), prompts()
+    embedded = model.get_input_embeddings()(ids).detach()
+    for dtype in (torch.bfloat16, torch.float64):
+        if kind == "learned" and dtype == torch.bfloat16:
+            continue  # adding positions makes them the model's
+        for labels in (None, ids):
+            expected = f"inputs_embeds: expected embeddings of the model's dtype, torch.float32, .*, got {dtype}"
+            with pytest.raises(ValueError, match=expected):
+                model(inputs_embeds=embedded.to(dtype), labels=labels)
+            with pytest.raises(ValueError, match=f"x: expected embeddings .*, got {dtype}"):
+                model.net(embedded.to(dtype), labels=labels)
+    taken = embedded.bfloat16().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = model(inputs_embeds=taken, labels=ids).loss
+        with pytest.raises(ValueError, match=r"inputs_embeds: .* got torch.float64"):
+            model(inputs_embeds=embedded.double())
+    loss.backward()
+    torch.testing.assert_close(loss, model(ids, labels=ids).loss, rtol=2e-2, atol=2e-2)
+    assert taken.grad.isfinite().all()
+    assert torch.isfinite(model.bfloat16()(inputs_embeds=embedded.bfloat16(), labels=ids).loss)
+
+
 def test_embeddings_are_read_and_replaced():
     model, (ids, _) = model_of("learned"), prompts()
     expected = model(ids).logits

@@ -38,6 +38,26 @@ def test_a_compiled_step_is_the_same_and_compiled_once_for_all_lengths(kind):
     assert made[1] == made[2] == made[3]  # for the first length, and once more for all others
 
 
+def test_the_base_model_compiled_by_itself_leaves_the_loss_without_logits():
+    torch._dynamo.reset()
+    model, backend, ids = small_model("Llama", torch.float32), Counted(), tokens()
+
+    def step():
+        model.zero_grad()
+        output = model(input_ids=ids, labels=ids)
+        output.loss.backward()
+        return output.logits, [output.loss.detach(), *(p.grad.clone() for p in model.parameters())]
+
+    _, expected = step()
+    make_memory_efficient(model)
+    model.model.compile(backend=backend)
+    logits, found = step()
+    torch._dynamo.reset()
+    torch.testing.assert_close(found, expected, rtol=2e-5, atol=2e-5)
+    assert backend.graphs > 0
+    assert logits._made is None
+
+
 def test_attention_that_looks_at_values_breaks_a_graph_once():
     """Chunks, of which tiles are told apart by what tensors hold: attention runs eagerly, as a whole."""
     from transformers import Llama4ForCausalLM, Llama4TextConfig

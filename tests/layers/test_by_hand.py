@@ -192,6 +192,15 @@ def test_a_norm_that_mixes_tokens_is_not_applied_to_some_of_them():
         assert_same((out, *wanted[0]), (truth, *wanted[1]), 1e-10)
 
 
+def test_a_norm_before_a_norm_is_a_branch_as_any_other():
+    ours, whole = (PreNorm(8, PreNorm(8, FeedForward(8, 2, chunks=chunks))).double() for chunks in (3, 1))
+    whole.load_state_dict(ours.state_dict())
+    x = torch.randn(2, 7, 8, dtype=torch.float64, requires_grad=True)
+    out, truth = ReversibleSequence([(nn.Identity(), ours)])(x), x + x + x + whole(x + x)
+    wanted = [gradients(y, (x, *net.parameters())) for y, net in ((out, ours), (truth, whole))]
+    assert_same((out, *wanted[0]), (truth, *wanted[1]), 1e-10)
+
+
 def test_pieces_are_taken_of_the_class_that_says_what_forward_does():
     class Doubled(Attention):
         def forward(self, x, **kwargs):

@@ -12,7 +12,7 @@ from memory_efficient_attention_pytorch.attention import onednn
 from memory_efficient_attention_pytorch.common import products
 from memory_efficient_attention_pytorch.planner import accounting
 from memory_efficient_attention_pytorch.planner.accounting import Accounting, accounting_for
-from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
+from memory_efficient_attention_pytorch.planner.step import Step, dry_run
 
 CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 TOKENS = torch.zeros(2, 128, dtype=torch.long, device="meta")

@@ -10,7 +10,7 @@ from torch import nn
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.planner import CATEGORIES, max_seq_len, plan, workload
 from memory_efficient_attention_pytorch.planner.candidates import candidates
-from memory_efficient_attention_pytorch.planner.dry_run import dry_run
+from memory_efficient_attention_pytorch.planner.step import dry_run
 from memory_efficient_attention_pytorch.torch_internals import ALL
 
 CONFIG = {"num_tokens": 256, "dim": 64, "depth": 2, "heads": 4, "dim_head": 16, "causal": True}

@@ -7,7 +7,7 @@ import torch.distributed as dist
 from memory_efficient_attention_pytorch import Transformer, max_seq_len, plan
 from memory_efficient_attention_pytorch.distributed.all_to_all import AllToAll
 from memory_efficient_attention_pytorch.planner.accounting import accounting_for
-from memory_efficient_attention_pytorch.planner.dry_run import dry_run
+from memory_efficient_attention_pytorch.planner.step import dry_run
 from memory_efficient_attention_pytorch.planner.timeline import CATEGORIES
 from memory_efficient_attention_pytorch.planner.workload import Workload
 

@@ -6,11 +6,12 @@ import torch.nn.functional as F
 import torch.utils.checkpoint
 from torch import nn
 
+from memory_efficient_attention_pytorch import dot_product_attention, select_backend
 from memory_efficient_attention_pytorch.common.dry_run import STAND_IN
 from memory_efficient_attention_pytorch.planner import plan
 from memory_efficient_attention_pytorch.planner.accounting import Accounting
-from memory_efficient_attention_pytorch.planner.dry_run import Step, dry_run
 from memory_efficient_attention_pytorch.planner.stand_in import standing_in
+from memory_efficient_attention_pytorch.planner.step import Step, dry_run
 from memory_efficient_attention_pytorch.torch_internals import taken_away
 from memory_efficient_attention_pytorch.torch_internals.fake import fake_tensors
 
@@ -196,6 +197,20 @@ def test_attention_of_other_modules_takes_the_devices_kernel(shapes, dtype, mask
     taken = {name.split(".")[1] for name in names if "scaled_dot_product" in name}
     expected = set() if kernel is None else {f"_scaled_dot_product_{kernel}", f"_scaled_dot_product_{kernel}_backward"}
     assert taken == expected
+
+
+@pytest.mark.parametrize(("width", "way"), [(20, "products"), (32, "sdpa")])
+def test_our_attention_is_planned_in_tiles_where_no_kernel_takes_its_width(width, way):
+    found = []
+
+    def attend(x, weight):
+        q = (x @ weight).view(1, 2, -1, width).to(torch.bfloat16)
+        given = {"mask": torch.ones(1, q.shape[2], dtype=torch.bool, device=x.device)}
+        found.append(select_backend(q, q, q, **given).way)
+        return dot_product_attention(q, q, q, **given)
+
+    run_dry(attend)
+    assert found == [way]
 
 
 @pytest.mark.parametrize("network", [nn.LSTM, nn.GRU, nn.RNN])

@@ -6,7 +6,7 @@ import torch
 
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.planner.accounting import Accounting, accounting_for
-from memory_efficient_attention_pytorch.planner.dry_run import dry_run
+from memory_efficient_attention_pytorch.planner.step import dry_run
 from memory_efficient_attention_pytorch.planner.timeline import CATEGORIES, Operation, Timeline, at_depth
 from memory_efficient_attention_pytorch.planner.workload import Workload, shortened
 

@@ -13,11 +13,11 @@ from ..torch_internals import attention_kernels
 from ..torch_internals.attention_kernels import Kernel
 from ..torch_internals.tensors import are_plain
 from .cpu_kernel import unit_stride
-from .kernel import ALIGNMENT
 from .products import Products
 from .request import AttentionRequest
 from .tiles import Found, LogSumExp, Part, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
+from .whole_kernels import ALIGNMENT
 
 # Least sides of a tile: each tile is a launch, which must fill the device.
 QUERIES, KEYS = 2048, 4096

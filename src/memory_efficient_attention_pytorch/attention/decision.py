@@ -17,7 +17,6 @@ from .bias import BiasGradient
 from .broadcasting import canonical_broadcast
 from .cpu_kernel import CpuKernel
 from .cuda_kernel import CudaKernel
-from .kernel import Cpu, Efficient, Flash
 from .naive import Naive
 from .onednn import OneDnn
 from .products import Products
@@ -25,6 +24,7 @@ from .request import AttentionRequest, build_request
 from .sdpa import Sdpa
 from .tiles import Tiled
 from .way import BackwardInputs, Way
+from .whole_kernels import Cpu, Efficient, Flash
 
 WAYS: tuple[Way, ...] = (OneDnn(), Sdpa(), Cpu(), Flash(), Efficient(), CudaKernel(), CpuKernel(), Products(), Naive())
 """All ways of computing attention, preferred ones first."""

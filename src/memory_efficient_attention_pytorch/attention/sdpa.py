@@ -98,7 +98,7 @@ def whole_mask(request: AttentionRequest) -> Tensor | None:
 def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> set[str]:
     """Return PyTorch's fused kernels that take the whole request: ``"cpu"``, or some of ``"flash"``, ``"efficient"``.
 
-    On CUDA PyTorch decides, which knows the device; without a device (in a dry run) its published conditions apply.
+    On CUDA PyTorch decides, which knows the device; without a device (in a dry run) :func:`cuda_kernels` does.
     """
     if request.device_type != "cuda":
         return {"cpu"} & {request.device_type}
@@ -107,8 +107,16 @@ def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) ->
         params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, request.visibility.plain_causal, grouped)
         flash = torch.backends.cuda.can_use_flash_attention(params)
         efficient = torch.backends.cuda.can_use_efficient_attention(params)
-    else:
-        half = request.dtype in (torch.float16, torch.bfloat16)
-        flash = half and mask is None and request.d <= 256
-        efficient = (half or request.dtype == torch.float32) and not grouped
-    return {name for name, serves in (("flash", flash), ("efficient", efficient)) if serves}
+        return {name for name, serves in (("flash", flash), ("efficient", efficient)) if serves}
+    return cuda_kernels(request.dtype, (request.d, request.e), mask is not None, grouped)
+
+
+def cuda_kernels(dtype: torch.dtype, widths: tuple[int, int], masked: bool, grouped: bool) -> set[str]:
+    """Return those of ``"flash"`` and ``"efficient"`` that take such arguments, by PyTorch's published conditions.
+
+    widths: of q and of v. grouped: there are fewer key than query heads.
+    """
+    half = dtype in (torch.float16, torch.bfloat16)
+    found = {"flash"} if half and not masked and widths[0] == widths[1] <= 256 else set()
+    aligned = all(width % (8 if half else 4) == 0 for width in widths)
+    return found | ({"efficient"} if aligned and not grouped and (half or dtype == torch.float32) else set())

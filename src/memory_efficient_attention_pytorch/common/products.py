@@ -152,10 +152,9 @@ def has_onednn(*tensors: Tensor) -> bool:
 
 def onednn_is_usable(device: torch.device) -> bool:
     """Return True if oneDNN can multiply fp32 here: on a CPU, outside a compiler, which has its own products."""
-    if torch.compiler.is_compiling() or device_type(device) != "cpu" or not torch.backends.mkldnn.is_available():
+    if torch.compiler.is_compiling() or device_type(device) != "cpu":
         return False
-    enabled = onednn.is_enabled()
-    return enabled is None or enabled()
+    return torch.backends.mkldnn.is_available() and bool(torch.backends.mkldnn.enabled)
 
 
 @cache

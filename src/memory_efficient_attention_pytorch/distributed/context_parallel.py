@@ -84,7 +84,7 @@ class ContextParallel:
         require(isinstance(group, dist.ProcessGroup), "group", "a process group or a mesh", type(group).__name__)
         require(method in METHODS, "method", f"one of {', '.join(METHODS)}", repr(method))
         self.group, self.method, self.averaged = group, method, averaged
-        self.rank, self.size = dist.get_rank(group), dist.get_world_size(group)
+        self.rank, self.size = group.rank(), group.size()
         self._layout: Layout | None = None
         self._entered: list[ExitStack] = []
 

@@ -85,7 +85,8 @@ def _what_is_seen(
     n, m = query.shape[2], key.shape[2]
     if isinstance(mask, Visible):
         if (mask.queries, mask.keys) != (n, m):
-            raise _refusal(module, f"its mask is for {mask.queries} × {mask.keys} tokens, not {n} × {m}")
+            dropped = " (checkpointed layers are given no cache)" if mask.keys > m == n else ""
+            raise _refusal(module, f"its mask is for {mask.queries} × {mask.keys} tokens, not {n} × {m}{dropped}")
         return dict(mask.arguments)
     if mask is not None:
         return {"mask" if mask.dtype == torch.bool else "attn_bias": mask}

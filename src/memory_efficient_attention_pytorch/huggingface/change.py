@@ -116,7 +116,7 @@ def make_memory_efficient(
         if loss:
             _change_loss(base, record, report)
         if checkpoint:
-            _change_checkpoints(base, record, report, offload=checkpoint == "cpu")
+            _change_checkpoints(model, base, record, report, offload=checkpoint == "cpu")
     except BaseException:
         restore(model)
         raise
@@ -188,13 +188,22 @@ def _change_loss(model: PreTrainedModel, record: Record, report: Report) -> None
     report.changed.append(("loss", "without logits; outputs.logits are made when touched"))
 
 
-def _change_checkpoints(model: PreTrainedModel, record: Record, report: Report, *, offload: bool) -> None:
+_OF_KEYS = ("PREFIX_TUNING", "CARTRIDGE")
+
+
+def _change_checkpoints(
+    whole: nn.Module, model: PreTrainedModel, record: Record, report: Report, *, offload: bool
+) -> None:
     part = "layers"
     if not model.supports_gradient_checkpointing:
         report.left.append((part, f"{type(model).__name__} does not support checkpointing"))
         return
     if is_checkpointed(model) and not offload:
         report.left.append((part, "checkpointed already"))
+        return
+    kind = getattr(getattr(whole, "active_peft_config", None), "peft_type", None)
+    if kind in _OF_KEYS:
+        report.left.append((part, "learned keys are passed as a cache, which transformers' checkpointing drops"))
         return
     for module in model.modules():
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):

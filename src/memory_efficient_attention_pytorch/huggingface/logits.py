@@ -15,6 +15,7 @@ from transformers.loss.loss_utils import ForCausalLMLoss
 
 from ..common.divided import Divided, active, refuse_divided
 from ..common.errors import require
+from ..common.precision import compute_dtype, full_precision
 from ..loss.linear_cross_entropy import linear_cross_entropy
 from .visibility import NAME, divided_tokens
 
@@ -23,61 +24,90 @@ _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", def
 
 
 class LazyLogits:
-    """Logits of ``hidden (…, d)``, computed when first used: ``scale · (hidden @ weight.T + bias)``.
+    """Logits of ``hidden (…, d)``, computed when first used: ``hidden @ weight.T + bias`` and then ``steps`` in order.
 
-    With ``tanh``: ``softcap · tanh(scale · (hidden @ weight.T + bias))``. Not a tensor: an attribute, operator or
-    PyTorch function asked of it computes the logits and applies to them.
+    A step is a multiplication or division by a number, one tanh, or a conversion to fp32, which the model or accelerate
+    has asked for. Not a tensor: any other attribute, operator or PyTorch function asked of it computes the logits and
+    applies to them. shape, dtype and device are known without them.
     """
 
     def __init__(
         self,
         head: nn.Linear,
         hidden: Tensor,
-        scale: float = 1.0,
-        tanh: bool = False,
-        softcap: float = 1.0,
-        dtype: torch.dtype | None = None,
+        steps: tuple[tuple[str, float], ...] = (),
+        computed_in: torch.dtype | None = None,
+        evaluated: bool = False,
     ) -> None:
-        self._head, self._hidden = head, hidden
-        self._scale, self._tanh, self._softcap, self._dtype = scale, tanh, softcap, dtype
+        self._head, self._hidden, self._steps = head, hidden, steps
+        # Autocast and gradients are those of the model's forward, not those that are on when the logits are used.
+        self._computed_in = computed_in or compute_dtype(hidden)
+        self._evaluated = evaluated or not torch.is_grad_enabled()
         self._made: Tensor | None = None
 
-    def _changed(self, factor: float = 1.0, tanh: bool = False) -> LazyLogits:
-        if self._tanh:
-            return LazyLogits(self._head, self._hidden, self._scale, True, self._softcap * factor, self._dtype)
-        return LazyLogits(self._head, self._hidden, self._scale * factor, tanh, dtype=self._dtype)
+    @property  # type: ignore[misc]
+    def __class__(self) -> type:
+        # Trainer gathers predictions only if they are tensors by isinstance. With gradients DDP looks for tensors to
+        # prepare for backward, of which this is none.
+        return Tensor if self._evaluated else LazyLogits
+
+    @property
+    def shape(self) -> torch.Size:
+        return torch.Size((*self._hidden.shape[:-1], self._head.weight.shape[0]))
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return torch.float32 if any(name == "float" for name, _ in self._steps) else self._computed_in
+
+    @property
+    def device(self) -> torch.device:
+        return self._hidden.device
 
     def materialize(self) -> Tensor:
-        """Return the logits ``(…, V)``, differentiable."""
+        """Return the logits ``(…, V)``, differentiable if gradients were enabled in the model's forward."""
         if self._made is None:
-            logits = nn.functional.linear(self._hidden, self._head.weight, self._head.bias)
-            logits = (logits if self._dtype is None else logits.to(self._dtype)) * self._scale
-            self._made = torch.tanh(logits) * self._softcap if self._tanh else logits
+            with full_precision(self._hidden.device), torch.set_grad_enabled(not self._evaluated):
+                bias = None if self._head.bias is None else self._head.bias.to(self._computed_in)
+                weight = self._head.weight.to(self._computed_in)
+                logits = nn.functional.linear(self._hidden.to(self._computed_in), weight, bias)
+                for name, number in self._steps:
+                    logits = _STEPS[name](logits, number)
+            self._made = logits
         return self._made
 
     def loss(self, labels: Tensor, ignore_index: int, reduction: str) -> Tensor:
         """Return the cross-entropy with labels ``(…)``, without logits."""
         options: dict[str, Any] = {"bias": self._head.bias, "ignore_index": ignore_index, "reduction": reduction}
-        if self._tanh:
-            options |= {"softcap": self._softcap, "scale": self._scale * self._softcap}
-        elif self._scale != 1:
-            options["scale"] = self._scale
+        scales, capped = [1.0, 1.0], False  # before the tanh and after it
+        for name, number in self._steps:
+            capped = capped or name == "tanh"
+            if name in ("mul", "div"):
+                scales[capped] *= number if name == "mul" else 1 / number
+        if capped:
+            options |= {"softcap": scales[1], "scale": scales[0] * scales[1]}
+        elif scales[0] != 1:
+            options["scale"] = scales[0]
         return linear_cross_entropy(self._hidden, self._head.weight, labels, **options)
+
+    def _then(self, name: str, number: float = 1.0) -> Any:
+        if self._made is not None or (name == "tanh" and (name, number) in self._steps):
+            return _STEPS[name](self.materialize(), number)
+        return LazyLogits(self._head, self._hidden, (*self._steps, (name, number)), self._computed_in, self._evaluated)
 
     @classmethod
     def __torch_function__(
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         first = args[0] if args else None
-        if function is torch.tanh and isinstance(first, LazyLogits) and not first._tanh and not kwargs:
-            return first._changed(tanh=True)
+        if function is torch.tanh and isinstance(first, LazyLogits) and not kwargs:
+            return first._then("tanh")
         return function(*_touched(args), **_touched(kwargs or {}))
 
     def __truediv__(self, other: Any) -> Any:
-        return self._changed(1 / other) if isinstance(other, int | float) else self.materialize() / other
+        return self._then("div", other) if isinstance(other, int | float) and other else self.materialize() / other
 
     def __mul__(self, other: Any) -> Any:
-        return self._changed(other) if isinstance(other, int | float) else self.materialize() * other
+        return self._then("mul", other) if isinstance(other, int | float) else self.materialize() * other
 
     __rmul__ = __mul__
 
@@ -86,10 +116,8 @@ class LazyLogits:
         return self if _HEAD_OF_A_LOSS.get() is self._head else self.materialize().contiguous()
 
     def float(self) -> Any:
-        """Stay lazy inside the model's forward (Mamba), whose loss is in fp32 anyway; afterwards return a tensor."""
-        if _HEAD_OF_A_LOSS.get() is not self._head:
-            return self.materialize().float()
-        return LazyLogits(self._head, self._hidden, self._scale, self._tanh, self._softcap, torch.float32)
+        """Stay lazy: Mamba asks for it before its loss, which is in fp32 anyway, and accelerate at each step."""
+        return self._then("float")
 
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):  # copy and pickle ask for these before __init__ has run
@@ -97,7 +125,15 @@ class LazyLogits:
         return getattr(self.materialize(), name)
 
     def __repr__(self) -> str:
-        return f"LazyLogits(shape={(*self._hidden.shape[:-1], self._head.weight.shape[0])})"
+        return f"LazyLogits(shape={(*self.shape,)})"
+
+
+_STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
+    "mul": lambda logits, number: logits * number,
+    "div": lambda logits, number: logits / number,
+    "tanh": lambda logits, _: torch.tanh(logits),
+    "float": lambda logits, _: logits.float(),
+}
 
 
 def _operator(name: str) -> Callable[..., Any]:
@@ -214,7 +250,10 @@ def causal_lm_loss(
         shift_labels = nn.functional.pad(labels, (0, 1), value=ignore_index)[..., 1:]
         if divided is not None:
             shift_labels = shift_labels[:, divided.positions(labels.device)]
-    shift_labels = shift_labels.to(logits._hidden.device).reshape(logits._hidden.shape[:-1])
+    rows = logits._hidden.shape[:-1]
+    fits = shift_labels.numel() == rows.numel()
+    require(fits, "labels", f"a number for each of the logits, {tuple(rows)}", tuple(shift_labels.shape))
+    shift_labels = shift_labels.to(logits._hidden.device).reshape(rows)
     if num_items_in_batch is None:
         return logits.loss(shift_labels, ignore_index, "mean")
     if isinstance(num_items_in_batch, Tensor):

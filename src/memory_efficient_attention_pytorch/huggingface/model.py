@@ -161,13 +161,15 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
             num_items_in_batch: what the sum of losses is divided by, where not by the number of labels.
 
         Raises:
-            ValueError: other positions, a cache with labels or gradients, or what it does not give: attention weights
-                and hidden states.
+            ValueError: other positions, embeddings of another dtype, a cache with labels or gradients, or what it does
+                not give: attention weights and hidden states.
             NotImplementedError: tokens that are divided over processes, which ``net`` takes.
         """
         refuse_divided("MemoryEfficientForCausalLM (not its net)")
         self._check_outputs(kwargs)
         x = _input_of(input_ids, inputs_embeds)
+        if inputs_embeds is not None:
+            self.net.check_dtype("inputs_embeds", inputs_embeds)
         flat = attention_mask is None or attention_mask.dim() == 2
         require(flat, "attention_mask", "(b, tokens), of padding alone", getattr(attention_mask, "shape", None))
         mask = None if attention_mask is None or bool(attention_mask.all()) else attention_mask.bool()
@@ -236,5 +238,6 @@ class _Behind(KVCache):
 
 AutoConfig.register(MemoryEfficientConfig.model_type, MemoryEfficientConfig, exist_ok=True)
 AutoModelForCausalLM.register(MemoryEfficientConfig, MemoryEfficientForCausalLM, exist_ok=True)
-# Where Trainer looks up by name whose labels to shift before it smooths them; of models registered alone it knows none.
+# Where Trainer looks up by name whose labels to shift before it smooths them, a pipeline whether it knows the model:
+# neither looks among registered models, and no function adds a name here. Entries that are there stay.
 MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.setdefault(MemoryEfficientConfig.model_type, MemoryEfficientForCausalLM.__name__)

@@ -18,7 +18,7 @@ from ..common.divided import active
 from ..common.errors import require, require_positive_int, require_probability
 from ..recompute.by_hand import reason_against
 from ..recompute.kept import KeptResults
-from ..recompute.pieces import Branch, apply_piecewise
+from ..recompute.pieces import Branch, in_pieces
 from .cache import KVCache
 from .head_groups import HeadGroup, HeadGroupBranch
 from .positions import rotate
@@ -133,17 +133,13 @@ class Attention(nn.Module):
         if cache is None:
             groups = self._groups(x, context)
             if len(groups) > 1 and self._comes_in_groups(groups):
-                return eagerly(self._in_groups, groups, x, context=context, **given)
+                return eagerly(in_pieces, self, x, {"context": context, **given})
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
         k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
         out = self.attend(q, k, v, **given)
         merged: Tensor = self.to_out(out.transpose(1, 2).flatten(2))
         return merged
-
-    def _in_groups(self, groups: tuple[HeadGroup, ...], x: Tensor, **given: Any) -> Tensor:
-        refuse_captured(given.get("attn_bias"), x.device)
-        return apply_piecewise(HeadGroupBranch(self, groups, given), x)
 
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
         """Return pieces over groups of heads, or a single piece if the projections must run their own ``forward``."""

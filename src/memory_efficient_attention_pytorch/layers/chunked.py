@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..common.compiled import eagerly
 from ..common.errors import require, require_positive_int
-from ..recompute.pieces import Branch, ChunkBranch, apply_piecewise
+from ..recompute.pieces import Branch, ChunkBranch, in_pieces
 
 
 class Chunked(nn.Module):
@@ -55,7 +55,4 @@ class Chunked(nn.Module):
         return ChunkBranch(self.module, norm, chunks=self.chunks or 1, chunk_size=self.chunk_size, dim=self.dim)
 
     def forward(self, x: Tensor) -> Tensor:
-        return eagerly(self._piecewise, x)
-
-    def _piecewise(self, x: Tensor) -> Tensor:
-        return apply_piecewise(self.as_branch(x, {}), x)
+        return eagerly(in_pieces, self, x, {})

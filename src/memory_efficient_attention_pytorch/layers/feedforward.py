@@ -15,7 +15,7 @@ from ..common.precision import compute_dtype, full_dtype
 from ..common.products import Scratch
 from ..recompute.by_hand import reason_against
 from ..recompute.normed import Normed, is_norm_of_tokens
-from ..recompute.pieces import Add, Branch, ChunkBranch, Repetition, apply_piecewise, pieces_of
+from ..recompute.pieces import Add, Branch, ChunkBranch, Repetition, branch_of, in_pieces
 from .working_set import chunks_for
 
 
@@ -57,10 +57,7 @@ class FeedForward(nn.Module):
         return known and self.net[0].bias is not None and self.net[2].bias is not None
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.net(x) if self._chunks(x) == 1 else eagerly(self._piecewise, x)
-
-    def _piecewise(self, x: Tensor) -> Tensor:
-        return apply_piecewise(self.as_branch(x, {}), x)
+        return self.net(x) if self._chunks(x) == 1 else eagerly(in_pieces, self, x, {})
 
 
 class FeedForwardBranch(ChunkBranch):
@@ -141,11 +138,9 @@ class PreNorm(nn.Module):
         self.fn = fn
         self.norm = nn.LayerNorm(dim)
 
-    def as_branch(self, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:
-        if not is_norm_of_tokens(self.norm):
-            return Branch(self, kwargs)
-        offer = pieces_of(self.fn)
-        return Branch(self.fn, kwargs, self.norm) if offer is None else offer(x, kwargs, norm=self.norm)
+    def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
+        fuses = norm is None and is_norm_of_tokens(self.norm)
+        return branch_of(self.fn, x, kwargs, self.norm) if fuses else Branch(self, kwargs, norm)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:
         out: Tensor = self.fn(self.norm(x), **kwargs)

@@ -92,10 +92,10 @@ class HeadGroupBranch(Branch):
             values = _tokens(out.detach())
             if again.add is not None:
                 part.emit(values, again.add)
-            grad_values = part.through_output(values, again)
+            grad_out = part.through_output(values, again).unflatten(-1, (out.shape[1], -1)).transpose(1, 2)
             del values
-            of_heads = again.sums.backward(out, _heads(grad_values, out), heads)
-            del out, heads, grad_values
+            of_heads = again.sums.backward(out, grad_out, heads)
+            del out, heads, grad_out
             part.through_projections(of_heads, again)
 
     def _parts(self, x: Tensor, context: Tensor | None) -> Iterator[_Projections]:
@@ -177,9 +177,3 @@ def _scaled(heads: slice, width: int, offset: int = 0) -> slice:
 def _tokens(heads: Tensor) -> Tensor:
     """Merge heads: ``(b, heads, n, d)`` → ``(b, n, heads·d)``."""
     return heads.transpose(1, 2).flatten(2)
-
-
-def _heads(tokens: Tensor, like: Tensor) -> Tensor:
-    """Split heads: ``(b, n, heads·d)`` → ``(b, heads, n, d)``."""
-    heads: Tensor = tokens.unflatten(-1, (like.shape[1], like.shape[3]))
-    return heads.transpose(1, 2)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Mapping
 from types import SimpleNamespace
 from typing import Any
@@ -12,8 +13,9 @@ from torch import Tensor, nn
 from ..attention.mask_function import mask_function
 from ..attention.visibility import Mask
 from ..common.compiled import eagerly
-from ..common.divided import Divided, active
+from ..common.divided import active
 from ..common.errors import require
+from ..common.precision import autocast_dtype
 from ..layers.attention import Attention, FlashAttention
 from ..layers.cache import KVCache
 from ..layers.feedforward import FeedForward, PreNorm
@@ -27,10 +29,7 @@ from ..recompute.by_hand import reason_against
 from ..recompute.normed import is_norm_of_tokens
 from .config import KNOBS, TransformerConfig, built_from
 
-_OF_ATTENTION = (
-    *("dim", "heads", "dim_head", "causal", "dropout", "kv_heads", "window", "head_chunks", "keep_attention"),
-    *("memory_efficient", "q_bucket_size", "k_bucket_size", "backend"),
-)
+_OF_ATTENTION = tuple(inspect.signature(Attention).parameters)
 
 
 class Transformer(nn.Module):
@@ -115,6 +114,16 @@ class Transformer(nn.Module):
         std = self.dim**-0.5 if len(self.to_logits) == 1 else 1.0
         nn.init.normal_(self.token_emb.weight, std=std)
 
+    def check_dtype(self, argument: str, embedded: Tensor) -> None:
+        """Raise ValueError unless the layers can compute with embeddings of this dtype, under autocast if it is on."""
+        weight = self.token_emb.weight
+        dtypes = {embedded.dtype, weight.dtype}
+        cast = autocast_dtype(embedded.device) is not None and torch.float64 not in dtypes
+        # Learned positions are added first. A weight that is sharded by itself does not show the dtype it computes in.
+        promoted = self.pos_emb is not None and torch.promote_types(embedded.dtype, weight.dtype) == weight.dtype
+        fits = len(dtypes) == 1 or cast or promoted or type(weight) is not nn.Parameter
+        require(fits, argument, f"embeddings of the model's dtype, {weight.dtype}, or autocast", embedded.dtype)
+
     def _forward(
         self, x: Tensor, labels: Tensor | None, mask: Mask | None, cache: KVCache | None, ignore_index: int
     ) -> Tensor:
@@ -179,36 +188,31 @@ class Transformer(nn.Module):
         return tokens, {name: value for name, value in given.items() if value is not None}
 
     def _positions(self, x: Tensor, mask: Mask | None, cache: KVCache | None) -> Tensor:
-        """Return positions ``(n,)``, or ``(b, n)`` where rows may start late."""
-        before = 0 if cache is None else cache.length
-        total = before + x.shape[1]
-        fits = self.pos_emb is None or total <= self.max_seq_len
-        require(fits, "x", f"at most max_seq_len = {self.max_seq_len} tokens for learned positions", total)
+        """Return positions in the whole sequence, ``(n,)``, or ``(b, n)`` where rows may start late."""
         divided = active()
-        if divided is not None:
-            return self._of_divided(divided, x, mask)
-        positions = torch.arange(total, device=x.device)
-        if not isinstance(mask, Tensor):
-            return positions[before:]
-        padding = mask.int().argmax(dim=1, keepdim=True) if total else positions.new_zeros(len(mask), 1)
-        return (positions - padding).clamp(min=0)[:, before:]
-
-    def _of_divided(self, divided: Divided, x: Tensor, mask: Mask | None) -> Tensor:
-        """Return :meth:`_positions` of this process's tokens within the whole sequence."""
-        expected = f"{divided.local_tokens} tokens, each process's part of the sequence"
-        require(x.shape[1] == divided.local_tokens, "x", expected, x.shape[1])
-        total, positions = divided.num_tokens, divided.positions(x.device)
+        if divided is None:
+            before = 0 if cache is None else cache.length
+            total = before + x.shape[1]
+            positions = torch.arange(before, total, device=x.device)
+        else:
+            expected = f"{divided.local_tokens} tokens, each process's part of the sequence"
+            require(x.shape[1] == divided.local_tokens, "x", expected, x.shape[1])
+            total, positions = divided.num_tokens, divided.positions(x.device)
+            mask = divided.gather(mask) if isinstance(mask, Tensor) else mask
         fits = self.pos_emb is None or total <= self.max_seq_len
         require(fits, "x", f"at most max_seq_len = {self.max_seq_len} tokens for learned positions", total)
         if not isinstance(mask, Tensor):
             return positions
-        return (positions - divided.gather(mask).int().argmax(dim=1, keepdim=True)).clamp(min=0)
+        padding = mask.int().argmax(dim=1, keepdim=True) if total else positions.new_zeros(len(mask), 1)
+        return (positions - padding).clamp(min=0)
 
     def _check(self, x: Tensor, labels: Tensor | None, mask: Mask | None, cache: KVCache | None) -> None:
         embedded = x.is_floating_point() and x.dim() == 3 and x.shape[2] == self.dim
         fits = embedded or (x.dim() == 2 and _is_integer(x))
         expected = f"integers of shape (batch, tokens), or embeddings (batch, tokens, {self.dim})"
         require(fits, "x", expected, f"{x.dtype} {tuple(x.shape)}")
+        if embedded:
+            self.check_dtype("x", x)
         if labels is not None:
             expected = f"a number for each token of x, {tuple(x.shape[:2])}"
             require(labels.shape == x.shape[:2], "labels", expected, tuple(labels.shape))
@@ -222,7 +226,6 @@ class Transformer(nn.Module):
             require(fits, "mask", expected, f"{mask.dtype} {tuple(mask.shape)}")
         if cache is not None:
             require(self.causal, "cache", "none with a model that is not causal", "one")
-            require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
 
 
 def _is_integer(x: Tensor) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
@@ -36,49 +36,42 @@ def candidates(
     """
     settings: dict[str, Any] = {}
     found: list[Candidate] = []
-    for name, changes in _changes(config, batch_size * seq_len, seq_len, mixed_precision, offload, pieces):
+
+    def offer(name: str, **changes: Any) -> None:
         free = {key: value for key, value in changes.items() if key not in config}
         if not found or free.items() - settings.items():
             found.append(Candidate(name if free else "as configured", free))
-            settings |= free
+            settings.update(free)
+
+    tokens = batch_size * seq_len
+    reversible = config.get("reversible", False)
+    kept = bool(config.get("reversible", True) and config.get("keep_attention", config.get("backend") != "naive"))
+    how = {"reversible": reversible, "exact": reversible and mixed_precision, "keep_attention": reversible and kept}
+    first = "reversible, in one piece" if reversible else "store everything"
+    offer(first, **how, ff_chunks=1, head_chunks=1, loss_chunk_size=tokens)
+    offer("loss in chunks", loss_chunk_size=None)
+    chunks = [count for count in (8, 64, 512) if count * LEAST_TOKENS <= tokens and count <= seq_len]
+    if chunks:
+        offer(f"feed-forward in {chunks[0]} chunks", ff_chunks=chunks[0])
+    blocks: dict[str, Any] = {} if "reversible" in config else {"reversible": True, "exact": mixed_precision}
+    groups, ff_chunks = pieces.get("head_chunks", 1), pieces.get("ff_chunks", 1)
+    blocks |= {"head_chunks": groups, "ff_chunks": max([ff_chunks, *chunks[:1]])} if groups > 1 or ff_chunks > 1 else {}
+    if kept:
+        offer("reversible with attention kept", **blocks, keep_attention=True)
+        if offload:
+            offer("attention kept in host memory", **blocks, keep_attention="cpu")
+    offer("reversible blocks", **blocks, keep_attention=False)
+    heads = config.get("heads", TransformerConfig.heads)
+    for more in splits(heads, config.get("kv_heads") or heads):
+        if more > groups:
+            offer(f"heads in {more} groups", head_chunks=more)
+    for count in chunks[1:]:
+        if count > ff_chunks:
+            offer(f"feed-forward in {count} chunks", ff_chunks=count)
+    offer("loss in chunks of 32 tokens", loss_chunk_size=32)
     return found
 
 
 def leanest(found: Iterable[Candidate]) -> dict[str, Any]:
     """Return the settings of all candidates together, which take the least memory."""
     return {name: value for candidate in found for name, value in candidate.changes.items()}
-
-
-def _changes(
-    config: Mapping[str, Any],
-    tokens: int,
-    seq_len: int,
-    mixed_precision: bool,
-    offload: bool,
-    pieces: Mapping[str, int],
-) -> Iterator[tuple[str, dict[str, Any]]]:
-    whole = {"ff_chunks": 1, "head_chunks": 1, "loss_chunk_size": tokens}
-    reversible = config.get("reversible", False)
-    kept = bool(config.get("reversible", True) and config.get("keep_attention", config.get("backend") != "naive"))
-    how = {"reversible": reversible, "exact": reversible and mixed_precision, "keep_attention": reversible and kept}
-    yield "reversible, in one piece" if reversible else "store everything", {**how, **whole}
-    yield "loss in chunks", {"loss_chunk_size": None}
-    chunks = [count for count in (8, 64, 512) if count * LEAST_TOKENS <= tokens and count <= seq_len]
-    if chunks:
-        yield f"feed-forward in {chunks[0]} chunks", {"ff_chunks": chunks[0]}
-    blocks: dict[str, Any] = {} if "reversible" in config else {"reversible": True, "exact": mixed_precision}
-    groups, ff_chunks = pieces.get("head_chunks", 1), pieces.get("ff_chunks", 1)
-    blocks |= {"head_chunks": groups, "ff_chunks": max([ff_chunks, *chunks[:1]])} if groups > 1 or ff_chunks > 1 else {}
-    if kept:
-        yield "reversible with attention kept", {**blocks, "keep_attention": True}
-        if offload:
-            yield "attention kept in host memory", {**blocks, "keep_attention": "cpu"}
-    yield "reversible blocks", {**blocks, "keep_attention": False}
-    heads = config.get("heads", TransformerConfig.heads)
-    for more in splits(heads, config.get("kv_heads") or heads):
-        if more > groups:
-            yield f"heads in {more} groups", {"head_chunks": more}
-    for count in chunks[1:]:
-        if count > ff_chunks:
-            yield f"feed-forward in {count} chunks", {"ff_chunks": count}
-    yield "loss in chunks of 32 tokens", {"loss_chunk_size": 32}

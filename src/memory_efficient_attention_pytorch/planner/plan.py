@@ -11,9 +11,9 @@ from torch import Tensor, nn
 from ..common.errors import require
 from ..common.sizes import parse_size
 from .accounting import accounting_for
-from .dry_run import OptimizerMaker
 from .fitting import longest, plan_step
 from .result import Plan
+from .step import OptimizerMaker
 from .workload import Config, ExampleInputs, Workload
 
 DTYPES = {"fp64": torch.float64, "fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from ..attention.sdpa import cuda_kernels
 from ..common.dry_run import STAND_IN
 from ..torch_internals import attention_kernels
 from ..torch_internals.autocast import cast_on_cuda
@@ -127,15 +128,15 @@ def _attention(
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         query, key, value = (tensor.to(dtype) for tensor in (query, key, value))
-    half = query.dtype in (torch.float16, torch.bfloat16)
-    widths = query.shape[-1], value.shape[-1]
-    fused = query.dim() == 4 and (half or query.dtype == torch.float32)
+    kernels = set()
+    if query.dim() == 4:
+        widths = query.shape[-1], value.shape[-1]
+        kernels = cuda_kernels(query.dtype, widths, attn_mask is not None, query.shape[1] != key.shape[1])
     flash, efficient = attention_kernels.flash_kernel(), attention_kernels.efficient_kernel()
     with torch.autocast("cpu", enabled=False):
-        if fused and half and attn_mask is None and widths[0] == widths[1] <= 256 and flash is not None:
+        if "flash" in kernels and flash is not None:
             return flash.forward(query, key, value, dropout_p, is_causal, False, scale=scale)[0]
-        aligned = all(width % (8 if half else 4) == 0 for width in widths)
-        if fused and aligned and query.shape[1] == key.shape[1] and efficient is not None:
+        if "efficient" in kernels and efficient is not None:
             if attn_mask is not None:
                 attn_mask = _additive(attn_mask, query).expand(*query.shape[:3], key.shape[2])
             keeps = torch.is_grad_enabled()

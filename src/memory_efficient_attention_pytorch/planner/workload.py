@@ -16,7 +16,7 @@ from ..layers.cache import KVCache
 from ..models.config import TransformerConfig
 from ..models.transformer import Transformer
 from .accounting import Accounting
-from .dry_run import OptimizerMaker, Step, dry_run
+from .step import OptimizerMaker, Step, dry_run
 from .timeline import Timeline, at_depth
 
 Config = Mapping[str, Any]

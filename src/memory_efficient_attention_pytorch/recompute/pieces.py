@@ -26,7 +26,7 @@ from .by_hand import reason_against
 from .replay import Replay
 
 Index = tuple[Any, ...]
-Add = Callable[[Index, Tensor], None]
+Add = Callable[[Index, Tensor], object]
 
 
 class Branch:
@@ -217,10 +217,12 @@ def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
     return value
 
 
-def branch_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Branch:
-    """Return the module's own pieces of x if it offers any (``as_branch``), else a single piece."""
+def branch_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
+    """Return the module's own pieces of x if it offers any (``as_branch``), else a single piece; after the norm."""
     offer = pieces_of(module)
-    return Branch(module, kwargs) if offer is None else offer(x, kwargs)
+    if offer is None:
+        return Branch(module, kwargs, norm)
+    return offer(x, kwargs) if norm is None else offer(x, kwargs, norm=norm)
 
 
 def pieces_of(module: nn.Module) -> Callable[..., Branch] | None:
@@ -261,6 +263,16 @@ def apply_piecewise(branch: Branch, x: Tensor) -> Tensor:
     return out
 
 
+def in_pieces(module: Any, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
+    """Return ``module(x, **kwargs)`` by the pieces that the module offers."""
+    return apply_piecewise(module.as_branch(x, kwargs), x)
+
+
+def adding_to(total: Tensor | None) -> Add | None:
+    """Return a function that adds what it is given to slices of ``total``; None without a total."""
+    return None if total is None else lambda index, value: total[index].add_(value)
+
+
 def slice_for(value: Tensor, whole: Tensor, index: Index) -> Tensor:
     """Return the slice of ``whole`` that a piece's value is for. Raises ValueError for another shape.
 
@@ -298,15 +310,9 @@ class _Piecewise(torch.autograd.Function):
         x, *rest = ctx.saved_tensors
         inputs, kept = rest[: ctx.inputs], rest[ctx.inputs :]
         gradient = torch.zeros_like(x) if ctx.needs_input_grad[2] else None
-
-        def add_gradient(index: Index, value: Tensor) -> None:
-            assert gradient is not None
-            gradient[index].add_(value)
-
         with ctx.replay.again(kept):
             needed = ctx.needs_input_grad[3:]
-            add_to = None if gradient is None else add_gradient
-            grads = ctx.branch.differentiate(x, inputs, needed, cotangent, None, add_to)
+            grads = ctx.branch.differentiate(x, inputs, needed, cotangent, None, adding_to(gradient))
         return (None, None, gradient, *grads)
 
 

@@ -20,7 +20,7 @@ from ..common.errors import require
 from ..common.precision import full_dtype
 from ..torch_internals.engine import version
 from ..torch_internals.tensors import is_fake, memory_is_shared
-from .pieces import Branch, Index, branch_of, refuse_sharded, slice_for, value_of
+from .pieces import Branch, Index, adding_to, branch_of, refuse_sharded, slice_for, value_of
 from .replay import Replay
 
 
@@ -171,10 +171,6 @@ class _Step(torch.autograd.Function):
             assert c is not None
             c[index].sub_(chain.onto_grid(value))
 
-        def add_gradient(index: Index, value: Tensor) -> None:
-            assert total is not None
-            total[index].add_(value)
-
         with ctx.replay.again(kept):
             grads = branch.differentiate(
                 b.to(chain.dtype),
@@ -182,7 +178,7 @@ class _Step(torch.autograd.Function):
                 ctx.needs_input_grad[5:],
                 grad_c,
                 subtract if needs_streams and chain.rebuild else None,
-                add_gradient if needs_streams else None,
+                adding_to(total),
             )
         if total is None:
             return (None, None, None, None, None, *grads)

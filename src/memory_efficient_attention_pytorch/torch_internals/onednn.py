@@ -80,9 +80,3 @@ def _teach_shapes_and_flops() -> None:
 def _teach_flops(packet: Any, formula: Callable[..., int]) -> None:
     if packet not in flop_registry:
         register_flop_formula(packet)(formula)
-
-
-@capability
-def is_enabled() -> Callable[[], bool]:
-    """A function that tells whether oneDNN is on (``torch.backends.mkldnn.flags``)."""
-    return torch._C._get_mkldnn_enabled

@@ -20,7 +20,7 @@ from ..common.errors import require
 from ..torch_internals.fake import fake_tensors
 from .accounting import Accounting
 from .ledger import Ledger, Place
-from .processes import DividedTokens, ShardedParameters
+from .processes import ShardedParameters, divided_tokens
 from .stand_in import standing_in
 from .timeline import Timeline
 
@@ -83,7 +83,7 @@ def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> 
         ledger = Ledger(accounting, device, categorizer(model), every_part)
         ledger.follow(model)
         sharded = ShardedParameters(model, step.shards) if step.shards > 1 else None
-        entered.enter_context(within(DividedTokens(*step.context) if step.context else None))
+        entered.enter_context(within(divided_tokens(*step.context) if step.context else None))
         entered.enter_context(ledger)
         entered.enter_context(nullcontext() if planned == "cpu" else standing_in(planned))
         entered.enter_context(watched_by(ledger))
@@ -93,54 +93,35 @@ def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> 
             sharded.charge_to(ledger)
         ledger.enter("parameters", [*model.parameters(), *model.buffers()])
         ledger.enter("streams", (leaf for leaf in tree_leaves((args, kwargs, then)) if isinstance(leaf, Tensor)))
+
+        def call(phase: str, arguments: tuple[Any, ...]) -> Any:
+            with ledger.during(phase), _contents_asked_for(ledger):
+                return model(*arguments, **kwargs)
+
         if step.loss is None:
-            _infer(model, autocast, ledger, [args, then] if then else [args], kwargs)
+            model.eval()
+            ledger.start()
+            with torch.no_grad(), autocast:
+                call("forward", args)
+                if then:
+                    call("next token", then)
         else:
             trained = [p for p in (sharded.shards if sharded else model.parameters()) if p.requires_grad]
             optimizer = _set_up(trained, step, ledger, at_once=planned == "cuda")
-            finish = sharded.finish if sharded else lambda: None
-            _train(model, step.loss, optimizer, autocast, ledger, args, kwargs, finish)
+            ledger.start()
+            with autocast:
+                output = call("forward", args)
+                with ledger.during("loss"):
+                    loss = step.loss(output)
+            del output
+            with ledger.during("backward"):
+                loss.backward()
+                if sharded is not None:
+                    sharded.finish()
+            if optimizer is not None:
+                with ledger.during("optimizer"):
+                    optimizer.step()
     return ledger.timeline()
-
-
-def _train(
-    model: nn.Module,
-    loss_of: Callable[[Any], Tensor],
-    optimizer: torch.optim.Optimizer | None,
-    autocast: torch.autocast,
-    ledger: Ledger,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-    finish: Callable[[], None],
-) -> None:
-    ledger.start()
-    with autocast:
-        with ledger.during("forward"), _contents_asked_for(ledger):
-            output = model(*args, **kwargs)
-        with ledger.during("loss"):
-            loss = loss_of(output)
-    del output
-    with ledger.during("backward"):
-        loss.backward()
-        finish()
-    if optimizer is not None:
-        with ledger.during("optimizer"):
-            optimizer.step()
-
-
-def _infer(
-    model: nn.Module,
-    autocast: torch.autocast,
-    ledger: Ledger,
-    calls: list[tuple[Any, ...]],
-    kwargs: Mapping[str, Any],
-) -> None:
-    model.eval()
-    ledger.start()
-    with torch.no_grad(), autocast:
-        for phase, args in zip(("forward", "next token"), calls, strict=False):
-            with ledger.during(phase), _contents_asked_for(ledger):
-                model(*args, **kwargs)
 
 
 @contextmanager
