@@ -226,6 +226,8 @@ class Transformer(nn.Module):
             require(fits, "mask", expected, f"{mask.dtype} {tuple(mask.shape)}")
         if cache is not None:
             require(self.causal, "cache", "none with a model that is not causal", "one")
+            # Other libraries' caches do not ask.
+            require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
 
 
 def _is_integer(x: Tensor) -> bool:
