@@ -191,3 +191,15 @@ def test_no_queries_or_keys_have_no_bound(way, n, m):
     usable(way)
     q, k = torch.zeros(1, 2, n, D), torch.zeros(1, 2, m, D)
     assert dot_product_attention(q, k, k, attn_bias=AlibiBias(2), backend=way).shape == (1, 2, n, D)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_default_device_changes_nothing(way):
+    usable(way)
+    with torch.no_grad():
+        q, k, v = (10 * x for x in heads())
+        bias = Falling(4.0)
+        expected = dot_product_attention(q, k, v, causal=True, attn_bias=bias, backend=way, **BUCKETS)
+        with torch.device("meta"):
+            found = dot_product_attention(q, k, v, causal=True, attn_bias=bias, backend=way, **BUCKETS)
+    assert torch.equal(found, expected)

@@ -2,6 +2,7 @@
 
 import copy
 import itertools
+import pickle
 
 import pytest
 import torch
@@ -12,6 +13,7 @@ from memory_efficient_attention_pytorch.huggingface import feed_forward, make_me
 from memory_efficient_attention_pytorch.huggingface.attention import memory_efficient_attention
 from memory_efficient_attention_pytorch.huggingface.logits import LazyLogits
 from memory_efficient_attention_pytorch.huggingface.visibility import NAME, memory_efficient_mask
+from memory_efficient_attention_pytorch.torch_internals.capabilities import taken_away
 
 from .models import FAMILIES, KINDS, MORE, of_family, small_model, tokens
 
@@ -288,6 +290,34 @@ def test_logits_have_the_gradients_of_the_forward_pass_that_made_them():
         assert isinstance(output.logits, torch.Tensor)  # as Trainer asks
         assert not output.logits.float().sum().requires_grad
         assert not output.logits.sum().requires_grad
+
+
+class _Itself(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x):
+        return torch.relu(x)
+
+
+@pytest.mark.filterwarnings("ignore:To copy construct")
+def test_code_that_asks_for_tensors_by_isinstance_gets_the_logits_of_an_evaluation():
+    """PyTorch's own as well, which reads a tensor's memory from whatever passes for one."""
+    model, ids = small_model("Llama"), tokens()
+    with torch.no_grad():
+        expected = model(input_ids=ids, labels=ids).logits
+        make_memory_efficient(model)
+        uses = (
+            *(torch.tensor, torch.as_tensor, torch.asarray, expected.new_tensor, copy.copy, copy.deepcopy),
+            lambda logits: pickle.loads(pickle.dumps(logits)),
+            lambda logits: torch.vmap(torch.clone)(logits),
+            lambda logits: torch.from_dlpack(logits),
+        )
+        for use in uses:
+            logits = model(input_ids=ids, labels=ids).logits
+            assert logits._made is None
+            torch.testing.assert_close(use(logits) + 0, expected)
+        torch.testing.assert_close(_Itself.apply(model(input_ids=ids, labels=ids).logits), expected.relu())
+        with taken_away("without_contents"):
+            assert type(model(input_ids=ids, labels=ids).logits) is torch.Tensor
 
 
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])

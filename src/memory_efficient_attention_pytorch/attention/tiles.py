@@ -103,7 +103,7 @@ def largest_products(request: AttentionRequest, q: Tensor, k: Tensor) -> Tensor 
     if seen.right is None:
         reach = reach.amax(dim=-1, keepdim=True)
     else:
-        last = torch.arange(queries.start, queries.stop) + (seen.offset + seen.right - first_key)
+        last = torch.arange(queries.start, queries.stop, device=k.device) + (seen.offset + seen.right - first_key)
         reach = reach.cummax(dim=-1).values[..., last.clamp(0, k.shape[2] - 1)]
     reach = reach.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
     # More than rounding, so that what is left out by this bound is certainly hidden by the scores themselves.

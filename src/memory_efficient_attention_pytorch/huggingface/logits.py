@@ -17,6 +17,7 @@ from ..common.divided import Divided, active, refuse_divided
 from ..common.errors import require
 from ..common.precision import compute_dtype, full_precision
 from ..loss.linear_cross_entropy import linear_cross_entropy
+from ..torch_internals.tensors import without_contents
 from .visibility import NAME, divided_tokens
 
 _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", default=None)
@@ -27,8 +28,8 @@ class LazyLogits:
     """Logits of ``hidden (…, d)``, computed when first used: ``hidden @ weight.T + bias`` and then ``steps`` in order.
 
     A step is a multiplication or division by a number, one tanh, or a conversion to fp32, which the model or accelerate
-    has asked for. Not a tensor: any other attribute, operator or PyTorch function asked of it computes the logits and
-    applies to them. shape, dtype and device are known without them.
+    has asked for. Any other attribute, operator or PyTorch function asked of it computes the logits and applies to
+    them. shape, dtype and device are known without them. Not a tensor: DDP looks for tensors to prepare for backward.
     """
 
     def __init__(
@@ -37,19 +38,13 @@ class LazyLogits:
         hidden: Tensor,
         steps: tuple[tuple[str, float], ...] = (),
         computed_in: torch.dtype | None = None,
-        evaluated: bool = False,
     ) -> None:
         self._head, self._hidden, self._steps = head, hidden, steps
-        # Autocast and gradients are those of the model's forward, not those that are on when the logits are used.
+        # Autocast, too, is that of the model's forward.
         self._computed_in = computed_in or compute_dtype(hidden)
-        self._evaluated = evaluated or not torch.is_grad_enabled()
         self._made: Tensor | None = None
 
-    @property  # type: ignore[misc]
-    def __class__(self) -> type:
-        # Trainer gathers predictions only if they are tensors by isinstance. With gradients DDP looks for tensors to
-        # prepare for backward, of which this is none.
-        return Tensor if self._evaluated else LazyLogits
+    _with_gradients = True  # in the model's forward, whatever the mode in which the logits are used
 
     @property
     def shape(self) -> torch.Size:
@@ -66,7 +61,7 @@ class LazyLogits:
     def materialize(self) -> Tensor:
         """Return the logits ``(…, V)``, differentiable if gradients were enabled in the model's forward."""
         if self._made is None:
-            with full_precision(self._hidden.device), torch.set_grad_enabled(not self._evaluated):
+            with full_precision(self._hidden.device), torch.set_grad_enabled(self._with_gradients):
                 bias = None if self._head.bias is None else self._head.bias.to(self._computed_in)
                 weight = self._head.weight.to(self._computed_in)
                 logits = nn.functional.linear(self._hidden.to(self._computed_in), weight, bias)
@@ -92,7 +87,7 @@ class LazyLogits:
     def _then(self, name: str, number: float = 1.0) -> Any:
         if self._made is not None or (name == "tanh" and (name, number) in self._steps):
             return _STEPS[name](self.materialize(), number)
-        return LazyLogits(self._head, self._hidden, (*self._steps, (name, number)), self._computed_in, self._evaluated)
+        return type(self)(self._head, self._hidden, (*self._steps, (name, number)), self._computed_in)
 
     @classmethod
     def __torch_function__(
@@ -151,6 +146,35 @@ for _name in (
 LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is element by element, as a tensor's
 
 
+class EvaluatedLogits(LazyLogits, Tensor):  # type: ignore[misc,override]
+    """Lazy logits of a forward pass without gradients, which are a tensor: Trainer gathers predictions only of tensors.
+
+    PyTorch's compiled code reads the memory of whatever passes for one by isinstance, so this is one in fact, without
+    contents: what computes on it there is given the logits.
+    """
+
+    _with_gradients = False
+
+    @staticmethod
+    def __new__(
+        cls,
+        head: nn.Linear,
+        hidden: Tensor,
+        steps: tuple[tuple[str, float], ...] = (),
+        computed_in: torch.dtype | None = None,
+    ) -> Any:
+        described = LazyLogits(head, hidden, steps, computed_in)
+        make = without_contents()
+        assert make is not None
+        return make(cls, described.shape, dtype=described.dtype, device=described.device)
+
+    @classmethod
+    def __torch_dispatch__(  # type: ignore[override]
+        cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        return function(*_touched(args), **_touched(kwargs or {}))
+
+
 def _touched(value: Any) -> Any:
     if isinstance(value, LazyLogits):
         return value.materialize()
@@ -178,7 +202,10 @@ def head_forward(head: nn.Linear, hidden: Tensor) -> Any:
     # A head that is sharded or offloaded by itself has its weight during its forward only.
     alone = type(head) is nn.Linear and not hasattr(head, "_hf_hook") and not torch.compiler.is_compiling()
     if alone and _HEAD_OF_A_LOSS.get() is head:
-        return LazyLogits(head, hidden)
+        if torch.is_grad_enabled():
+            return LazyLogits(head, hidden)
+        if without_contents() is not None:
+            return EvaluatedLogits(head, hidden)
     return nn.Linear.forward(head, hidden)
 
 

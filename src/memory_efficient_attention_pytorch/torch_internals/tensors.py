@@ -22,6 +22,15 @@ def storage_holders() -> Callable[[int], int]:
     return torch._C._storage_Use_Count
 
 
+@capability
+def without_contents() -> Callable[..., Tensor]:
+    """A function ``(cls, shape, dtype=, device=)`` that returns an instance of a tensor subclass without contents.
+
+    The class says in ``__torch_dispatch__`` what operators compute on instead.
+    """
+    return Tensor._make_wrapper_subclass
+
+
 def memory_is_shared(tensor: Tensor) -> bool:
     """True if another tensor shares this one's memory, or if PyTorch cannot tell."""
     count = storage_holders()
