@@ -8,7 +8,7 @@ from ..common.dry_run import num_threads
 from ..torch_internals import attention_kernels
 from .products import Products
 from .request import IMMODERATE, AttentionRequest
-from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients
+from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients, largest_products
 from .way import OF_SCORE, BackwardInputs
 
 
@@ -42,6 +42,9 @@ class CpuKernel(Tiled):
         by_products = given.grad_lse is not None or given.bias_gradient.wanted
         add = Products().add_gradients if by_products else super().add_gradients
         add(request, given, grad_q, grad_k, grad_v)
+
+    def bound(self, request: AttentionRequest, q: Tensor, k: Tensor) -> Tensor | None:
+        return largest_products(request, q, k)
 
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp] | None:
         kernel = attention_kernels.cpu_kernel()

@@ -28,8 +28,8 @@ from .way import BackwardInputs, Way
 
 # Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 fit in a CPU's cache, a GPU needs more work.
 ELEMENTS_ON_A_CPU, ELEMENTS_ELSEWHERE = 2**20, 2**25
-# With a bias, weights below 2**-100 of their row's sum may count as 0: they change no other sum in fp32 or fp64,
-# and some CPUs multiply the denormal ones among them slowly.
+# With a bias, weights below 2**-100 of their row's sum may count as 0: beside the largest value that is far below the
+# rounding of fp32 and fp64, and some CPUs multiply the denormal ones among them slowly.
 NEGLIGIBLE = -100 * math.log(2)
 
 
@@ -367,6 +367,10 @@ class Tiled(Way):
         """How many scores may exist at once; None: as many as stay in the device's cache."""
         return None
 
+    def bound(self, request: AttentionRequest, q: Tensor, k: Tensor) -> Tensor | None:
+        """Return :func:`largest_products` if tiles of negligible weights are left out."""
+        return None
+
     @abstractmethod
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp] | None:
         """Return this tile's normalised output ``(b, h, i, e)`` and log-sum-exp, in the compute dtype.
@@ -401,7 +405,7 @@ class Tiled(Way):
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, q, k, v)):
             keys, values = part.of_key(k), part.of_key(v)
-            bound = largest_products(request, part.of_query(q), keys)
+            bound = self.bound(request, part.of_query(q), keys)
             for row in part.rows(request):
                 here = shifted(row.queries, first_query)
                 queries = part.of_query(q)[:, :, here]
@@ -431,7 +435,7 @@ class Tiled(Way):
         first_query, first_key = request.held.queries.start, request.held.keys.start
         for part in parts(request, self.elements(request), alike=(self.name, *given.tensors)):
             keys, values, to_keys, to_values = (part.of_key(x) for x in (given.k, given.v, grad_k, grad_v))
-            bound = largest_products(request, part.of_query(given.q), keys)
+            bound = self.bound(request, part.of_query(given.q), keys)
             for row in part.rows(request):
                 queries = shifted(row.queries, first_query)
                 of_row = None if bound is None else bound[:, :, queries]
