@@ -2,6 +2,7 @@
 
 import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -160,15 +161,12 @@ def test_under_causality_all_have_as_much_to_do_after_every_turn(scale, processe
 
 
 @pytest.mark.parametrize("sides", [(None, None), (None, 0), (None, 7), (16, 0), (100, 0), (300, 0), (90, 90)])
-def test_the_way_taken_by_itself_is_the_one_that_sends_less(scale, sides):
+def test_of_few_tokens_the_way_taken_by_itself_is_the_one_that_sends_less(scale, sides):
     """In single precision, forward and backward, but for the log-sum-exps that an exchange sends besides."""
     ways = set()
     for size, kv_heads, share in itertools.product((2, 4, 8, 16), (1, 2, 4, 8), (1, 2, 4, 8)):
         asked = scale.Call(size, 128 * size, kv_heads * share, kv_heads, 8, 8, *sides, itemsize=4, device="cpu")
-        divided = divided_tokens(asked.tokens, size)
-        with within(divided):
-            q, k, v = (torch.empty(1, h, asked.local, 8, device="meta") for h in (asked.heads, kv_heads, kv_heads))
-            taken = divided.way(Products(), build_request(q, k, v, window=sides)).name
+        taken = way_taken(size, asked.tokens, (asked.heads, kv_heads), 8, window=sides)
         of_ring, of_exchange = (
             sum(sent(asked, backward) for backward in (False, True))
             for sent in (scale.ring_bytes, scale.exchange_bytes)
@@ -179,3 +177,25 @@ def test_the_way_taken_by_itself_is_the_one_that_sends_less(scale, sides):
         ways.add(taken)
     assert "ring" in ways
     assert len(ways) == 2 or sides in ((16, 0), (100, 0))
+
+
+@pytest.mark.parametrize(
+    ("tokens", "heads", "taken"),
+    [
+        (4096, (4, 4), "all_to_all"),  # 8 MiB of the one head of each process
+        (16384, (4, 4), "ring"),  # 32 MiB of it, as much as the process's tokens of all four take
+        (16384, (8, 8), "all_to_all"),  # a head at a time of two, half of what the tokens take
+        (4096, (4, 2), "ring"),  # would send more
+    ],
+)
+def test_heads_are_exchanged_where_that_sends_less_and_takes_little_memory(tokens, heads, taken):
+    assert way_taken(4, tokens, heads, 64, causal=True) == taken
+
+
+def way_taken(size: int, tokens: int, heads: tuple[int, int], width: int, **given: Any) -> str:
+    """The way that one of so many processes takes by itself for query and key heads of this width, on a CPU."""
+    divided = divided_tokens(tokens, size)
+    with within(divided):
+        q, k, v = (torch.empty(1, h, divided.local_tokens, width, device="meta") for h in (heads[0], *heads[1:] * 2))
+        request = replace(build_request(q, k, v, **given), device_type="cpu")
+        return divided.way(Products(), request).name

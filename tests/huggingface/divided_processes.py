@@ -45,13 +45,17 @@ def cases(world: int) -> list[tuple[str, str, str, torch.dtype]]:
     return [case for case in found if world == 2 or case[0] in ("Llama", "Mistral")]
 
 
-def trained(kind: str, what: str, dtype: torch.dtype, context: ContextParallel | None) -> dict[str, Tensor]:
+def trained(
+    kind: str, what: str, dtype: torch.dtype, context: ContextParallel | None = None, *, changed: bool = True
+) -> dict[str, Tensor]:
+    """The loss and the gradients of a model that was made memory-efficient, or of one as transformers made it."""
     model, given = small_model(kind, dtype), inputs(what)
+    if changed:
+        make_memory_efficient(model)
     if context is None:
         loss = model(**given, use_cache=False).loss
         loss.backward()
     else:
-        make_memory_efficient(model)
         ids, labels, *others = context.shard(*given.values())
         own: dict[str, Any] = dict(zip(given, (ids, labels, *others), strict=True))
         with context:

@@ -43,6 +43,17 @@ class AllToAll(Way):
             return None
         return f"{h} query heads and {kv} key/value heads do not divide among {size} processes"
 
+    @classmethod
+    def adds_little(cls, request: AttentionRequest, size: int) -> bool:
+        """Return whether exchanges add little to the memory that a process needs for these heads anyway.
+
+        Their queries, keys, values, outputs and cotangents take as much for its own tokens as for all tokens of its
+        share of the heads. So where the share comes in several exchanges each adds at most half of that; one that
+        brings the whole share must be small. Only what all processes know decides.
+        """
+        count, held = cls._exchanges(request, size)
+        return count > 1 or held <= _at_once(request)
+
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         # Token-major in memory, so that merging the heads afterwards is a view. Padding tokens attend to nothing.
         out = v.new_zeros(request.b, q.shape[2], request.h, request.e).transpose(1, 2)
@@ -73,13 +84,19 @@ class AllToAll(Way):
                     target += part
         return tuple(results)
 
-    def _turns(self, request: AttentionRequest) -> Iterator[tuple[tuple[int, int], AttentionRequest]]:
-        """Yield (number, count) of each exchange, as few as memory allows, and the request of this process for it."""
-        shares = max(1, request.kv // self.layout.size)
+    @staticmethod
+    def _exchanges(request: AttentionRequest, size: int) -> tuple[int, int]:
+        """Return the number of exchanges, as few as memory allows, and the bytes of the working set of one."""
+        shares = max(1, request.kv // size)
         per_share = 2 * request.b * request.n * (request.d + request.e) * request.dtype.itemsize
-        per_share *= request.h // self.layout.size // shares + 1
-        most = max(1, AT_ONCE.get(request.device_type, AT_ONCE_ELSEWHERE) // max(1, per_share))
+        per_share *= request.h // size // shares + 1
+        most = max(1, _at_once(request) // max(1, per_share))
         count = next(n for n in range(1, shares + 1) if shares % n == 0 and (shares // n <= most or n == shares))
+        return count, shares // count * per_share
+
+    def _turns(self, request: AttentionRequest) -> Iterator[tuple[tuple[int, int], AttentionRequest]]:
+        """Yield (number, count) of each exchange, and the request of this process for it."""
+        count, _ = self._exchanges(request, self.layout.size)
         everything = slice(0, request.n)
         for number in range(count):
             heads = self._heads(request.h, self.rank, (number, count))
@@ -115,3 +132,7 @@ class AllToAll(Way):
 
     def _chunks(self, rank: int) -> list[slice]:
         return [chunk for chunk in self.layout.chunks(rank) if chunk.start < chunk.stop]
+
+
+def _at_once(request: AttentionRequest) -> int:
+    return AT_ONCE.get(request.device_type, AT_ONCE_ELSEWHERE)

@@ -48,7 +48,7 @@ class ContextParallel:
     Args:
         group: a process group, or a device mesh of one dimension.
         method: ``"ring"``: keys and values are passed around; ``"all_to_all"``: heads are exchanged for tokens, if head
-            counts allow it; ``"auto"``: whichever sends less.
+            counts allow it; ``"auto"``: the exchange where it sends less and adds little memory, else the ring.
         averaged: gradients will be averaged over this group's processes, by DDP or FSDP on a mesh of (data, context):
             the loss's gradient is multiplied by their number here, and :meth:`reduce_gradients` is not called.
 
@@ -213,7 +213,10 @@ class ContextParallel:
             raise NotImplementedError(f"method: 'all_to_all' cannot compute this call: {refusal}; use 'ring' or 'auto'")
         kind: type[Ring] | type[AllToAll] = Ring
         if self.method == "all_to_all" or (
-            self.method == "auto" and refusal is None and self._exchange_is_less(request)
+            self.method == "auto"
+            and refusal is None
+            and self._exchange_is_less(request)
+            and AllToAll.adds_little(request, self.size)
         ):
             kind = AllToAll
         return kind(within, self.layout, self.group)
