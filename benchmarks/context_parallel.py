@@ -33,6 +33,7 @@ from memory_efficient_attention_pytorch.training.files import write_atomically
 ROOT = Path(__file__).resolve().parent
 MODEL: dict[str, Any] = {"num_tokens": 256, "dim": 512, "depth": 2, "heads": 8, "causal": True}
 SETTINGS: dict[str, dict[str, Any]] = {"as constructed": {}, "everything stored": {"reversible": False}}
+METHODS = ("ring", "all_to_all", "auto")
 WARM_UP = 1024
 
 
@@ -92,7 +93,7 @@ def main() -> int:
     args = parser.parse_args()
     runs: list[dict[str, Any]] = []
     for label in SETTINGS:
-        rows = [(1, "", 2), (1, "", 1), *((p, method, 1) for p in args.processes for method in ("ring", "all_to_all"))]
+        rows = [(1, "", 2), (1, "", 1), *((p, method, 1) for p in args.processes for method in METHODS)]
         for world, method, threads in rows:
             runs.append(measure(label, world, method, threads, args.tokens))
             alone = next((r for r in runs if r["row"] == label and (r["processes"], r["threads"]) == (1, 1)), runs[-1])

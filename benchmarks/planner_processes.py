@@ -14,7 +14,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -23,6 +23,9 @@ from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.benchmarking.measure import Measurement, measure_peak
 from memory_efficient_attention_pytorch.distributed import ContextParallel
 from memory_efficient_attention_pytorch.planner import plan
+
+if TYPE_CHECKING:  # beside this file, which measuring processes load from elsewhere
+    import planner_accuracy as accuracy
 
 # Ring and exchange of heads are chosen as by "auto".
 PROCESSES: list[dict[str, Any]] = [
@@ -80,23 +83,26 @@ def build(how: dict[str, Any], keywords: dict[str, Any], rank: int, store: str) 
     return lambda: step(how["seq_len"])
 
 
+def compare(config: dict[str, Any]) -> accuracy.Row:
+    import planner_accuracy as accuracy
+
+    keywords = {"shards": 1, "context": 1, **accuracy.BASE, **config}
+    how = {name: keywords.pop(name) for name in ("batch_size", "seq_len", "shards", "context")}
+    made = plan(keywords, device="cpu", threads=1, **how)
+    before = sum(made.timeline.breakdown(0)[part] for part in accuracy.STATE)
+    world = max(how["shards"], how["context"])
+    with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(world) as pool:
+
+        def measured(rank: int) -> Measurement:
+            arguments = {"how": how, "keywords": keywords, "rank": rank, "store": str(Path(directory, "store"))}
+            return measure_peak(f"{__file__}:build", arguments, threads=1)
+
+        every = list(pool.map(measured, range(world)))
+    return accuracy.Row(config, made.peak_bytes, before + max(m.peak_bytes for m in every), every[0].seconds)
+
+
 def main() -> None:
-    import planner_accuracy as accuracy  # beside this file, which measuring processes load from elsewhere
-
-    def compare(config: dict[str, Any]) -> accuracy.Row:
-        keywords = {"shards": 1, "context": 1, **accuracy.BASE, **config}
-        how = {name: keywords.pop(name) for name in ("batch_size", "seq_len", "shards", "context")}
-        made = plan(keywords, device="cpu", threads=1, **how)
-        before = sum(made.timeline.breakdown(0)[part] for part in accuracy.STATE)
-        world = max(how["shards"], how["context"])
-        with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(world) as pool:
-
-            def measured(rank: int) -> Measurement:
-                arguments = {"how": how, "keywords": keywords, "rank": rank, "store": str(Path(directory, "store"))}
-                return measure_peak(f"{__file__}:build", arguments, threads=1)
-
-            every = list(pool.map(measured, range(world)))
-        return accuracy.Row(config, made.peak_bytes, before + max(m.peak_bytes for m in every), every[0].seconds)
+    import planner_accuracy as accuracy
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", type=int, nargs="+", help="numbers of configurations; nothing is written")

@@ -10,6 +10,7 @@ from memory_efficient_attention_pytorch.planner.accounting import accounting_for
 from memory_efficient_attention_pytorch.planner.step import dry_run
 from memory_efficient_attention_pytorch.planner.timeline import CATEGORIES
 from memory_efficient_attention_pytorch.planner.workload import Workload
+from tests.benchmarking.scripts import FOLDER, load_benchmark
 
 CONFIG = {"num_tokens": 256, "dim": 64, "depth": 4, "heads": 4, "dim_head": 16, "causal": True, "positions": "none"}
 STEP = {"batch_size": 1, "seq_len": 4096, "device": "cpu", "threads": 1}
@@ -52,13 +53,32 @@ def test_activations_of_divided_tokens_are_divided(kv_heads):
 
 def test_every_way_of_going_round_is_the_real_one():
     """One key/value head goes round a ring; as many as heads are exchanged for tokens."""
+    assert way_of(plan({**CONFIG, "kv_heads": 1}, context=4, **STEP)) == "ring"
+    assert way_of(plan(CONFIG, context=4, **STEP)) == "all_to_all"
 
-    def collectives(**changes):
-        made = plan({**CONFIG, **changes}, context=4, **STEP)
-        return {operation.name for operation in made.timeline.operations if operation.name.startswith("c10d.")}
 
-    assert "c10d._send_and_receive" in collectives(kv_heads=1)
-    assert "c10d.all_to_all_single" in collectives()
+def way_of(made):
+    names = {operation.name for operation in made.timeline.operations}
+    ways = {"ring": "c10d._send_and_receive", "all_to_all": "c10d.all_to_all_single"}
+    (taken,) = [way for way, name in ways.items() if name in names]
+    return taken
+
+
+@pytest.mark.parametrize(
+    ("seq_len", "changes", "way"),
+    [(2048, {}, "all_to_all"), (16384, {}, "ring"), (16384, {"reversible": False}, "all_to_all")],
+    ids=["few tokens", "many, four heads at a time", "many, stored"],
+)
+def test_heads_are_exchanged_where_that_takes_little_memory(seq_len, changes, way, monkeypatch):
+    """Four threads have a head each: an exchange would add all tokens of one to a quarter of the tokens of four."""
+    config = {**CONFIG, "dim": 512, "heads": 8, "dim_head": 64, "depth": 2, **changes}
+    options = {**STEP, "seq_len": seq_len, "threads": 4, "optimizer": None, "context": 4}
+    made = plan(config, **options)
+    assert way_of(made) == way
+    monkeypatch.setattr(AllToAll, "adds_little", lambda *_: True)
+    exchanged = plan(config, **options)
+    assert way_of(exchanged) == "all_to_all"
+    assert (exchanged.peak_bytes - made.peak_bytes > 12 * 2**20) == (way == "ring")
 
 
 @pytest.mark.parametrize(
@@ -87,6 +107,15 @@ def test_a_few_turns_of_the_ring_stand_for_all(changes, monkeypatch):
     assert few.flops == pytest.approx(all_.flops, rel=0.02)
     if "window" not in changes:
         assert len(few.operations) < len(all_.operations) / 2
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("number", [0, 8], ids=["shards", "tokens"])
+def test_two_real_processes_take_what_is_planned(number, monkeypatch):
+    monkeypatch.syspath_prepend(FOLDER)
+    benchmark = load_benchmark("planner_processes")
+    row = benchmark.compare(benchmark.PROCESSES[number])
+    assert abs(row.error) <= 0.05, row
 
 
 def test_a_plan_for_several_processes_starts_none():
