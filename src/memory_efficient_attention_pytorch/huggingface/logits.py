@@ -32,6 +32,8 @@ class LazyLogits:
     them. shape, dtype and device are known without them. Not a tensor: DDP looks for tensors to prepare for backward.
     """
 
+    _with_gradients = True  # in the model's forward, whatever the mode in which the logits are used
+
     def __init__(
         self,
         head: nn.Linear,
@@ -43,8 +45,6 @@ class LazyLogits:
         # Autocast, too, is that of the model's forward.
         self._computed_in = computed_in or compute_dtype(hidden)
         self._made: Tensor | None = None
-
-    _with_gradients = True  # in the model's forward, whatever the mode in which the logits are used
 
     @property
     def shape(self) -> torch.Size:
