@@ -142,18 +142,22 @@ def test_a_part_that_is_damaged_or_gone_is_named(here, uninterrupted, damage):
     assert part.name in said[0]
 
 
+def ends_soon_with_a_line(other, died):
+    killed = time.monotonic()
+    ended = other.finish()
+    assert time.monotonic() - killed < 30
+    assert ended.status == 1, ended.error
+    assert ended.error.count(f"mea train: process {died} of 2 (counted from 0) died") == 1
+    assert "Traceback" not in ended.error
+
+
 @pytest.mark.parametrize(
     ("rank", "kill_at"), [(1, 10), (0, 32)], ids=["between the second's parts", "before the renaming"]
 )
 def test_a_process_killed_while_all_save_ends_the_others_and_the_run_goes_on(here, text, uninterrupted, rank, kill_at):
     running = launch(here, 2, "train", *options(text, 2), "--shard", "--out=run", rank=rank, kill_at=kill_at)
     assert running[rank].finish().status == -signal.SIGKILL
-    killed = time.monotonic()
-    other = running[1 - rank].finish()
-    assert time.monotonic() - killed < 30
-    assert other.status == 1, other.error
-    assert other.error.count(f"mea train: process {rank} of 2 (counted from 0) died") == 1
-    assert "Traceback" not in other.error
+    ends_soon_with_a_line(running[1 - rank], died=rank)
     assert last(here / "run").state.step == 2
     trained(here, 2, "--resume", "run")
     assert contents(here / "run") == contents(uninterrupted / "two")
@@ -167,12 +171,7 @@ def test_a_process_killed_in_a_step_ends_the_others_whatever_they_share(here, te
         assert all(each.process.is_alive() for each in running)
         time.sleep(0.01)
     running[rank].process.kill()
-    killed = time.monotonic()
-    other = running[1 - rank].finish()
-    assert time.monotonic() - killed < 30
-    assert other.status == 1, other.error
-    assert other.error.count(f"mea train: process {rank} of 2 (counted from 0) died") == 1
-    assert "Traceback" not in other.error
+    ends_soon_with_a_line(running[1 - rank], died=rank)
     assert last(here / "run").state.step >= 2
 
 
