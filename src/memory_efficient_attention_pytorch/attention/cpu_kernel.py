@@ -6,9 +6,10 @@ from torch import Tensor
 
 from ..common.dry_run import num_threads
 from ..torch_internals import attention_kernels
+from .negligible import NEGLIGIBLE, largest_products
 from .products import Products
 from .request import IMMODERATE, AttentionRequest
-from .tiles import NEGLIGIBLE, LogSumExp, QueryBucket, Scores, Tiled, TileGradients, largest_products
+from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
 
 

@@ -22,6 +22,7 @@ from ..common.products import PackedWeight, Scratch, product
 from ..common.threads import in_threads
 from ..torch_internals import onednn
 from ..torch_internals.tensors import are_plain, is_fake
+from .negligible import largest_products
 from .request import IMMODERATE, AttentionRequest
 from .tiles import (
     LogSumExp,
@@ -32,7 +33,6 @@ from .tiles import (
     cut,
     empty_results,
     finite,
-    largest_products,
     nearest_first,
     tiles,
 )

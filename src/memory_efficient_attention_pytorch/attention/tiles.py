@@ -10,7 +10,6 @@ biases, and the loops.
 
 from __future__ import annotations
 
-import math
 from abc import abstractmethod
 from collections.abc import Iterable, Iterator
 from typing import NamedTuple
@@ -19,18 +18,15 @@ import torch
 from torch import Tensor
 
 from ..common.dry_run import Alike, each
-from ..torch_internals.tensors import are_plain, is_fake
 from .bias import BiasGradient
 from .broadcasting import EVERYTHING
+from .negligible import NEGLIGIBLE
 from .request import AttentionRequest
 from .visibility import Row, Tile, Visibility
 from .way import BackwardInputs, Way
 
 # Scores alive at once in one tile of plain matrix products: 4 MiB of fp32 fit in a CPU's cache, a GPU needs more work.
 ELEMENTS_ON_A_CPU, ELEMENTS_ELSEWHERE = 2**20, 2**25
-# With a bias, weights below 2**-100 of their row's sum may count as 0: beside the largest value that is far below the
-# rounding of fp32 and fp64, and some CPUs multiply the denormal ones among them slowly.
-NEGLIGIBLE = -100 * math.log(2)
 
 
 class Part(NamedTuple):
@@ -87,30 +83,6 @@ def nearest_first(request: AttentionRequest, row: Row) -> Iterable[Tile]:
     return tiles(row._replace(tiles=ordered))
 
 
-def largest_products(request: AttentionRequest, q: Tensor, k: Tensor) -> Tensor | None:
-    """Return what no scaled product of each query with a key exceeds, ``(b, h, n)``: by Cauchy and Schwarz, rounded up.
-
-    Keys that causality hides from a query do not count, so that the future stays invisible bit for bit. None where it
-    is not needed or not known: without a bias, and where the host would wait for values or has none.
-    """
-    if request.bias is None or request.bias.of_score or request.device_type != "cpu":
-        return None
-    known = are_plain(q, k) and not is_fake(q) and not is_fake(k) and q.numel() > 0 < k.numel()
-    if torch.compiler.is_compiling() or not known:
-        return None
-    of_queries, reach = (torch.linalg.vector_norm(x, dim=-1, dtype=request.compute_dtype) for x in (q, k))
-    seen, queries, first_key = request.visibility, request.held.queries, request.held.keys.start
-    if seen.right is None:
-        reach = reach.amax(dim=-1, keepdim=True)
-    else:
-        last = torch.arange(queries.start, queries.stop, device=k.device) + (seen.offset + seen.right - first_key)
-        reach = reach.cummax(dim=-1).values[..., last.clamp(0, k.shape[2] - 1)]
-    reach = reach.repeat_interleave(q.shape[1] // k.shape[1], dim=1)
-    # More than rounding, so that what is left out by this bound is certainly hidden by the scores themselves.
-    bounds: Tensor = of_queries * reach * (1.01 * abs(request.scale)) + 1.0
-    return bounds
-
-
 def parts(request: AttentionRequest, elements: int | None = None, *, alike: Alike = None) -> Iterable[Part]:
     """Cut batch and heads so that a tile of a part holds at most ``elements`` scores, or else those of one head.
 
@@ -150,7 +122,7 @@ def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
 class Scores(NamedTuple):
     """One tile of a part: its biases, its visible keys, its dropout mask.
 
-    bound: by :func:`largest_products`, of the tile's queries. seen: the log-sum-exp of the tiles before.
+    bound: by :func:`.negligible.largest_products`, of the tile's queries. seen: the log-sum-exp of the tiles before.
     """
 
     request: AttentionRequest
@@ -368,7 +340,7 @@ class Tiled(Way):
         return None
 
     def bound(self, request: AttentionRequest, q: Tensor, k: Tensor) -> Tensor | None:
-        """Return :func:`largest_products` if tiles of negligible weights are left out."""
+        """Return :func:`.negligible.largest_products` if tiles of negligible weights are left out."""
         return None
 
     @abstractmethod
