@@ -47,10 +47,12 @@ def results_files(folder: Path) -> list[Path]:
 def results_elsewhere(results: Results, folder: Path) -> list[Results]:
     """The newest results of every other kind of machine, of the same shape and allocator, the newest first."""
     found: dict[tuple[str, str | None], Results] = {}
-    for other in sorted(map(Results.load, results_files(folder)), key=lambda each: each.date):
+    measured = sorted(map(Results.load, results_files(folder)), key=lambda each: each.date)
+    processors = [each.machine["processor"] for each in (*measured, results)]
+    for other in measured:
         alike = (other.settings.base, other.settings.keep_freed) == (results.settings.base, results.settings.keep_freed)
         # Earlier files have the processor's name without its family: that may be the same one.
-        known = not results.machine["processor"].startswith(f"{other.machine['processor']},")
+        known = not any(name.startswith(f"{other.machine['processor']},") for name in processors)
         if alike and known and _kind(other) != _kind(results):
             found[_kind(other)] = other
     return sorted(found.values(), key=lambda each: each.date, reverse=True)
