@@ -32,10 +32,14 @@ def run_processes(script: ModuleType, world: int, *arguments: object, strict: bo
 
 
 def join(rank: int, world: int, directory: Path) -> None:
-    """In the script: a group of all, which nobody waits for longer than a minute, and one thread for each."""
+    """In the script: a group of all, which nobody waits for longer than a minute, and one thread for each.
+
+    The first return from here may come while others still connect, and leaving the group at once would end those.
+    """
     torch.set_num_threads(1)
     store = dist.FileStore(str(directory / f"store-{world}"), world)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=world, timeout=timedelta(seconds=60))
+    dist.barrier()
 
 
 def leave() -> None:
