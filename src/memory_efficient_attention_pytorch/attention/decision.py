@@ -106,10 +106,9 @@ def decide(
 def _named(backend: str) -> Sequence[Way]:
     if backend == "auto":
         return WAYS
-    named = [way for way in WAYS if backend in (way.backend, way.name)]
     names = dict.fromkeys((*BACKENDS, *(way.name for way in WAYS)))
-    require(bool(named), "backend", f"one of {', '.join(names)}", repr(backend))
-    return named
+    require(backend in names, "backend", f"one of {', '.join(names)}", repr(backend))
+    return [way for way in WAYS if backend in (way.backend, way.name)]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
