@@ -11,6 +11,7 @@ from memory_efficient_attention_pytorch import (
     Transformer,
     dot_product_attention,
 )
+from memory_efficient_attention_pytorch.torch_internals.capabilities import ALL
 from tests.compiled import Counted
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # of the compiler, about what it does not follow
@@ -50,6 +51,8 @@ def step(model: Transformer, called, length: int, logits: bool = False) -> list[
 def backend():
     torch._dynamo.reset()
     counters.clear()
+    for part in ALL.values():
+        part._looked_up = False  # as in a new process
     yield Counted()
     torch._dynamo.reset()
 

@@ -21,16 +21,19 @@ class Capability(Generic[T]):
         self._looked_up = False
 
     def __call__(self) -> T | None:
+        if self._taken:
+            return None
+        if torch.compiler.is_compiling():
+            return self._look_up()  # a graph that depended on what is noted here would have to be made again
         if not self._looked_up:
-            self._look_up()
-        return None if self._taken else self._found
+            self._found, self._looked_up = self._look_up(), True
+        return self._found
 
-    def _look_up(self) -> None:
+    def _look_up(self) -> T | None:
         try:
-            self._found = self._find()
+            return self._find()
         except (AttributeError, ImportError, RuntimeError):
-            self._found = None
-        self._looked_up = True
+            return None
 
 
 ALL: dict[str, Capability[Any]] = {}
