@@ -12,7 +12,6 @@ import dataclasses
 import itertools
 import os
 import sys
-import time
 
 from ..training.config import TrainConfig, known_keys, read_values
 from .parser import add_options, given_options
@@ -67,38 +66,18 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _let_waiting_threads_sleep() -> None:
-    """Set environment variables that OpenMP reads when PyTorch is loaded, which happens later, if cores are busy.
+    """Set environment variables that OpenMP reads when PyTorch is loaded, which happens later.
 
     By default OpenMP's threads spin for long while they wait for each other. On two cores with other work a spinning
     thread keeps the one that it waits for from running, and on idle ones waking a sleeping thread takes a fifth of a
-    step of the default model. So where there is other work they spin shortly, then sleep; GNU's OpenMP alone, which
-    PyTorch has under Linux, knows the second variable. Milliseconds of a step on an Intel Xeon of family 6, model 167,
-    2 threads, activations stored and rebuilt, on idle cores and beside a process that keeps one busy:
+    step of the default model. So they spin shortly, then sleep; GNU's OpenMP alone, which PyTorch has under Linux,
+    knows the second variable. Milliseconds of a step on an Intel Xeon of family 6, model 167, 2 threads, activations
+    stored and rebuilt, on idle cores and beside a process that keeps one busy; means of two or three runs' medians:
 
-        sleep at once  194, 334; 317, 460
-        10,000 turns   180, 275; 387, 630
-        300,000 turns  157, 265; 629, 2100  (the default)
+        sleep at once  198, 338; 325, 463
+        10,000 turns   171, 283; 394, 663
+        300,000 turns  165, 275; 711, 2260  (the default)
     """
-    # torchrun gives each process one thread.
-    if "RANK" not in os.environ and "OMP_WAIT_POLICY" not in os.environ and _busy_cores() > 0.25:
+    if "RANK" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:  # torchrun gives each process one thread
         os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
         os.environ.setdefault("GOMP_SPINCOUNT", "10000")
-
-
-def _busy_cores(counters: str = "/proc/stat", seconds: float = 0.1) -> float:
-    """Return how many of the cores that this process may use others keep busy now; 1 where Linux does not count it."""
-    try:
-        before = _busy_seconds(counters)
-        time.sleep(seconds)
-        return (_busy_seconds(counters) - before) / seconds
-    except OSError:
-        return 1.0
-
-
-def _busy_seconds(counters: str) -> float:
-    """Return the time that these cores have worked: at all priorities, for the system and for interrupts."""
-    with open(counters, encoding="ascii") as file:
-        names = {f"cpu{number}" for number in os.sched_getaffinity(0)}
-        lines = [fields for fields in map(str.split, file) if fields[0] in names]
-    ticks = sum(int(fields[column]) for fields in lines for column in (1, 2, 3, 6, 7))
-    return ticks / os.sysconf("SC_CLK_TCK")
