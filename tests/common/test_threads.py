@@ -1,6 +1,8 @@
 """Parts of a pass in threads: each once, single-threaded inside, whatever happens there, and nobody else is changed."""
 
 import os
+import subprocess
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
@@ -8,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 
-from memory_efficient_attention_pytorch.common.threads import in_threads
+from memory_efficient_attention_pytorch.common.threads import alone, in_threads
 from tests.memory.live_bytes import LiveBytes
 
 
@@ -104,6 +106,34 @@ def test_a_thread_that_begins_later_has_the_callers_number():
     in_threads(range(4), note([]))
     with ThreadPoolExecutor(1) as pool:
         assert pool.submit(torch.get_num_threads).result() == 2
+
+
+@pytest.mark.parametrize("begun", [True, False])
+def test_a_function_alone_changes_nobodys_number_of_threads(begun):
+    """Also where the caller has not used its own number yet, and would take one that another thread has set."""
+
+    def caller():
+        torch.set_num_threads(3)
+        if begun:
+            torch.get_num_threads()
+        inside = alone(torch.get_num_threads)
+        with ThreadPoolExecutor(1) as later:
+            return inside, torch.get_num_threads(), later.submit(torch.get_num_threads).result()
+
+    with ThreadPoolExecutor(1) as pool:
+        assert pool.submit(caller).result() == (1, 3, 3)
+
+
+def test_measuring_products_first_of_all_leaves_the_number_of_threads():
+    script = """
+import torch
+from memory_efficient_attention_pytorch.common.products import onednn_is_faster
+torch.set_num_threads(3)
+onednn_is_faster()
+print(torch.get_num_threads())
+"""
+    run = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert (run.stdout.strip(), run.returncode) == ("3", 0), run.stderr
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="a system without fork")

@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
 from functools import cache
 
 import torch
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from ..torch_internals import onednn
 from .dry_run import Alike, device_type, each
+from .threads import alone
 
 # oneDNN writes to memory of its own, so a part of the product exists twice: this many elements, which fit in a CPU's
 # cache.
@@ -166,9 +166,7 @@ def onednn_is_faster() -> bool:
     """
     if not torch.backends.mkldnn.is_available() or onednn.linear() is None:
         return False
-    # A new thread has no autocast, grad or dispatch mode, and its own number of threads.
-    with ThreadPoolExecutor(1) as thread:
-        usual, by_onednn = thread.submit(_seconds_of_products).result()
+    usual, by_onednn = alone(_seconds_of_products)
     return usual >= LEAST_GAIN * by_onednn > 0
 
 
@@ -177,7 +175,6 @@ def _seconds_of_products() -> tuple[float, float]:
 
     It is the time of this thread alone: beside other work, elapsed times differ by any factor.
     """
-    torch.set_num_threads(1)
     values, weight = (torch.ones(512, 512, device="cpu") for _ in range(2))
     ways: tuple[Callable[[], Tensor], ...] = (lambda: values @ weight.t(), lambda: _onednn(values, weight))
     least = [math.inf, math.inf]

@@ -7,8 +7,9 @@ their data in one core's cache, and balance themselves when other processes keep
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor, wait
+from contextlib import contextmanager
 from functools import cache
 from threading import Barrier
 from typing import TypeVar
@@ -63,6 +64,12 @@ def in_threads(
         wait(running)
 
 
+def alone(function: Callable[[], T]) -> T:
+    """Call a function on a new thread, which has no modes, with single-threaded operators."""
+    with _default_kept(), ThreadPoolExecutor(1, initializer=_begin_alone) as thread:
+        return thread.submit(function).result()
+
+
 def _taken(left: list[T]) -> tuple[()] | tuple[T]:
     """Take the last remaining part, as a tuple of one, or return ()."""
     try:
@@ -75,17 +82,29 @@ def _taken(left: list[T]) -> tuple[()] | tuple[T]:
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Start a pool of single-threaded threads. process: part of the key, since a forked process has no threads."""
     pool, ready = ThreadPoolExecutor(threads, "attention", _begin_alone), Barrier(threads)
-    try:
-        wait([pool.submit(ready.wait) for _ in range(threads)])
-    finally:
-        ready.abort()  # stop waiting for threads that could not be started
-        torch.set_num_threads(threads)  # the default of later threads, which the last call anywhere decides
+    with _default_kept():
+        try:
+            wait([pool.submit(ready.wait) for _ in range(threads)])
+        finally:
+            ready.abort()  # stop waiting for threads that could not be started
     return pool
 
 
 def _begin_alone() -> None:
     torch.get_num_threads()  # the first call in a thread sets its number to the default, which would come later
     torch.set_num_threads(1)
+
+
+@contextmanager
+def _default_kept() -> Iterator[None]:
+    """Restore the number with which later threads begin: the last one that any thread has set for itself."""
+    threads = (
+        torch.get_num_threads()
+    )  # the calling thread, too, may begin only now, and must not take a number of inside
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 def _watched() -> bool:
