@@ -98,9 +98,7 @@ def _begin_alone() -> None:
 @contextmanager
 def _default_kept() -> Iterator[None]:
     """Restore the number with which later threads begin: the last one that any thread has set for itself."""
-    threads = (
-        torch.get_num_threads()
-    )  # the calling thread, too, may begin only now, and must not take a number of inside
+    threads = torch.get_num_threads()  # the first call in a thread takes the default, which must not be one set inside
     try:
         yield
     finally:
