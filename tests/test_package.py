@@ -118,39 +118,3 @@ assert "torch" not in sys.modules
 def test_help_and_mistakes_do_not_wait_for_pytorch():
     done = python(LIGHT)
     assert done.returncode == 0, done.stderr
-
-
-# OpenMP reads its settings once, when PyTorch loads it.
-SLEEPING = f"""
-import os, sys
-
-class Watch:
-    def find_spec(self, name, path=None, target=None):
-        if name == "torch":
-            print(os.environ.get("OMP_WAIT_POLICY"), os.environ.get("GOMP_SPINCOUNT"))
-
-sys.meta_path.insert(0, Watch())
-sys.argv = ["mea", "train", "--data", "nowhere.txt"]
-from {NAME}.cli import main
-sys.exit(main())
-"""
-
-
-@pytest.mark.parametrize(
-    ("before", "expected"),
-    [
-        ({}, "PASSIVE 10000"),
-        ({"OMP_WAIT_POLICY": "ACTIVE"}, "ACTIVE None"),
-        ({"GOMP_SPINCOUNT": "5"}, "PASSIVE 5"),
-        ({"RANK": "0"}, "None None"),
-    ],
-)
-def test_training_has_waiting_threads_sleep(tmp_path, monkeypatch, before, expected):
-    monkeypatch.chdir(tmp_path)
-    for name in ("OMP_WAIT_POLICY", "GOMP_SPINCOUNT"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in before.items():
-        monkeypatch.setenv(name, value)
-    done = python(SLEEPING)
-    assert done.stdout == f"{expected}\n"
-    assert "there is no file or directory" in done.stderr

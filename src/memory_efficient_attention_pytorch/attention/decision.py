@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ..common import contention
 from ..common.autograd import once_differentiable
 from ..common.divided import active
 from ..common.errors import require
@@ -82,6 +83,8 @@ def decide(
         q, arguments = (q * scale).to(q.dtype), {**arguments, "scale": 1.0}
     with torch.set_grad_enabled(keep or torch.is_grad_enabled()):
         request = build_request(q, k, v, **arguments)
+    if q.device.type == "cpu":
+        contention.watch()
     able: Way | None = None
     objection: str | None = None
     divided = active()

@@ -44,8 +44,6 @@ def run(args: argparse.Namespace) -> int:
     elif args.resume and args.out and os.path.realpath(args.resume) != os.path.realpath(args.out):
         raise ValueError(f"--resume and --out contradict each other: {args.resume} and {args.out} are different places")
 
-    if args.from_shell:
-        _let_waiting_threads_sleep()
     # These imports take seconds, so they come after the options were checked.
     from ..training.interruption import Interrupted
     from ..training.runs import latest_run, resume_run, start_run
@@ -63,21 +61,3 @@ def run(args: argparse.Namespace) -> int:
     if outcome.main and not args.quiet:
         print(fitted(summary(outcome)))
     return 0
-
-
-def _let_waiting_threads_sleep() -> None:
-    """Set environment variables that OpenMP reads when PyTorch is loaded, which happens later.
-
-    By default OpenMP's threads spin for long while they wait for each other. On two cores with other work a spinning
-    thread keeps the one that it waits for from running, and on idle ones waking a sleeping thread takes a fifth of a
-    step of the default model. So they spin shortly, then sleep; GNU's OpenMP alone, which PyTorch has under Linux,
-    knows the second variable. Milliseconds of a step on an Intel Xeon of family 6, model 167, 2 threads, activations
-    stored and rebuilt, on idle cores and beside a process that keeps one busy; means of two or three runs' medians:
-
-        sleep at once  198, 338; 325, 463
-        10,000 turns   171, 283; 394, 663
-        300,000 turns  165, 275; 711, 2260  (the default)
-    """
-    if "RANK" not in os.environ and "OMP_WAIT_POLICY" not in os.environ:  # torchrun gives each process one thread
-        os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
-        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
