@@ -138,10 +138,12 @@ def test_numbers_of_threads_stay(clock):
     assert not watch.crowded
 
 
-@pytest.mark.parametrize("told", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "nothing known"])
-def test_the_users_own_setting_holds(clock, monkeypatch, told):
+@pytest.mark.parametrize("told", ["OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "nothing known", "address space"])
+def test_where_it_does_nothing(clock, monkeypatch, told):
     if told == "nothing known":
         clock.waited = {}
+    elif told == "address space":
+        monkeypatch.setattr("resource.getrlimit", lambda which: (2**40, 2**40))
     else:
         monkeypatch.setenv(told, "ACTIVE" if told == "OMP_WAIT_POLICY" else "1000")
     watch = Watch()

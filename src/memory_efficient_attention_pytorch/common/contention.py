@@ -30,8 +30,9 @@ _THREADS = Path("/proc/self/task")
 def watch() -> None:
     """Look, a few times a second, whether threads of this process wait for cores. Cheap enough for every operator.
 
-    Does nothing in a dry run, where the system does not tell (Linux does), where PyTorch has one thread, and if
-    ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` say how threads should wait.
+    Does nothing in a dry run, where the system does not tell (Linux does), where PyTorch has one thread, where address
+    space is limited, of which threads reserve some, and if ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` say how threads
+    should wait.
     """
     if not torch.compiler.is_compiling() and current() is None and torch.get_num_threads() > 1:
         _watch(os.getpid()).look()
@@ -60,7 +61,7 @@ class Watch:
             crowded = longest > SHARE * (now - self._read)
             self._read, self._waited = now, new
             if crowded and self._leave is None:
-                self._leave = _crowd()
+                self._leave = _crowd() if _unlimited() else None
             elif not crowded and self._leave is not None:
                 self._leave.set()
                 self._leave = None
@@ -83,6 +84,12 @@ def waited() -> dict[str, float]:
         except OSError:  # the thread has ended, or the system does not count
             continue
     return found
+
+
+def _unlimited() -> bool:
+    from resource import RLIM_INFINITY, RLIMIT_AS, getrlimit  # not under Windows, which does not come here
+
+    return getrlimit(RLIMIT_AS)[0] == RLIM_INFINITY
 
 
 def _crowd() -> Event:
