@@ -4,69 +4,96 @@ A thread that has done its part of an operator spins until the others have done 
 begins. On idle cores that is fastest. Where another process wants the core, the spinning thread keeps the one that it
 waits for from running, and small operators take several times as long. GNU's OpenMP, which PyTorch has under Linux,
 lets threads spin 300,000 turns, but 100 if there are more OpenMP threads than CPUs (`GOMP_SPINCOUNT
-<https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html>`_). So one thread more, which has OpenMP threads of its
-own and lets all of them sleep, is what makes the others sleep; it ends when the cores are free again. How long threads
+<https://gcc.gnu.org/onlinedocs/libgomp/GOMP_005fSPINCOUNT.html>`_). So a guest, a thread that starts OpenMP threads of
+its own and lets them sleep, is what makes the others sleep; it leaves when the cores are free again. How long threads
 spin changes no result.
 """
 
 from __future__ import annotations
 
+import ctypes
 import os
 import time
+from contextlib import suppress
 from functools import cache
-from pathlib import Path
 from threading import Event, Lock, Thread
 
 import torch
 
 from .dry_run import current
-from .threads import default_kept
 
 INTERVAL = 0.25  # seconds between two readings
-SHARE = 0.15  # of the time, that some thread waits for a core: 0.01 to 0.05 on idle cores, 0.3 to 0.5 beside a busy one
-_THREADS = Path("/proc/self/task")
+SHARE = 0.15  # of the time, that some thread waits for a core: 0.01 to 0.05 on idle cores, 0.2 to 0.5 beside a busy one
+QUIET = 4  # readings below it, after which the guest leaves
+_THREADS = "/proc/self/task"
 
 
 def watch() -> None:
     """Look, a few times a second, whether threads of this process wait for cores. Cheap enough for every operator.
 
-    Does nothing in a dry run, where the system does not tell (Linux does), where PyTorch has one thread, where address
-    space is limited, of which threads reserve some, and if ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` say how threads
-    should wait.
+    Does nothing in a dry run, where PyTorch has one thread, or fewer than half as many as there are CPUs, where the
+    system does not tell (Linux does) or another OpenMP than GNU's is loaded, where address space is limited, of which
+    threads reserve some, and if ``OMP_WAIT_POLICY`` or ``GOMP_SPINCOUNT`` say how threads should wait.
     """
     if not torch.compiler.is_compiling() and current() is None and torch.get_num_threads() > 1:
         _watch(os.getpid()).look()
 
 
 class Watch:
-    """The readings of one process, and the thread that makes the others sleep while ``crowded``."""
+    """The readings of one process, and its guest while it is ``crowded``."""
 
     def __init__(self) -> None:
-        told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
-        self._possible, self._reading = not told and bool(waited()), Lock()
-        self._read, self._waited = time.perf_counter(), waited()
-        self._leave: Event | None = None
+        self._possible, self._reading = _possible(), Lock()
+        self._read = time.perf_counter(), waited()
+        self._guest: Thread | None = None
 
     @property
     def crowded(self) -> bool:
-        return self._leave is not None
+        return self._guest is not None and self._guest.is_alive()
 
     def look(self) -> None:
-        """Read again if the last reading is old enough, and begin or end."""
-        if not self._possible or time.perf_counter() - self._read < INTERVAL or not self._reading.acquire(False):
+        """Read again if the last reading is old enough, and invite a guest if a thread has waited."""
+        early = time.perf_counter() - self._read[0] < INTERVAL
+        if not self._possible or early or self.crowded or not self._reading.acquire(blocking=False):
             return
         try:
-            now, new = time.perf_counter(), waited()
-            longest = max((time - self._waited.get(thread, time) for thread, time in new.items()), default=0)
-            crowded = longest > SHARE * (now - self._read)
-            self._read, self._waited = now, new
-            if crowded and self._leave is None:
-                self._leave = _crowd() if _unlimited() else None
-            elif not crowded and self._leave is not None:
-                self._leave.set()
-                self._leave = None
+            if self._share() > SHARE and _is_unlimited():
+                self._invite(torch.get_num_threads(), len(os.sched_getaffinity(os.getpid())))
+        except (OSError, RuntimeError):  # no thread can be started
+            self._possible = False
         finally:
             self._reading.release()
+
+    def _share(self) -> float:
+        """Return the share of the time since the last reading for which the thread that waited most has waited."""
+        now, waits = time.perf_counter(), waited()
+        (since, before), self._read = self._read, (now, waits)
+        longest = max((seconds - before.get(thread, seconds) for thread, seconds in waits.items()), default=0.0)
+        return longest / max(now - since, INTERVAL / 2)
+
+    def _invite(self, threads: int, cpus: int) -> None:
+        if cpus > 2 * threads:
+            return  # the system finds free ones
+        begun = Event()
+        # The guest is one of its OpenMP threads, and PyTorch's are there already: together one more than CPUs.
+        guest = Thread(target=self._stay, args=(max(2, cpus + 2 - threads), begun), name="contention", daemon=True)
+        guest.start()
+        begun.wait()
+        self._guest = guest
+
+    def _stay(self, threads: int, begun: Event) -> None:
+        try:
+            torch.get_num_threads()  # the first call in a thread sets its number to the default
+            # torch.set_num_threads would also change the number with which other threads begin.
+            ctypes.CDLL(None).omp_set_num_threads(threads)
+            self._possible = torch.get_num_threads() == threads  # else it was another OpenMP's
+            torch.zeros(2**17, device="cpu").add_(1)  # large enough to be shared, which starts the threads
+        finally:
+            begun.set()
+        quiet = 0
+        while self._possible and quiet < QUIET:
+            time.sleep(INTERVAL)
+            quiet = 0 if self._share() > SHARE else quiet + 1
 
 
 @cache
@@ -78,35 +105,23 @@ def _watch(process: int) -> Watch:
 def waited() -> dict[str, float]:
     """Return for each thread of this process the seconds that it could have run and had no core; {} if unknown."""
     found = {}
-    for thread in _THREADS.iterdir() if _THREADS.is_dir() else ():
-        try:
-            found[thread.name] = int((thread / "schedstat").read_text().split()[1]) / 1e9
-        except OSError:  # the thread has ended, or the system does not count
-            continue
+    with suppress(OSError):  # another system
+        for thread in os.listdir(_THREADS):
+            with suppress(OSError), open(f"{_THREADS}/{thread}/schedstat") as file:  # unless it has just ended
+                found[thread] = int(file.read().split()[1]) / 1e9
     return found
 
 
-def _unlimited() -> bool:
+def _possible() -> bool:
+    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() or not waited():
+        return False
+    loaded = ""
+    with suppress(OSError), open("/proc/self/maps") as file:
+        loaded = file.read()
+    return [name for name in ("libgomp", "libiomp", "libomp") if name in loaded] == ["libgomp"]
+
+
+def _is_unlimited() -> bool:
     from resource import RLIM_INFINITY, RLIMIT_AS, getrlimit  # not under Windows, which does not come here
 
     return getrlimit(RLIMIT_AS)[0] == RLIM_INFINITY
-
-
-def _crowd() -> Event:
-    """Start a thread with so many OpenMP threads that there are more than CPUs. They end when the event is set."""
-    begun, leave = Event(), Event()
-    threads = max(2, len(os.sched_getaffinity(0)) + 2 - torch.get_num_threads())
-
-    def sleep() -> None:
-        try:
-            torch.get_num_threads()  # the first call in a thread sets its number to the default
-            torch.set_num_threads(threads)
-            torch.zeros(2**17).add_(1)  # large enough to be shared, which starts the threads
-        finally:
-            begun.set()
-        leave.wait()
-
-    with default_kept():
-        Thread(target=sleep, name="contention", daemon=True).start()
-        begun.wait()
-    return leave

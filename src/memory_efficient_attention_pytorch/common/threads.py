@@ -66,7 +66,7 @@ def in_threads(
 
 def alone(function: Callable[[], T]) -> T:
     """Call a function on a new thread, which has no modes, with single-threaded operators."""
-    with default_kept(), ThreadPoolExecutor(1, initializer=_begin_alone) as thread:
+    with _default_kept(), ThreadPoolExecutor(1, initializer=_begin_alone) as thread:
         return thread.submit(function).result()
 
 
@@ -82,7 +82,7 @@ def _taken(left: list[T]) -> tuple[()] | tuple[T]:
 def _pool(threads: int, process: int) -> ThreadPoolExecutor:
     """Start a pool of single-threaded threads. process: part of the key, since a forked process has no threads."""
     pool, ready = ThreadPoolExecutor(threads, "attention", _begin_alone), Barrier(threads)
-    with default_kept():
+    with _default_kept():
         try:
             wait([pool.submit(ready.wait) for _ in range(threads)])
         finally:
@@ -96,7 +96,7 @@ def _begin_alone() -> None:
 
 
 @contextmanager
-def default_kept() -> Iterator[None]:
+def _default_kept() -> Iterator[None]:
     """Restore the number with which later threads begin: the last one that any thread has set for itself."""
     threads = torch.get_num_threads()  # the first call in a thread takes the default, which must not be one set inside
     try:
