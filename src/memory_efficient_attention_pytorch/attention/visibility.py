@@ -24,6 +24,7 @@ Window = int | tuple[int | None, int | None]
 Mask = Tensor | MaskMod
 # Kinds of tiles, by mask, documents or a function; of several answers the least counts.
 EMPTY, PARTIAL, FULL = range(3)
+MULTIPLE = 64  # of keys, to which padding is cut: kernels are compiled for few widths
 
 
 class Tile(NamedTuple):
@@ -205,22 +206,34 @@ class Visibility:
     ) -> list[Row]:
         """Return the buckets of queries that see anything, each with its tiles that are not empty.
 
-        Within a block, these are the whole's buckets and tiles cut to the block. Positions decide first which tiles are
-        empty or full, then the tensors and a mask function, each with one copy from device to host. Without values (in
-        a dry run) every tile may be partial.
+        Within a block, these are the whole's buckets and tiles cut to the block, and in any case to the keys from the
+        first to the last that padding leaves. Positions decide first which tiles are empty or full, then the tensors
+        and a mask function, each with one copy from device to host. Without values (in a dry run) every tile may be
+        partial.
         """
         rows = []
         queries, keys = (slice(0, self.n), slice(0, self.m)) if block is None else block[1:]
+        begin, end = self._unpadded(keys)
         for start in range(queries.start - queries.start % q_bucket_size, queries.stop, q_bucket_size):
             i0, i1 = max(start, queries.start), min(start + q_bucket_size, queries.stop)
             low, high = self.keys_of(start, min(start + q_bucket_size, self.n))
             # Tiles begin at the same places as without a block, so that dropout draws the same.
-            first, high = max(low, keys.start), min(high, keys.stop)
-            tiles = _Tiles(self, i0, i1, range(first - (first - low) % k_bucket_size, high, k_bucket_size), first)
-            rows.append(Row(slice(i0, i1), (i1 - i0) * max(0, high - first), tiles))
+            first, high = max(low, begin), min(high, end)
+            starts = range(first - (first - low) % k_bucket_size, high, k_bucket_size) if first < high else range(0)
+            rows.append(Row(slice(i0, i1), (i1 - i0) * max(0, high - first), _Tiles(self, i0, i1, starts, first)))
         if not self.structural:
             rows = self._refined(rows, (q_bucket_size, k_bucket_size, str(block)), device)
         return [row for row in rows if row.tiles]
+
+    def _unpadded(self, keys: slice) -> tuple[int, int]:
+        """Return the range of these keys, widened to multiples, outside of which a mask of keys alone hides all."""
+        if self.mask is None or self.mask.shape[2] > 1 or not _has_contents(self.mask):
+            return keys.start, keys.stop
+        seen = self.mask.expand(-1, -1, -1, self.m)[..., keys].flatten(0, 2).any(dim=0).nonzero()
+        if not len(seen):
+            return keys.start, keys.start
+        first, last = (seen[[0, -1], 0] + keys.start).tolist()
+        return max(keys.start, first - first % MULTIPLE), min(keys.stop, last - last % MULTIPLE + MULTIPLE)
 
     def tile_mask(self, tile: Tile, device: torch.device) -> Tensor | None:
         """Return a bool tensor broadcastable to ``(b, h, i, j)``, True = visible; None when nothing is hidden."""
