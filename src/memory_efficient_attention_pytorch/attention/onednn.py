@@ -304,10 +304,8 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
         bucket = QueryBucket.of(part, row.queries, given, torch.float32)
         q, grad_out, delta = (x[0, 0] for x in (bucket.q, bucket.grad_out, bucket.delta))
         queries, upstream = _scaled(q, request.scale * LOG2_E), _scaled(grad_out, 1.0)
-        i, j = (
-            len(queries),
-            max(t.j1 - t.j0 for t in (row.tiles[0], row.tiles[len(row.tiles) // 2])),
-        )  # the first may be cut
+        # Of two tiles, since the first may be cut.
+        i, j = len(queries), max(t.j1 - t.j0 for t in (row.tiles[0], row.tiles[len(row.tiles) // 2]))
         minus_delta, minus_lse = delta.neg_(), bucket.lse[0, 0] * -LOG2_E
         operands = (queries, upstream, (queries / LOG2_E).t(), upstream.t())
         by_queries, by_upstream, to_keys, to_values = (PackedWeight(x, length=i, rows=j) for x in operands)
