@@ -1,5 +1,6 @@
 """Shared set-up: one way to import the tests' own helpers, fixed seeds, repeatable property tests."""
 
+import signal
 import sys
 from pathlib import Path
 
@@ -9,6 +10,10 @@ from hypothesis import HealthCheck, settings
 
 # Under --import-mode=importlib nothing puts the helpers on the path: `from tests.reference import ...` needs the root.
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+# A shell's job in the background ignores it, and so would all processes that tests start.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 # Tests are small, and run side by side: a second thread would only wait for the first.
 torch.set_num_threads(1)
