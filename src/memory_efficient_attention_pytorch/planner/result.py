@@ -59,6 +59,20 @@ class Plan:
     options: tuple[Option, ...] = ()
     remedies: Mapping[str, int] = field(default_factory=dict)
 
+    def __str__(self) -> str:
+        """Return the peak, what it consists of, the largest first, and whether it fits in the budget."""
+        parts = sorted(((size, name) for name, size in self.breakdown.items() if size), reverse=True)
+        listed = ", ".join(f"{name} {format_size(size)}" for size, name in parts)
+        said = f"{format_size(self.peak_bytes)} at the peak ({self.peak.describe()}; {self.device}): {listed}"
+        if self.budget is None:
+            return said
+        fits = f"fits in {format_size(self.budget)}" if self.fits() else f"does not fit in {format_size(self.budget)}"
+        return "; ".join(part for part in (said, fits, self.advice) if part)
+
+    def __repr__(self) -> str:
+        # A dataclass's own would show every operation.
+        return f"Plan({self})"
+
     @property
     def peak_bytes(self) -> int:
         """The most bytes live at once: parameters, gradients, optimizer state, activations and workspaces.

@@ -64,6 +64,9 @@ class Timeline:
     live: NDArray[np.int64]
     flops: float
 
+    def __repr__(self) -> str:
+        return f"Timeline({len(self.operations)} operations)"
+
     @property
     def totals(self) -> NDArray[np.int64]:
         """Bytes live during each operation: int64, shape (operations,)."""
