@@ -11,7 +11,6 @@ spin changes no result.
 
 from __future__ import annotations
 
-import ctypes
 import os
 import time
 from contextlib import suppress
@@ -20,10 +19,11 @@ from threading import Event, Lock, Thread
 
 import torch
 
+from ..torch_internals.openmp import set_own_threads
 from .dry_run import current
 
 INTERVAL = 0.25  # seconds between two readings
-SHARE = 0.15  # of the time, that some thread waits for a core: 0.01 to 0.05 on idle cores, 0.2 to 0.5 beside a busy one
+SHARE = 0.15  # of the time, that some thread waits for a core: up to 0.02 on idle cores, 0.28 to 0.45 beside a busy one
 QUIET = 4  # readings below it, after which the guest leaves
 _THREADS = "/proc/self/task"
 
@@ -78,15 +78,16 @@ class Watch:
         # The guest is one of its OpenMP threads, and PyTorch's are there already: together one more than CPUs.
         guest = Thread(target=self._stay, args=(max(2, cpus + 2 - threads), begun), name="contention", daemon=True)
         guest.start()
-        begun.wait()
         self._guest = guest
+        begun.wait()
 
     def _stay(self, threads: int, begun: Event) -> None:
         try:
             torch.get_num_threads()  # the first call in a thread sets its number to the default
-            # torch.set_num_threads would also change the number with which other threads begin.
-            ctypes.CDLL(None).omp_set_num_threads(threads)
-            self._possible = torch.get_num_threads() == threads  # else it was another OpenMP's
+            set_own = set_own_threads()
+            assert set_own is not None
+            set_own(threads)
+            self._possible = torch.get_num_threads() == threads  # else PyTorch's OpenMP is another one
             torch.zeros(2**17, device="cpu").add_(1)  # large enough to be shared, which starts the threads
         finally:
             begun.set()
@@ -113,12 +114,8 @@ def waited() -> dict[str, float]:
 
 
 def _possible() -> bool:
-    if {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys() or not waited():
-        return False
-    loaded = ""
-    with suppress(OSError), open("/proc/self/maps") as file:
-        loaded = file.read()
-    return [name for name in ("libgomp", "libiomp", "libomp") if name in loaded] == ["libgomp"]
+    told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT"} & os.environ.keys()
+    return not told and bool(waited()) and set_own_threads() is not None
 
 
 def _is_unlimited() -> bool:
