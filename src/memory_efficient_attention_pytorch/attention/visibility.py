@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import require
+from ..common.products import MULTIPLE
 from ..torch_internals.tensors import is_fake
 from .broadcasting import EVERYTHING, canonical_broadcast, narrow_broadcast
 from .mask_function import MaskFunction, MaskMod, Place, mask_function
@@ -24,7 +25,6 @@ Window = int | tuple[int | None, int | None]
 Mask = Tensor | MaskMod
 # Kinds of tiles, by mask, documents or a function; of several answers the least counts.
 EMPTY, PARTIAL, FULL = range(3)
-MULTIPLE = 64  # of keys, to which padding is cut: kernels are compiled for few widths
 
 
 class Tile(NamedTuple):
@@ -208,8 +208,8 @@ class Visibility:
 
         Within a block, these are the whole's buckets and tiles cut to the block, and in any case to the keys from the
         first to the last that padding leaves. Positions decide first which tiles are empty or full, then the tensors
-        and a mask function, each with one copy from device to host. Without values (in a dry run) every tile may be
-        partial.
+        and a mask function, each with one copy from device to host, as that range takes. Without values (in a dry run)
+        every tile may be partial.
         """
         rows = []
         queries, keys = (slice(0, self.n), slice(0, self.m)) if block is None else block[1:]
@@ -226,7 +226,7 @@ class Visibility:
         return [row for row in rows if row.tiles]
 
     def _unpadded(self, keys: slice) -> tuple[int, int]:
-        """Return the range of these keys, widened to multiples, outside of which a mask of keys alone hides all."""
+        """Return the range of these keys outside of which a mask of keys alone hides all, widened to few lengths."""
         if self.mask is None or self.mask.shape[2] > 1 or not _has_contents(self.mask):
             return keys.start, keys.stop
         seen = self.mask.expand(-1, -1, -1, self.m)[..., keys].flatten(0, 2).any(dim=0).nonzero()
