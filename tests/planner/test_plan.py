@@ -8,7 +8,6 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import Transformer
-from memory_efficient_attention_pytorch.common.sizes import format_size
 from memory_efficient_attention_pytorch.planner import CATEGORIES, max_seq_len, plan, workload
 from memory_efficient_attention_pytorch.planner.candidates import candidates
 from memory_efficient_attention_pytorch.planner.step import dry_run
@@ -42,19 +41,6 @@ def test_a_plan_tells_where_its_peak_is_and_what_it_consists_of():
     assert made.flops > 6 * parameters * 2048
     assert made.fits(made.peak_bytes)
     assert not made.fits(made.peak_bytes - 1)
-
-
-def test_a_plan_reads_as_one_line_and_not_as_its_operations():
-    made = planned()
-    largest = max(made.breakdown, key=made.breakdown.__getitem__)
-    said = f"{format_size(made.peak_bytes)} at the peak ({made.peak.describe()}; cpu): {largest} "
-    assert str(made).startswith(said)
-    assert "\n" not in str(made)
-    assert repr(made) == f"Plan({made})"
-    assert repr(made.timeline) == f"Timeline({len(made.timeline.operations)} operations)"
-    assert str(planned(budget="8GiB")).endswith("; fits in 8 GiB")
-    too_large = planned(budget="1MiB")
-    assert str(too_large).endswith(f"; does not fit in 1 MiB; {too_large.advice}")
 
 
 def test_memory_free_of_depth_and_memory_that_grows_with_it():
