@@ -2,9 +2,11 @@
 
 from collections.abc import Callable, Iterable, Sequence
 
+import pytest
 import torch
 from torch import Tensor
 
+from memory_efficient_attention_pytorch.torch_internals import attention_kernels
 from tests.memory.live_bytes import PRODUCTS, LiveBytes
 
 
@@ -42,3 +44,11 @@ def with_seed(function: Callable[[], Tensor], seed: int = 7) -> Tensor:
 def products(count: LiveBytes) -> int:
     """Matrix products called, those that add to a sum in place included."""
     return sum(count.calls[name] for name in {*PRODUCTS, "addmm_", "baddbmm_"})
+
+
+def skip_unless_usable(way: str) -> None:
+    """Skip a test of a way of computing attention that this PyTorch does not have."""
+    if way == "onednn" and not torch.backends.mkldnn.is_available():
+        pytest.skip("PyTorch without oneDNN")
+    if way == "cpu_kernel" and attention_kernels.cpu_kernel() is None:
+        pytest.skip("PyTorch without the kernel's operators")

@@ -9,6 +9,7 @@ from memory_efficient_attention_pytorch import AlibiBias, dot_product_attention
 from memory_efficient_attention_pytorch.attention.cpu_kernel import CpuKernel
 from memory_efficient_attention_pytorch.torch_internals import attention_kernels
 from tests import reference
+from tests.agreement import skip_unless_usable
 from tests.memory.live_bytes import LiveBytes
 
 WAYS = ("products", "cpu_kernel", "onednn")
@@ -25,13 +26,6 @@ class Falling(torch.nn.Module):
 
     def forward(self, i, j):
         return -self.slope[:, None, None] * (i[:, None] - j - self.nearest).abs().to(self.slope.dtype)
-
-
-def usable(way):
-    if way == "onednn" and not torch.backends.mkldnn.is_available():
-        pytest.skip("PyTorch without oneDNN")
-    if way == "cpu_kernel" and attention_kernels.cpu_kernel() is None:
-        pytest.skip("PyTorch without the kernel's operators")
 
 
 def heads(kv=2):
@@ -65,7 +59,7 @@ MASKS = {
 @pytest.mark.parametrize("nearest", [0, 300])
 @pytest.mark.parametrize("way", WAYS)
 def test_results_are_those_of_the_definition(way, nearest, name):
-    usable(way)
+    skip_unless_usable(way)
     if way == "cpu_kernel" and "dropout" in MASKS[name]:
         pytest.skip("the kernel has no dropout")
     # The kernel's backward serves neither a learned bias nor the log-sum-exp's gradient.
@@ -83,7 +77,7 @@ def test_results_are_those_of_the_definition(way, nearest, name):
 @pytest.mark.parametrize("way", WAYS)
 def test_large_scores_are_not_taken_for_negligible(way):
     """A far key whose product with the query outweighs its bias has all the weight."""
-    usable(way)
+    skip_unless_usable(way)
     q, k, v = (x.detach() for x in heads())
     k[:, :, 3] = 0.0
     k[:, :, 3, 0], q[..., 0] = 600.0 * D**0.5, 4.0
@@ -121,7 +115,7 @@ def computed(way, monkeypatch, leaves, **kwargs):
 
 @pytest.mark.parametrize("way", ["cpu_kernel", "onednn"])
 def test_tiles_of_negligible_weights_are_not_computed(way, monkeypatch):
-    usable(way)
+    skip_unless_usable(way)
     monkeypatch.setattr(CpuKernel, "elements", lambda *_: 64 * 64)
     leaves = heads()
     rows = N // 64
@@ -140,7 +134,7 @@ def test_tiles_of_negligible_weights_are_not_computed(way, monkeypatch):
 
 def test_the_fused_kernel_meets_no_denormal_weight_in_backward(monkeypatch):
     """In rows whose bias falls weights are 0 or normal: what denormal ones would add is far below rounding."""
-    usable("cpu_kernel")
+    skip_unless_usable("cpu_kernel")
     leaves, bias = heads(), Falling(0.7).requires_grad_(False)
     tiny, seen, kernel = torch.finfo(torch.float32).tiny, [], attention_kernels.cpu_kernel()
 
@@ -163,7 +157,7 @@ def test_the_fused_kernel_meets_no_denormal_weight_in_backward(monkeypatch):
 @pytest.mark.parametrize("way", WAYS)
 def test_the_future_decides_about_no_weight(way, first, future, slope):
     """Where far values are so large that weights below 2**-100 show, whether these count depends on the past alone."""
-    usable(way)
+    skip_unless_usable(way)
     if way == "cpu_kernel" and future.get("k") == 1e20:
         pytest.skip("the kernel refuses such keys")
     generator = torch.Generator().manual_seed(0)
@@ -188,14 +182,14 @@ def test_the_future_decides_about_no_weight(way, first, future, slope):
 @pytest.mark.parametrize("way", WAYS)
 @pytest.mark.parametrize(("n", "m"), [(0, 5), (5, 0)])
 def test_no_queries_or_keys_have_no_bound(way, n, m):
-    usable(way)
+    skip_unless_usable(way)
     q, k = torch.zeros(1, 2, n, D), torch.zeros(1, 2, m, D)
     assert dot_product_attention(q, k, k, attn_bias=AlibiBias(2), backend=way).shape == (1, 2, n, D)
 
 
 @pytest.mark.parametrize("way", WAYS)
 def test_a_default_device_changes_nothing(way):
-    usable(way)
+    skip_unless_usable(way)
     with torch.no_grad():
         q, k, v = (10 * x for x in heads())
         bias = Falling(4.0)
