@@ -65,6 +65,28 @@ print(_watch(os.getpid()).crowded)
 """
 
 
+# Attention beside other work, in a process that may start one more thread. GNU's OpenMP ends one where it cannot.
+LIMITED = """
+import os, resource, time, torch
+from memory_efficient_attention_pytorch import dot_product_attention
+from memory_efficient_attention_pytorch.common import contention
+torch.set_num_threads(2)
+q = torch.randn(1, 2, 512, 64)
+dot_product_attention(q, q, q)
+most = len(os.listdir("/proc/self/task")) + 1
+resource.setrlimit(resource.RLIMIT_NPROC, (most, most))
+if os.getuid() == 0:  # who is exempt
+    os.setgid(65500)
+    os.setuid(65500)
+contention.SHARE = -1.0
+for _ in range(8):
+    dot_product_attention(q, q, q)
+    time.sleep(contention.INTERVAL / 2)
+watch = contention._watch(os.getpid())
+print(watch._possible, watch.crowded)
+"""
+
+
 def run(script, *arguments, **variables):
     told = {"OMP_WAIT_POLICY", "GOMP_SPINCOUNT", "OMP_NUM_THREADS"}
     env = {name: value for name, value in os.environ.items() if name not in told} | variables
@@ -187,6 +209,10 @@ def test_a_process_that_cannot_start_threads_goes_on(clock, monkeypatch):
     clock.passes(1, t1=0.9)
     watch.look()
     assert not watch.crowded, "it does not try again"
+
+
+def test_a_process_with_a_limit_of_threads_goes_on():
+    assert run(LIMITED) == ["False", "False"]
 
 
 def test_who_looks(monkeypatch):

@@ -76,7 +76,10 @@ class Watch:
             return  # the system finds free ones
         begun = Event()
         # The guest is one of its OpenMP threads, and PyTorch's are there already: together one more than CPUs.
-        guest = Thread(target=self._stay, args=(max(2, cpus + 2 - threads), begun), name="contention", daemon=True)
+        number = max(2, cpus + 2 - threads)
+        # OpenMP ends the process if it cannot start one. Twice as many, since ended ones may count a moment longer.
+        _start_threads(2 * number)
+        guest = Thread(target=self._stay, args=(number, begun), name="contention", daemon=True)
         guest.start()
         self._guest = guest
         begun.wait()
@@ -111,6 +114,20 @@ def waited() -> dict[str, float]:
             with suppress(OSError), open(f"{_THREADS}/{thread}/schedstat") as file:  # unless it has just ended
                 found[thread] = int(file.read().split()[1]) / 1e9
     return found
+
+
+def _start_threads(number: int) -> None:
+    """Start and end this many threads, which exist at the same time. Raises RuntimeError if the system allows fewer."""
+    release, started = Event(), []
+    try:
+        for _ in range(number):
+            thread = Thread(target=release.wait, daemon=True)
+            thread.start()
+            started.append(thread)
+    finally:
+        release.set()
+        for thread in started:
+            thread.join()
 
 
 def _possible() -> bool:
