@@ -21,6 +21,29 @@ def test_gradients_are_those_of_storing_everything(kind, dtype, tolerance):
     check(KINDS[kind]().to(dtype), tokens(dtype=dtype), tolerance)
 
 
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize(
+    "net",
+    [
+        lambda: ReversibleSequence(plain(dropout=0.3)),
+        lambda: ReversibleSequence(layers(dropout=0.3, head_chunks=2, ff_chunks=2)),
+        lambda: Chunked(Plain(dropout=0.3), chunks=2),
+    ],
+    ids=["plain", "layers", "chunked"],
+)
+def test_the_mode_is_that_of_the_forward_pass(net, training):
+    """As with stored activations: ``eval()`` between forward and backward, of a validation in between, say."""
+    net, x = net().train(training), tokens()
+    wanted = trainable(x, net)
+    found = []
+    for between in (training, not training):
+        out = with_seed(lambda: net.train(training)(x))
+        net.train(between)
+        found.append(gradients(out, wanted))
+        assert all(part.training is between for part in net.modules())
+    assert_same(*found, 0.0)
+
+
 def test_gradcheck_of_exact_mode():
     """With a grid too fine to be felt, in fp64, the rounding's gradient of 1 is the true one."""
     blocks, x = plain(depth=2).double(), tokens(1, 3, DIM, dtype=torch.float64)

@@ -1,4 +1,4 @@
-"""The parameters and buffers that a forward pass saw, for its recomputation."""
+"""The parameters, buffers and modes that a forward pass saw, for its recomputation."""
 
 from __future__ import annotations
 
@@ -55,6 +55,24 @@ class SeenParameters:
                     if before is not leaf:
                         stack.callback(put_parameter, module, name, before)
                         put_parameter(module, name, leaf)
+            yield
+
+
+class SeenModes:
+    """Records which modules were in training during a forward pass: ``eval()`` may be called before backward."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        parts = dict.fromkeys(part for module in modules for part in module.modules())
+        self._training = [(part, part.training) for part in parts]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Put the modules into these modes inside the context."""
+        with ExitStack() as stack:
+            for part, training in self._training:
+                if part.training is not training:
+                    stack.callback(setattr, part, "training", part.training)
+                    part.training = training
             yield
 
 

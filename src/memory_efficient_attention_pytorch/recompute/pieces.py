@@ -20,7 +20,7 @@ from ..common.autograd import once_differentiable
 from ..common.dry_run import each, working_on
 from ..common.errors import require
 from ..common.gradients import GradientSums
-from ..common.parameters import SeenBuffers, SeenParameters
+from ..common.parameters import SeenBuffers, SeenModes, SeenParameters
 from ..torch_internals.engine import version
 from .by_hand import reason_against
 from .replay import Replay
@@ -85,7 +85,8 @@ class Branch:
         self._count = len(self._tensors)
         self._parameters = SeenParameters(holders)
         # Without gradients there is no repetition.
-        self._buffers = SeenBuffers(holders if torch.is_grad_enabled() else ())
+        repeated = holders if torch.is_grad_enabled() else ()
+        self._buffers, self._modes = SeenBuffers(repeated), SeenModes(repeated)
 
     def bound(self) -> tuple[Tensor, ...]:
         """Return ``inputs`` and release them."""
@@ -134,7 +135,8 @@ class Branch:
         cut = [t.detach().requires_grad_(need) for t, need in zip(inputs[:count], needed[:count], strict=True)]
         parameters = self._parameters.leaves(inputs[count:], needed[count:])
         sums = GradientSums([*cut, *parameters], needed)
-        with self._working(inputs), self._parameters.held(parameters), self._buffers.held():
+        seen = self._parameters.held(parameters), self._buffers.held(), self._modes.held()
+        with self._working(inputs), seen[0], seen[1], seen[2]:
             self.compute_again(x, self.kwargs(cut), Repetition(cotangent, sums, add, add_gradient))
             return sums.results
 
