@@ -65,14 +65,14 @@ class OneDnn(Way):
             return "it computes in fp32"
         if request.bias is not None and request.bias.of_score:
             return OF_SCORE
+        if not request.moderate:
+            return IMMODERATE
         if not are_plain(q, k, v):
             return "tensor subclasses and torch.func's transforms support only PyTorch's public functions"
         usable = products.onednn_is_usable(q.device) and onednn.in_place_product() is not None
         return None if usable else "this PyTorch has no oneDNN, or not its in-place products"
 
     def drawback(self, request: AttentionRequest) -> str | None:
-        if not request.moderate:
-            return IMMODERATE
         small = request.tile_scores < LEAST_TILE_SCORES or request.n * request.m < LEAST_HEAD_SCORES
         if small or min(request.d, request.e) < LEAST_WIDTH:
             return "in tiles this small its operators would cost more than they gain"
