@@ -48,6 +48,31 @@ def test_control_groups_bound_what_is_available(monkeypatch):
     assert available_memory("cpu") == 1000
 
 
+VERSIONS = {
+    "0::/job": {"memory.max": 8, "memory.current": 7, "memory.stat": "anon 2\ninactive_file 4"},
+    "5:cpu,memory:/job": {
+        **{"memory.limit_in_bytes": 8, "memory.usage_in_bytes": 7},
+        "memory.stat": "inactive_file 1\ntotal_inactive_file 4",
+    },
+}
+
+
+@pytest.mark.parametrize(("membership", "files"), VERSIONS.items(), ids=["2", "1"])
+def test_files_in_the_cache_make_room(membership, files, monkeypatch, tmp_path):
+    """A process that has read much has not less memory: the system drops cached files when it is asked for memory."""
+    cgroup = tmp_path / "cgroup"
+    cgroup.write_text(membership + "\n")
+    group = tmp_path / ("job" if membership.startswith("0") else "memory/job")
+    group.mkdir(parents=True)
+    for name, value in files.items():
+        (group / name).write_text(f"{value}\n")
+    places = {"/proc/self/cgroup": cgroup, "/sys/fs/cgroup": tmp_path, "/sys/fs/cgroup/memory": tmp_path / "memory"}
+    monkeypatch.setattr(sizes, "Path", lambda name: places[name])
+    assert sizes._control_group_rooms() == [2**63, 5]
+    (group / "memory.stat").unlink()
+    assert sizes._control_group_rooms() == [2**63, 1]
+
+
 def test_an_unknown_device_says_so():
     if torch.cuda.is_available():
         pytest.skip("this machine's CUDA device does tell")

@@ -97,18 +97,20 @@ def _control_group_rooms() -> list[int]:
         if not version_two and "memory" not in controllers.split(","):
             continue
         root = Path("/sys/fs/cgroup") if version_two else Path("/sys/fs/cgroup/memory")
-        names = ("memory.max", "memory.current") if version_two else _VERSION_ONE
+        *names, cached = _VERSION_TWO if version_two else _VERSION_ONE
         group = root / path.lstrip("/")
         for folder in (group, *group.parents):
             if not folder.is_relative_to(root):
                 break
             limit, used = (_number(folder / name) for name in names)
             if limit is not None and used is not None:
-                rooms.append(max(0, limit - used))
+                # Cached files count as used, but make room for what is allocated.
+                rooms.append(max(0, limit - max(0, used - _statistic(folder / "memory.stat", cached))))
     return rooms
 
 
-_VERSION_ONE = ("memory.limit_in_bytes", "memory.usage_in_bytes")
+_VERSION_TWO = ("memory.max", "memory.current", "inactive_file")
+_VERSION_ONE = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 
 
 def _number(file: Path) -> int | None:
@@ -117,3 +119,12 @@ def _number(file: Path) -> int | None:
     except OSError:
         return None
     return int(text) if text.isdigit() else None
+
+
+def _statistic(file: Path, name: str) -> int:
+    """Return a number of a file of lines "name number", 0 if it is not there."""
+    try:
+        found = dict(line.split(" ", 1) for line in file.read_text().splitlines() if " " in line)
+    except OSError:
+        return 0
+    return int(found[name]) if found.get(name, "").isdigit() else 0
