@@ -33,18 +33,26 @@ def rotations(dim, positions):
 
 @pytest.mark.parametrize("cast", [torch.nn.Module.bfloat16, torch.nn.Module.half, torch.nn.Module.double])
 def test_angles_and_slopes_are_of_fp32_in_a_model_of_any_dtype(cast):
-    positions = [0, 1, 100, 4000, 8191]
+    positions = [0, 1, 100, 4000, 8191, 999_999, 2**24 + 1]
     angles = torch.tensor(rotations(16, positions), dtype=torch.float64)
     for found, truth in zip(
         cast(RotaryEmbedding(16))(torch.tensor(positions)), (angles.cos(), angles.sin()), strict=True
     ):
         assert found.dtype == torch.float32
-        assert (found.double() - truth).abs().max() < 2e-3
+        assert (found.double() - truth).abs().max() < 4e-7
     bias = cast(AlibiBias(6))(torch.tensor([8191]), torch.tensor([0, 4001, 8191]))
     slopes = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
     truth = torch.tensor([[[-s * 8191, -s * 4190, 0.0]] for s in slopes])
     assert bias.dtype == torch.float32
     assert bias.tolist() == truth.tolist()
+
+
+@pytest.mark.parametrize("base", [0.3, 500_000.0])
+def test_positions_may_lie_between_tokens_and_bases_be_any(base):
+    positions = torch.tensor([[0.25, 100_000.5], [-3.0, 7.0]])
+    angles = positions.double()[..., None] * base ** (-torch.arange(0, 16, 2).double() / 16)
+    for found, truth in zip(RotaryEmbedding(16, base)(positions), (angles.cos(), angles.sin()), strict=True):
+        assert (found.double() - truth).abs().max() < 4e-7
 
 
 @pytest.mark.parametrize("heads", [1, 2, 8, 12])

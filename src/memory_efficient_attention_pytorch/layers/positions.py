@@ -39,9 +39,21 @@ class RotaryEmbedding(nn.Module):
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:
         """Return cosines and sines ``(…, n, dim/2)`` in fp32 of positions ``(n,)`` or ``(b, n)``."""
         # Computed here: a buffer would lose its contents on the meta device and its precision in a bf16 model.
-        exponents = -torch.arange(0, self.dim, 2, dtype=torch.float32, device=positions.device) / self.dim
-        angles = positions[..., None].float() * self.base**exponents
+        frequencies = [self.base ** (-i / self.dim) for i in range(0, self.dim, 2)]
+        # A product of position and frequency in fp32 would be off by 0.04 after a million tokens. Integers count parts
+        # of a turn, 2**64 of them, and overflow where a turn is complete.
+        parts = [round(frequency / math.tau % 1 * _TURN) for frequency in frequencies]
+        of_each = [part - _TURN if part >= _TURN // 2 else part for part in parts]
+        whole, device = positions.floor(), positions.device
+        turned = whole.long()[..., None] * torch.tensor(of_each, device=device)
+        angles = turned.float() * (math.tau / _TURN)
+        if positions.is_floating_point():
+            between = (positions - whole)[..., None]
+            angles += between * torch.tensor(frequencies, dtype=torch.float32, device=device)
         return angles.cos(), angles.sin()
+
+
+_TURN = 2**64
 
 
 def rotate(x: Tensor, table: tuple[Tensor, Tensor]) -> Tensor:
