@@ -36,6 +36,33 @@ def test_a_way_asked_for_by_name_computes_the_same(name):
         reference.assert_close("gradient", mine, true, 1e-5)
 
 
+TRANSFORMED = {
+    "window": {"window": 3},
+    "ALiBi": {"attn_bias": AlibiBias(4)},
+    "tensor": {"causal": True, "attn_bias": torch.randn(4, 9, 9)},
+}
+
+
+@pytest.mark.parametrize("kwargs", TRANSFORMED.values(), ids=TRANSFORMED)
+@pytest.mark.filterwarnings("ignore:.torch.jit.script. is deprecated:DeprecationWarning")
+def test_under_a_transform_what_autograd_differentiates_computes(kwargs):
+    """torch.func's transforms do not go into an autograd Function of ours."""
+    q, k, v = (x.detach() for x in qkv())
+
+    def loss(q):
+        return dot_product_attention(q, k, v, **kwargs).square().sum()
+
+    leaf = q.clone().requires_grad_()
+    (truth,) = torch.autograd.grad(loss(leaf), leaf)
+    torch.testing.assert_close(torch.func.grad(loss)(q), truth)
+    _, along = torch.func.jvp(loss, (q,), (v.repeat_interleave(2, 1),))
+    torch.testing.assert_close(along, (truth * v.repeat_interleave(2, 1)).sum())
+    several = torch.func.vmap(lambda q: dot_product_attention(q, k, v, **kwargs))(torch.stack([q, 2 * q]))
+    torch.testing.assert_close(several[1], dot_product_attention(2 * q, k, v, **kwargs))
+    with pytest.raises(NotImplementedError, match=r"torch\.func's transforms need a way that autograd differentiates"):
+        torch.func.grad(lambda q: dot_product_attention(q, k, v, backend="tiled", **kwargs).sum())(q)
+
+
 @pytest.mark.parametrize("name", ["flash", "efficient", "cuda_kernel"])
 def test_a_way_of_another_device_is_refused_by_name(name):
     with pytest.raises(NotImplementedError, match=f"backend: '{name}' cannot serve this call.*cpu"):

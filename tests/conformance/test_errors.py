@@ -114,6 +114,16 @@ def test_a_bias_module_of_other_heads(backend, heads):
         dot_product_attention(*qkv().values(), attn_bias=AlibiBias(heads), backend=backend)
 
 
+@pytest.mark.parametrize("backend", ["naive", "tiled", "auto"])
+def test_a_bias_module_that_draws_is_refused(backend):
+    """Tiles would have draws of their own, and others in backward."""
+    bias = torch.nn.Sequential(AlibiBias(4), torch.nn.Dropout(0.5))
+    bias.forward = lambda i, j: bias[1](bias[0](i, j))
+    with pytest.raises(ValueError, match=r"attn_bias: expected a module that computes the same.*dropout in training"):
+        dot_product_attention(*qkv().values(), attn_bias=bias, backend=backend)
+    dot_product_attention(*qkv().values(), attn_bias=bias.eval(), backend=backend)
+
+
 def test_messages_say_what_was_expected_and_what_came():
     with pytest.raises(ValueError, match=r"(?s)mask.*7"):
         dot_product_attention(*qkv().values(), mask=torch.ones(2, 7) > 0)

@@ -55,6 +55,8 @@ class Bias:
             return Bias(canonical_broadcast(values, shape, "attn_bias"), shape, values.requires_grad)
         expected = "a tensor, a module called with query and key positions or a function of a score and four indices"
         require(callable(values), "attn_bias", expected, type(values).__name__)
+        expected = "a module that computes the same again, as backward does (attention has a dropout of its own)"
+        require(not _drops(values), "attn_bias", expected, "a dropout in training")
         if is_score_mod(values):
             captured = () if 0 in shape else captured_by(values, q.device, full_dtype(q.dtype))
             return Bias(values, shape, False, of_score=True, captured=captured)
@@ -160,6 +162,15 @@ class BiasGradient:
         for leaf in self._sums.wanted:
             self._sums.total(leaf)
         return self._sums.results
+
+
+_DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)
+
+
+def _drops(values: BiasModule) -> bool:
+    """Return True if a part of the module is a dropout, which draws anew for each tile and again in backward."""
+    parts = values.modules() if isinstance(values, nn.Module) else ()
+    return any(isinstance(part, _DROPOUTS) and part.training and part.p > 0 for part in parts)
 
 
 def is_score_function(bias: Tensor | BiasModule | None) -> TypeGuard[BiasModule]:

@@ -14,6 +14,7 @@ from ..common.autograd import once_differentiable
 from ..common.divided import active
 from ..common.errors import require
 from ..common.precision import full_precision
+from ..torch_internals.tensors import is_transformed
 from .bias import BiasGradient
 from .broadcasting import canonical_broadcast
 from .cpu_kernel import CpuKernel
@@ -87,13 +88,12 @@ def decide(
         contention.watch()
     able: Way | None = None
     objection: str | None = None
-    divided = active()
+    divided, transformed = active(), is_transformed()
     for way in _named(backend):
         if divided is not None and not isinstance(way, Tiled):
             objection = objection or "it cannot compute tiles of tokens that are divided over processes"
             continue
-        nothing_kept = "it leaves nothing that could be kept for backward" if keep and way.by_autograd else None
-        against = nothing_kept or way.objection(request, q, k, v)
+        against = _against(way, keep, transformed) or way.objection(request, q, k, v)
         if against is None:
             if divided is not None:
                 return Decision(request, divided.way(way, request)), q, k, v
@@ -104,6 +104,12 @@ def decide(
     if able is None:
         raise NotImplementedError(f"backend: {backend!r} cannot serve this call: {objection}; use 'tiled' or 'auto'")
     return Decision(request, able), q, k, v
+
+
+def _against(way: Way, keep: bool, transformed: bool) -> str | None:
+    if way.by_autograd:
+        return "it leaves nothing that could be kept for backward" if keep else None
+    return "torch.func's transforms need a way that autograd differentiates" if transformed else None
 
 
 def _named(backend: str) -> Sequence[Way]:

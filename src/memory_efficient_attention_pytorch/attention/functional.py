@@ -89,7 +89,8 @@ def dot_product_attention(
             to ``(b, h, i, j)``. Positions are counted along the keys; query i is at ``i + m - n``. Gradients reach the
             tensor or the module's parameters. Or a function of the score and of indices, ``f(score, batch, head, query,
             key) -> score``, as FlexAttention's ``score_mod``, whose result replaces the scaled score; queries and keys
-            are counted from 0. Gradients pass through it, and reach the tensors that it captures.
+            are counted from 0. Gradients pass through it, and reach the tensors that it captures. Masks, modules and
+            functions are evaluated again in backward: they must not draw random numbers.
         causal: query i sees keys ``j <= i + m - n``: aligned at the end, so a decoding step equals the full pass.
         window: ``(left, right)``, how many keys before and after its own position a query sees; w means (w, w).
         document_ids: integers ``(b, m)``; a token sees only its own document. The queries are the last n tokens.

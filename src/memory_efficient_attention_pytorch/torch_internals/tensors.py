@@ -50,12 +50,17 @@ def is_fake(tensor: Tensor) -> bool:
     return type(tensor).__name__ == "FakeTensor"
 
 
+def is_transformed() -> bool:
+    """True inside a torch.func transform, as far as PyTorch can tell."""
+    active = functorch_is_active()
+    return active is not None and active()
+
+
 def are_plain(*tensors: Tensor) -> bool:
     """True if PyTorch's operators compute on these directly: no tensor subclass, no torch.func transform.
 
     If PyTorch cannot tell about transforms, no tensor counts as plain.
     """
-    active = functorch_is_active()
-    if active is None or active():
+    if functorch_is_active() is None or is_transformed():
         return False
     return all(type(t) in (Tensor, nn.Parameter) or is_fake(t) for t in tensors)
