@@ -67,3 +67,12 @@ def test_an_inner_pass_takes_what_the_outer_one_has():
         a()
     assert a.computed == 1
     assert inner.release()[0] is tensors[0]
+
+
+def test_an_error_of_the_outer_pass_names_the_option_too():
+    outer, a, b = KeptResults(), Owner("a"), Owner("b")
+    with outer.keeping():
+        forward(KeptResults(), a)
+    wrong = pytest.raises(ValueError, match="slow_things: expected Owner")
+    with outer.repeating(outer.release()), KeptResults().keeping(), wrong:
+        b(option="slow_things")

@@ -46,6 +46,14 @@ class Visible:
     def contiguous(self) -> Visible:
         return self
 
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("_"):
+            raise AttributeError(name)
+        raise AttributeError(
+            f"attention_mask: the model itself asks for its mask's {name!r}, but make_memory_efficient keeps no tensor "
+            "of it; restore(model) brings back the model's own attention"
+        )
+
 
 @dataclass(frozen=True)
 class DividedTokens:

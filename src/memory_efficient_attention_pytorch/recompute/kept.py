@@ -79,8 +79,9 @@ class KeptResults:
             ValueError: the repetition calls in another order than the forward pass.
         """
         if self._repeated is None:
+            outer = self._outer
             description, tensors = (
-                compute() if self._outer is None else self._outer.fetch(owner, compute, offload=offload)
+                compute() if outer is None else outer.fetch(owner, compute, offload=offload, option=option)
             )
             kept = [_to_host(t) if offload else t for t in tensors]
             for tensor in kept:
