@@ -40,7 +40,7 @@ def run(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("page", PAGES)
+@pytest.mark.parametrize("page", [*PAGES, pytest.param("planner.md", marks=pytest.mark.slow)])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_page_runs_as_it_is_written(page, run):
     assert run((DOCS / page).read_text(), page)
