@@ -17,7 +17,7 @@ from ..common.errors import require
 from ..common.gradients import GradientSums, accumulator
 from ..common.parameters import SeenParameters
 from ..common.precision import full_dtype
-from ..torch_internals.hooks import all_modules_are_watched, module_is_watched
+from ..torch_internals.hooks import all_modules_have_hooks, module_has_hooks
 from .broadcasting import canonical_broadcast, narrow_broadcast
 from .mask_function import Place
 from .score_function import captured_by, exchanged, is_score_mod, modified, stand_ins
@@ -217,7 +217,7 @@ class BiasOfHeads(nn.Module):
 
 def serves_several_threads(bias: object) -> bool:
     """Return True if the module's class declares ``several_threads`` and the module has no hooks."""
-    if not isinstance(bias, nn.Module) or module_is_watched(bias) or all_modules_are_watched():
+    if not isinstance(bias, nn.Module) or module_has_hooks(bias) or all_modules_have_hooks():
         return False
     of_heads = isinstance(bias, BiasOfHeads)
     return serves_several_threads(bias.bias) if of_heads else vars(type(bias)).get("several_threads", False) is True

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.autograd.graph import get_gradient_edge
 
 from ..torch_internals.engine import accumulates
-from ..torch_internals.hooks import node_is_watched, tensor_is_watched
+from ..torch_internals.hooks import node_has_hooks, tensor_has_hooks
 from ..torch_internals.tensors import are_plain
 from .autograd import creates_graph, vector_jacobian_product
 from .dry_run import device_type
@@ -62,7 +62,7 @@ def may_add_in_place(leaf: Tensor) -> bool:
     if torch.compiler.is_compiling():
         return False
     grad = leaf.grad if leaf.is_leaf and leaf.requires_grad else None
-    if grad is None or tensor_is_watched(leaf):
+    if grad is None or tensor_has_hooks(leaf):
         return False
     # Tensors of other types may do anything when added to; one with a graph may still be differentiated.
     plain = are_plain(leaf, grad) and all(t.layout == torch.strided for t in (leaf, grad))
@@ -73,7 +73,7 @@ def may_add_in_place(leaf: Tensor) -> bool:
 def _will_accumulate(leaf: Tensor) -> bool:
     """Return True inside a ``.backward()`` that will add to ``leaf.grad`` without hooks."""
     node = get_gradient_edge(leaf).node
-    return accumulates(node) and not node_is_watched(node) and _on_default_stream(leaf.device)
+    return accumulates(node) and not node_has_hooks(node) and _on_default_stream(leaf.device)
 
 
 def _on_default_stream(device: torch.device) -> bool:

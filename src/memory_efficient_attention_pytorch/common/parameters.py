@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from ..torch_internals.engine import version, version_attribute
-from ..torch_internals.hooks import get_buffer, put_buffer, put_parameter, tensor_is_watched
+from ..torch_internals.hooks import get_buffer, put_buffer, put_parameter, tensor_has_hooks
 
 
 class SeenParameters:
@@ -40,7 +40,7 @@ class SeenParameters:
         """
         return [
             tensor
-            if all(getattr(module, name, None) is tensor for module, name in places) and not tensor_is_watched(tensor)
+            if all(getattr(module, name, None) is tensor for module, name in places) and not tensor_has_hooks(tensor)
             else nn.Parameter(tensor.detach(), requires_grad=need)
             for places, tensor, need in zip(self._places, tensors, needed, strict=True)
         ]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from torch import nn
 
-from ..torch_internals.hooks import all_modules_are_watched, module_is_watched
+from ..torch_internals.hooks import all_modules_have_hooks, module_has_hooks
 from ..torch_internals.tensors import are_plain
 
 
@@ -22,9 +22,9 @@ def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
     bound = (getattr(own, "__func__", None), getattr(own, "__self__", None))
     if own is not None and (bound[0] is not type(module).forward or bound[1] is not module):
         return "its forward has been replaced"
-    if module_is_watched(module):
+    if module_has_hooks(module):
         return "it has hooks"
-    if all_modules_are_watched():
+    if all_modules_have_hooks():
         return "there are hooks on all modules"
     if not are_plain(*module.parameters(recurse=False)):
         return "its parameters are tensors of another type, or within a transform of torch.func"

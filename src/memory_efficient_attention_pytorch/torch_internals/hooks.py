@@ -33,25 +33,25 @@ def hooks_of_tensors() -> str | None:
     return "_backward_hooks" if hasattr(Tensor, "_backward_hooks") else None
 
 
-def module_is_watched(module: nn.Module) -> bool:
+def module_has_hooks(module: nn.Module) -> bool:
     """True if the module has hooks, or if PyTorch cannot tell."""
     names = hooks_of_modules()
     return names is None or any(getattr(module, name) for name in names)
 
 
-def all_modules_are_watched() -> bool:
+def all_modules_have_hooks() -> bool:
     """True if there are global module hooks, or if PyTorch cannot tell."""
     kinds = hooks_of_all_modules()
     return kinds is None or any(kinds)
 
 
-def tensor_is_watched(tensor: Tensor) -> bool:
+def tensor_has_hooks(tensor: Tensor) -> bool:
     """True if the tensor has hooks that see or change its gradient, or if PyTorch cannot tell."""
     name = hooks_of_tensors()
     return name is None or bool(getattr(tensor, name))
 
 
-def node_is_watched(node: Node) -> bool:
+def node_has_hooks(node: Node) -> bool:
     """True if hooks were registered on the node itself."""
     # Nothing lists them, but a new one is put into one dictionary with the others.
     for register in (node.register_prehook, node.register_hook):
