@@ -4,7 +4,7 @@ whose rows share memory. Held to fp64."""
 import pytest
 import torch
 
-from memory_efficient_attention_pytorch import dot_product_attention, select_backend
+from memory_efficient_attention_pytorch import AlibiBias, dot_product_attention, select_backend
 from tests import reference
 from tests.agreement import assert_same, difference, gradients
 
@@ -90,6 +90,27 @@ def test_a_module_of_huge_biases_and_its_log_sum_exp(way):
 
 
 @pytest.mark.parametrize("backend", ["auto", "tiled", "naive"])
+@pytest.mark.parametrize("height", [7e4, 8e6, 1e8])
+@pytest.mark.parametrize("n", [4, 700])
+def test_large_scores_beside_a_bias(backend, height, n):
+    """Equal scores, so that the bias alone decides, and not what fp32 rounds away of the log-sum-exp."""
+    q = torch.full((1, 2, n, 32), (height / 32**0.5) ** 0.5)
+    v = torch.randn(1, 2, n, 32)
+    for bias in (torch.full((2, n, n), 0.3), AlibiBias(2)):
+        values = bias if isinstance(bias, torch.Tensor) else bias(torch.arange(n), torch.arange(n))
+        seen = v.clone().requires_grad_()
+        out = dot_product_attention(q, q, seen, attn_bias=bias, causal=True, backend=backend)
+        (grad,) = torch.autograd.grad(out.sum(), seen)
+        hidden = torch.ones(n, n, dtype=torch.bool).triu(1)
+        weights = values.double().masked_fill(hidden, float("-inf")).softmax(-1)
+        assert difference(grad.sum(2), weights.sum((1, 2))[:, None].expand(2, 32)[None]) < 1e-5
+        if isinstance(bias, torch.Tensor):
+            assert_right(
+                [out, grad], [weights @ v.double(), weights.sum(1)[None, :, :, None].expand(1, 2, n, 32)], 1e-5
+            )
+
+
+@pytest.mark.parametrize("backend", ["auto", "tiled", "naive"])
 @pytest.mark.parametrize("n", [96, 1536])
 def test_scores_of_millions(backend, n):
     q, k, v = heads(n)
@@ -169,6 +190,20 @@ def test_rows_that_share_memory(way, step, dtype):
         copies = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         expected = results(dot_product_attention, *copies, backend=way, **arguments)
         assert_same(ours, expected, 1e-4 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window": 5}], ids=str)
+@pytest.mark.parametrize("way", WAYS)
+def test_heads_or_sequences_that_are_windows_of_a_signal(way, arguments):
+    """Neighbours begin one number apart, which PyTorch's CPU kernel reads and writes elsewhere."""
+    features, signal = torch.randn(1, 64, 33), torch.randn(64 * 32 + 3)
+    for windows in (features.unfold(-1, 32, 1).transpose(1, 2), signal.as_strided((4, 1, 64, 32), (1, 64 * 32, 32, 1))):
+        q, (k, v) = windows, torch.randn(2, *windows.shape)
+        try:
+            ours = dot_product_attention(q, k, v, backend=way, **arguments)
+        except NotImplementedError:
+            continue
+        assert_right([ours], [reference.attention(*(x.double().contiguous() for x in (q, k, v)), **arguments)])
 
 
 @pytest.mark.parametrize("shape", [(), (1,), (2, 1, 1), (1, 1, 40, 1)])

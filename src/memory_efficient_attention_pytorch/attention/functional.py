@@ -118,7 +118,7 @@ def dot_product_attention(
     output nor gradients. On a CPU the magnitudes of q, k and v are checked first, and where scores may exceed 2**16
     another way of computing is chosen, which rounds differently. Other devices skip the check, and PyTorch's kernels
     there lose scores above 2**16 in the log-sum-exp and return NaN for hidden products beyond fp32's range;
-    ``backend="products"`` does not. oneDNN's tiles, chosen by name, have the same limits.
+    ``backend="products"`` does not.
 
     Under autocast q, k and v are cast as for PyTorch's own attention. Differentiable once (the tiled backend raises on
     a second derivative). Sources: Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).

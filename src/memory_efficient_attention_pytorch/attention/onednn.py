@@ -319,8 +319,7 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
                 shared.start(of_tile, weights, minus_lse)
             else:
                 level = shared.start_biased(of_tile, weights).view(-1, 1)
-                assert bucket.rest is not None
-                above = bucket.above(level) + bucket.rest.unsqueeze(-1)
+                above = bucket.lse_above(level).unsqueeze(-1)
                 negligible = of_tile.negligible(-above)
                 if negligible is not None:
                     if negligible.all():

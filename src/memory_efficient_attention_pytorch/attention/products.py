@@ -40,9 +40,9 @@ class Products(Tiled):
             raw = weights
             modified = scores.modified(raw, bucket.bias_gradient)
             weights = modified.detach().clone()
-        weights.sub_(bucket.above(_add_and_hide(scores, weights, visible)))
-        if bucket.rest is not None:
-            weights.sub_(bucket.rest.unsqueeze(-1))
+        for part in bucket.above(_add_and_hide(scores, weights, visible)):
+            if part is not None:
+                weights.sub_(part)
         weights.exp_()
         survivors, survivor_scale = scores.survivors, 1 / (1 - request.dropout)
         grad_weights = _unfold(_fold(grad_out, values) @ values.mT, grad_out)

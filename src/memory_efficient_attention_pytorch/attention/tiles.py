@@ -226,6 +226,13 @@ def finite(level: Tensor) -> Tensor:
     return level.masked_fill(level == float("-inf"), 0.0)
 
 
+def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+    """Return the sum and its rounding error (Knuth's TwoSum)."""
+    total = a + b
+    of_b = total - a
+    return total, (a - (total - of_b)) + (b - of_b)
+
+
 def _mix(*values: int) -> int:
     """Return a 63-bit hash of integers (the finaliser of SplitMix64, Steele et al. 2014, chained)."""
     state = 0
@@ -265,15 +272,19 @@ class QueryBucket(NamedTuple):
         lse = lse.masked_fill(lse == float("-inf"), float("inf"))
         return QueryBucket(q, out, grad_out, lse, rest, delta, given.bias_gradient)
 
-    def above(self, level: Tensor | None) -> Tensor:
-        """Return the log-sum-exp without its rest, ``(b, h, i, 1)``, less the level of a tile's biases, if any."""
-        lse = self.lse.unsqueeze(-1)
-        return lse if level is None else lse - finite(level)
+    def above(self, level: Tensor | None) -> tuple[Tensor, Tensor | None]:
+        """Return the log-sum-exp less the level of a tile's biases, if any, and its rest, ``(b, h, i, 1)``."""
+        lse, rest = (None if x is None else x.unsqueeze(-1) for x in (self.lse, self.rest))
+        assert lse is not None
+        if level is None:
+            return lse, rest
+        above, lost = two_sum(lse, -finite(level))
+        return above, None if rest is None else rest + lost.masked_fill(lse == float("inf"), 0.0)
 
     def lse_above(self, level: Tensor | None) -> Tensor:
         """Return the log-sum-exp with its rest, ``(b, h, i)``, less the level of a tile's biases, if any."""
-        lse = self.above(level).squeeze(-1)
-        return lse if self.rest is None else lse + self.rest
+        lse, rest = self.above(level)
+        return (lse if rest is None else lse + rest).squeeze(-1)
 
 
 class LogSumExp(NamedTuple):
@@ -292,11 +303,8 @@ class LogSumExp(NamedTuple):
         for level in levels:
             if level is None:
                 continue
-            addend = finite(level)
-            total = high + addend
-            # The rounding error of the sum (Knuth's TwoSum).
-            low = low + ((high - (total - (total - high))) + (addend - (total - high)))
-            high = total
+            high, lost = two_sum(high, finite(level))
+            low = low + lost
         return LogSumExp(high.masked_fill(low == float("-inf"), float("-inf")), low)
 
     def below(self, level: Tensor) -> Tensor:
