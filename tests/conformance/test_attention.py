@@ -5,7 +5,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from memory_efficient_attention_pytorch import dot_product_attention, select_backend
+from memory_efficient_attention_pytorch import AlibiBias, dot_product_attention, select_backend
 from tests import reference
 from tests.conformance.cases import (
     BACKENDS,
@@ -232,6 +232,18 @@ def test_empty_batch(backend, kwargs):
     assert out.shape == (0, 4, 5, 8)
     for leaf, grad in zip((q, k, v), torch.autograd.grad(out.sum(), (q, k, v)), strict=True):
         assert grad.shape == leaf.shape
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_beside_a_bias(backend):
+    q = torch.randn(1, 2, 0, 8, requires_grad=True)
+    out = serve_or_skip(backend, lambda: dot_product_attention(q, q, q, attn_bias=AlibiBias(2), backend=backend))
+    assert out.shape == (1, 2, 0, 8)
+    q = torch.randn(1, 2, 3, 8)
+    out = serve_or_skip(
+        backend, lambda: dot_product_attention(q, q[:, :, :0], q[:, :, :0], attn_bias=AlibiBias(2), backend=backend)
+    )
+    assert out.equal(torch.zeros(1, 2, 3, 8))
 
 
 LSE_CASES = ["n7-m19", "causal-more-queries", "mask-right-padding", "bias-module-causal", "dropout-causal", "gqa"]

@@ -90,5 +90,11 @@ class CpuKernel(Tiled):
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copy tensors whose last dimension is not contiguous or whose rows overlap: PyTorch's kernels expect neither."""
-    return tuple(t if t.stride(-1) == 1 and t.stride(-2) >= t.shape[-1] else t.contiguous() for t in tensors)
+    """Copy tensors that PyTorch's kernels do not expect: the last dimension strided, or rows or heads that overlap."""
+    return tuple(t if _is_expected(t) else t.contiguous() for t in tensors)
+
+
+def _is_expected(heads: Tensor) -> bool:
+    *strides, last = heads.stride()
+    apart = all(stride != 1 for stride, size in zip(strides, heads.shape, strict=False) if size > 1)
+    return last == 1 and strides[-1] >= heads.shape[-1] and apart
