@@ -10,10 +10,11 @@ from torch.func import functional_call
 from torch.nn.modules.module import register_module_forward_hook
 from torch.nn.utils import parametrizations
 
-from memory_efficient_attention_pytorch import Attention, FeedForward, PreNorm, ReversibleSequence, Transformer
+from memory_efficient_attention_pytorch import Attention, Chunked, FeedForward, PreNorm, ReversibleSequence, Transformer
 from memory_efficient_attention_pytorch.recompute.by_hand import reason_against
 from memory_efficient_attention_pytorch.recompute.pieces import pieces_of
 from tests.agreement import assert_same, gradients
+from tests.branches import stored
 
 SHAPE = {"num_tokens": 29, "max_seq_len": 12, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "causal": True}
 PIECES = {"head_chunks": 2, "ff_chunks": 3}
@@ -163,6 +164,69 @@ def test_parametrized_weights():
             parametrizations.weight_norm(model.get_submodule(name))
         found.append(step(model, TOKENS))
     assert_same_step(*found)
+
+
+class Reversed(nn.Module):
+    """A reversible block of f and tanh."""
+
+    def __init__(self, f, whole):
+        super().__init__()
+        self.f, self.whole = f, whole
+
+    def forward(self, x):
+        blocks = [(self.f, nn.Tanh())]
+        return stored(blocks, x) if self.whole else ReversibleSequence(blocks)(x)
+
+
+COMPUTED = {
+    "attention": (lambda pieces: Attention(dim=16, heads=4, dim_head=4, head_chunks=pieces), "to_q"),
+    "feed-forward": (lambda pieces: FeedForward(16, chunks=pieces), "net.2"),
+    "chunked": (lambda pieces: Chunked(nn.Linear(16, 16), chunks=pieces), "module"),
+    "branches": (lambda pieces: Reversed(nn.Linear(16, 16), whole=pieces == 1), "f"),
+}
+
+
+@pytest.mark.parametrize("leaf", [True, False])
+@pytest.mark.parametrize(("make", "name"), COMPUTED.values(), ids=COMPUTED)
+def test_a_weight_that_is_no_parameter_has_its_gradient(make, name, leaf):
+    """A tensor put in a parameter's place, computed by a hypernetwork or in an inner step of learning to learn."""
+    found = []
+    for pieces in (1, 2):
+        torch.manual_seed(0)
+        net, x = make(pieces), torch.randn(2, 7, 16, requires_grad=True)
+        layer = net.get_submodule(name)
+        weight = layer.weight.detach().clone().requires_grad_()
+        del layer.weight
+        layer.weight = weight if leaf else weight.tanh()
+        out = net(x)
+        found.append([out, *gradients(out, [x, weight])])
+    assert_same(*found, 1e-5)
+
+
+def test_a_result_that_a_module_keeps_is_no_weight():
+    """Its graph is gone by the next step."""
+
+    class Keeps(nn.Linear):
+        def forward(self, x):
+            self.kept = super().forward(x).square()
+            return self.kept
+
+    net = ReversibleSequence([(Keeps(8, 8), Keeps(8, 8))])
+    for _ in range(2):
+        net(torch.randn(2, 5, 8)).sum().backward()
+        assert net.blocks[0][0].kept.requires_grad
+
+
+@pytest.mark.parametrize("kind", [nn.Linear, nn.LayerNorm, nn.GELU, FeedForward, Attention])
+def test_a_class_whose_forward_was_replaced_runs_it(kind, monkeypatch):
+    forward, model = kind.forward, build(**PIECES)
+    before = model(TOKENS)
+    monkeypatch.setattr(kind, "forward", lambda self, x, *rest, **kwargs: forward(self, x, *rest, **kwargs) * 2)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        ours, truth = (build(**settings)(TOKENS) for settings in (PIECES, {"reversible": False}))
+    assert_same([ours], [truth], 1e-9)
+    assert not torch.allclose(ours, before)
 
 
 def test_a_warning_names_the_option_the_layer_and_the_reason_once():

@@ -60,7 +60,7 @@ class Bias:
         if is_score_mod(values):
             captured = () if 0 in shape else captured_by(values, q.device, full_dtype(q.dtype))
             return Bias(values, shape, False, of_score=True, captured=captured)
-        trained = isinstance(values, nn.Module) and any(p.requires_grad for p in values.parameters())
+        trained = any(p.requires_grad for p in _parameters(values))
         position = torch.zeros(1, dtype=torch.long, device=q.device)
         at_one = values(position, position)
         canonical_broadcast(at_one, (*shape[:2], 1, 1), "attn_bias module's output")
@@ -82,7 +82,7 @@ class Bias:
     def leaves(self) -> tuple[Tensor, ...]:
         """The tensors that receive gradients: the bias tensor, a module's parameters, or what a function captures."""
         if isinstance(self.values, nn.Module):
-            return *self.values.parameters(), *self.captured
+            return *_parameters(self.values), *self.captured
         return self.captured if self.tensor is None else (self.tensor,)
 
     def with_tensor(self, tensor: Tensor | None) -> Bias:
@@ -162,6 +162,10 @@ class BiasGradient:
         for leaf in self._sums.wanted:
             self._sums.total(leaf)
         return self._sums.results
+
+
+def _parameters(values: BiasModule) -> tuple[Tensor, ...]:
+    return SeenParameters([values]).take() if isinstance(values, nn.Module) else ()
 
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

@@ -9,14 +9,15 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from ..torch_internals.engine import version, version_attribute
-from ..torch_internals.hooks import get_buffer, put_buffer, put_parameter, tensor_has_hooks
+from ..torch_internals.hooks import get_buffer, has_pre_hooks, put_buffer, put_parameter, tensor_has_hooks
 
 
 class SeenParameters:
     """Records where modules held their parameters during a forward pass, each parameter once.
 
     Backward differentiates what forward saw, even if the modules hold other parameters by then
-    (``torch.func.functional_call``). The caller keeps the tensors themselves: see :meth:`take`.
+    (``torch.func.functional_call``). A leaf that a module has as a plain attribute counts, too, and a weight of
+    PyTorch's own modules that was computed from others. The caller keeps the tensors themselves: see :meth:`take`.
     """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
@@ -24,6 +25,8 @@ class SeenParameters:
         for part in dict.fromkeys(part for module in modules for part in module.modules()):
             for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
                 found.setdefault(parameter, []).append((part, name))
+            for name, tensor in _plain_attributes(part):
+                found.setdefault(tensor, []).append((part, name))
         self._places = list(found.values())
         self._tensors = tuple(found)
 
@@ -56,6 +59,17 @@ class SeenParameters:
                         stack.callback(put_parameter, module, name, before)
                         put_parameter(module, name, leaf)
             yield
+
+
+def _plain_attributes(module: nn.Module) -> list[tuple[str, Tensor]]:
+    """Return a module's attributes that are neither parameters nor buffers, and that its forward may differentiate.
+
+    Leaves, and what PyTorch's own modules hold: others may have stored a result there, whose graph is gone.
+    """
+    found = [(name, x) for name, x in vars(module).items() if isinstance(x, Tensor) and x.requires_grad]
+    # What a hook computes before each forward (PyTorch's older weight_norm) is the last one's, and computed again.
+    computed = type(module).__module__.startswith("torch.nn.") and not has_pre_hooks(module)
+    return [(name, x) for name, x in found if x.is_leaf or computed]
 
 
 class SeenModes:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import torch
 from torch import nn
 
 from ..torch_internals.hooks import all_modules_have_hooks, module_has_hooks
@@ -22,6 +23,8 @@ def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
     bound = (getattr(own, "__func__", None), getattr(own, "__self__", None))
     if own is not None and (bound[0] is not type(module).forward or bound[1] is not module):
         return "its forward has been replaced"
+    if not torch.compiler.is_compiling() and not _is_as_written(type(module)):
+        return "its class's forward has been replaced"
     if module_has_hooks(module):
         return "it has hooks"
     if all_modules_have_hooks():
@@ -29,3 +32,13 @@ def reason_against(module: nn.Module, *known: type[nn.Module]) -> str | None:
     if not are_plain(*module.parameters(recurse=False)):
         return "its parameters are tensors of another type, or within a transform of torch.func"
     return None
+
+
+def _is_as_written(kind: type[nn.Module]) -> bool:
+    """Return False if a class of PyTorch's or of this package has a ``forward`` from elsewhere, or a ``__call__``."""
+    for each in kind.__mro__:
+        known = each.__module__.partition(".")[0] in ("torch", __name__.partition(".")[0])
+        written_in = getattr(vars(each).get("forward"), "__globals__", {}).get("__name__")
+        if "forward" in vars(each) and known and written_in != each.__module__:
+            return False
+    return kind.__call__ is nn.Module.__call__

@@ -39,6 +39,11 @@ def module_has_hooks(module: nn.Module) -> bool:
     return names is None or any(getattr(module, name) for name in names)
 
 
+def has_pre_hooks(module: nn.Module) -> bool:
+    """True if hooks run before the module's forward, or if PyTorch cannot tell."""
+    return bool(getattr(module, "_forward_pre_hooks", True))
+
+
 def all_modules_have_hooks() -> bool:
     """True if there are global module hooks, or if PyTorch cannot tell."""
     kinds = hooks_of_all_modules()
@@ -64,8 +69,9 @@ def node_has_hooks(node: Node) -> bool:
 
 
 def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
-    """Replace the module's parameter of this name by ``tensor``, of any class, as ``functional_call`` does."""
-    module._parameters[name] = tensor  # type: ignore[assignment]
+    """Replace the module's parameter (or plain attribute) by ``tensor``, of any class, as ``functional_call`` does."""
+    places: dict[str, Any] = module._parameters if name in module._parameters else vars(module)
+    places[name] = tensor
 
 
 def get_buffer(module: nn.Module, name: str) -> Tensor | None:
