@@ -158,8 +158,8 @@ def test_the_fused_kernel_meets_no_denormal_weight_in_backward(monkeypatch):
 def test_the_future_decides_about_no_weight(way, first, future, slope):
     """Where far values are so large that weights below 2**-100 show, whether these count depends on the past alone."""
     skip_unless_usable(way)
-    if way == "cpu_kernel" and future.get("k") == 1e20:
-        pytest.skip("the kernel refuses such keys")
+    if way != "products" and future.get("k") == 1e20:
+        pytest.skip("the kernels refuse such keys")
     generator = torch.Generator().manual_seed(0)
     heads = {name: torch.randn(1, 2, 256, D, generator=generator) / 100 for name in "qkv"}
     heads["v"][:, :, :64], heads["v"][:, :, 64:] = 1e28, 0.0
