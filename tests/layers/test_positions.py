@@ -55,6 +55,21 @@ def test_positions_may_lie_between_tokens_and_bases_be_any(base):
         assert (found.double() - truth).abs().max() < 4e-7
 
 
+def test_a_model_takes_the_base_of_its_rotary_positions():
+    torch.manual_seed(0)
+    model, x = Transformer(**SHAPE, positions="rotary", rotary_base=500_000.0), torch.randint(32, (1, 40))
+    other = Transformer(**SHAPE, positions="rotary")
+    other.load_state_dict(model.state_dict())
+    assert not torch.allclose(model(x), other(x))
+    other.rotary = RotaryEmbedding(8, 500_000.0)
+    assert_same([model(x)], [other(x)], 0.0)
+    for base in (0.0, -1.0, math.nan, math.inf):
+        with pytest.raises(ValueError, match=f"rotary_base: expected a number above 0, got {base}"):
+            Transformer(**SHAPE, rotary_base=base)
+        with pytest.raises(ValueError, match=f"base: expected a number above 0, got {base}"):
+            RotaryEmbedding(8, base)
+
+
 @pytest.mark.parametrize("heads", [1, 2, 8, 12])
 def test_slopes_are_those_of_the_paper(heads):
     def of_power(count):

@@ -49,6 +49,7 @@ class MemoryEfficientConfig(PreTrainedConfig):
     kv_heads: int | None = None
     window: Any = None
     positions: str = "learned"
+    rotary_base: float = 10000.0
     dropout: float = 0.0
     head_chunks: int | None = None
     keep_attention: bool | str = False

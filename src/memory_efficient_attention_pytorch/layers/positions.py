@@ -19,7 +19,8 @@ class RotaryEmbedding(nn.Module):
 
     Args:
         dim: width of a head, even.
-        base: the slowest rotation's wavelength is about ``2π · base`` tokens.
+        base: above 0; the slowest rotation's wavelength is about ``2π · base`` tokens. Sequences longer than that want
+            more, 500,000 say.
 
     Examples:
         >>> import torch
@@ -34,6 +35,7 @@ class RotaryEmbedding(nn.Module):
         super().__init__()
         require_positive_int("dim", dim)
         require(dim % 2 == 0, "dim", "an even width for rotary positions", dim)
+        require(0 < base < math.inf, "base", "a number above 0", base)
         self.dim, self.base = dim, base
 
     def forward(self, positions: Tensor) -> tuple[Tensor, Tensor]:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import functools
 import inspect
+import math
 import types
 import typing
 from collections.abc import Callable
@@ -63,6 +64,12 @@ class TransformerConfig:
     positions: str = field(
         default="learned", metadata=knob("position encoding", choices=("learned", "rotary", "alibi", "none"))
     )
+    rotary_base: float = field(
+        default=10000.0,
+        metadata=knob(
+            "base of rotary positions, the slowest of which turn once in about 6 times as many tokens", low=0
+        ),
+    )
     dropout: float = field(default=0.0, metadata=knob("dropout of attention weights", low=0))
     head_chunks: int | None = field(
         default=None, metadata=knob("groups of heads that attention is computed in", low=1, unset=_BY_SHAPE)
@@ -92,6 +99,7 @@ class TransformerConfig:
             value = getattr(self, name)
             if about["low"] == 1 and not (value is None and about["unset"]):
                 require_positive_int(name, value)
+        require(0 < self.rotary_base < math.inf, "rotary_base", "a number above 0", self.rotary_base)
         choices = KNOBS["positions"]["choices"]
         require(self.positions in choices, "positions", f"one of {', '.join(choices)}", repr(self.positions))
 

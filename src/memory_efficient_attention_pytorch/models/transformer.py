@@ -63,7 +63,7 @@ class Transformer(nn.Module):
         self.num_tokens, self.max_seq_len, self.dim = num_tokens, config.max_seq_len, dim
         self.token_emb = nn.Embedding(num_tokens, dim)
         self.pos_emb = nn.Embedding(config.max_seq_len, dim) if config.positions == "learned" else None
-        self.rotary = RotaryEmbedding(config.dim_head) if config.positions == "rotary" else None
+        self.rotary = RotaryEmbedding(config.dim_head, config.rotary_base) if config.positions == "rotary" else None
         self.alibi = AlibiBias(config.heads) if config.positions == "alibi" else None
         attention = FlashAttention if config.use_flash_attn else Attention
         # Where activations are stored, pieces would only cost a recomputation, so they are used only on request.

@@ -76,6 +76,7 @@ class TrainConfig:
     seq_len: int = _option(256, "tokens in one training window", "model", low=2)
     window: int | None = _model("window", help="a token sees at most this many tokens before it", low=1)
     positions: str = _model("positions", "rotary")
+    rotary_base: float = _model("rotary_base")
     dropout: float = _model("dropout")
     tie_embeddings: bool = _model("tie_embeddings")
     reversible: bool | None = _model("reversible", None, unset="where memory is short")
@@ -311,5 +312,7 @@ def _check_combination(config: TrainConfig) -> None:
         raise ValueError(f"final_learning_rate is a part of the peak, from 0 to 1, got {config.final_learning_rate}")
     if config.learning_rate == 0:
         raise ValueError("learning_rate must be above 0, got 0.0")
+    if config.rotary_base == 0:
+        raise ValueError("rotary_base must be above 0, got 0.0")
     if list(config.data).count("-") > 1:
         raise ValueError("data names standard input (-) more than once")
