@@ -48,9 +48,9 @@ def bias_of(height, n, m):
 def test_a_huge_bias_over_a_whole_row(way, height, n, m):
     q, k, v = heads(n, m)
     arguments = {"attn_bias": bias_of(height, n, m), "q_bucket_size": 512, "k_bucket_size": 512}
-    if abs(height) >= 1e20 and way in ("cpu_kernel", "sdpa", "cpu", "onednn"):
+    if abs(height) >= 1e20 and way in ("sdpa", "cpu"):
         # There fp64 rounds the scores away, which the kernels do not.
-        with pytest.raises(NotImplementedError, match="biases all be huge"):
+        with pytest.raises(NotImplementedError, match="its scores count as equal"):
             dot_product_attention(q, k, v, backend=way, **arguments)
         return
     ours = results(dot_product_attention, q, k, v, backend=way, **arguments)
@@ -190,6 +190,39 @@ def test_rows_that_share_memory(way, step, dtype):
         copies = (x.clone(memory_format=torch.contiguous_format) for x in (q, k, v))
         expected = results(dot_product_attention, *copies, backend=way, **arguments)
         assert_same(ours, expected, 1e-4 if dtype == torch.float32 else 5e-2)
+
+
+@pytest.mark.parametrize("way", WAYS)
+def test_a_huge_bias_of_what_a_query_sees(way):
+    """Only what causality leaves counts, for each row by itself: other rows and sequences change nothing."""
+    n = 600
+    q, k, v = torch.randn(3, 2, 1, n, 32).unbind()
+    bias = torch.zeros(2, 1, n, n)
+    bias[0, :, :, :300] = LEAST  # the first 300 queries see nothing else
+    other = bias.clone()
+    other[1, :, 5] = LEAST
+    try:
+        ours, others = (
+            results(dot_product_attention, q, k, v, attn_bias=x, causal=True, backend=way) for x in (bias, other)
+        )
+    except NotImplementedError:
+        assert way in ("sdpa", "cpu")
+        return
+    assert_right(ours, truth(q, k, v, attn_bias=bias, causal=True))
+    assert_same([x[0] for x in ours], [x[0] for x in others], 0.0)
+
+
+@pytest.mark.parametrize("way", ["naive", "products", "cpu_kernel", "onednn", "auto"])
+def test_a_module_of_biases_beside_which_scores_are_equal(way):
+    q, k, v = heads(300, seed=4)
+
+    def module(queries, keys):
+        near = (queries[:, None] - keys).abs() * -0.25
+        return torch.where(queries[:, None] < 100, torch.full_like(near, -1e30), near)
+
+    at = torch.arange(300).double()
+    ours = results(dot_product_attention, q, k, v, attn_bias=module, backend=way, k_bucket_size=128)
+    assert_right(ours, truth(q, k, v, attn_bias=module(at, at)))
 
 
 @pytest.mark.parametrize("arguments", [{}, {"causal": True}, {"window": 5}], ids=str)

@@ -9,7 +9,7 @@ from ..torch_internals import attention_kernels
 from .negligible import NEGLIGIBLE, largest_products
 from .products import Products
 from .request import IMMODERATE, AttentionRequest
-from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients
+from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, rounded_away
 from .way import OF_SCORE, BackwardInputs
 
 
@@ -53,6 +53,8 @@ class CpuKernel(Tiled):
         dtype = scores.request.compute_dtype
         visible = scores.visible
         added, level = scores.relative(dtype, visible)
+        if level is not None and rounded_away(level) is not None:
+            return Products().attend(scores, q, k, v)
         negligible = None if level is None or scores.seen is None else scores.negligible(scores.seen.below(level))
         if negligible is not None and negligible.all():
             return None
@@ -70,6 +72,8 @@ class CpuKernel(Tiled):
         kernel = attention_kernels.cpu_kernel()
         assert kernel is not None
         added, level = scores.relative(scores.request.compute_dtype, scores.visible)
+        if level is not None and rounded_away(level) is not None:
+            return Products().differentiate(scores, bucket, k, v)
         lse = bucket.lse_above(level)
         if added is not None and level is not None and scores.bound is not None:
             # The kernel keeps its scores inside, so weights are hidden that are negligible whatever the scores: those

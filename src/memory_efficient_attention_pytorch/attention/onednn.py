@@ -34,6 +34,7 @@ from .tiles import (
     empty_results,
     finite,
     nearest_first,
+    rounded_away,
     tiles,
 )
 from .visibility import Tile
@@ -276,7 +277,7 @@ class _Softmax:
             if negligible.all():
                 return False
             level = level.masked_fill(negligible.view(-1, 1), -math.inf)
-        keys.add_product(scores.mul_(LOG2_E), self.queries)
+        _add_product(keys, scores.mul_(LOG2_E), self.queries, rounded_away(level))
         higher = torch.maximum(self.level, level)
         before = self.top + (self.level - finite(higher)).mul_(LOG2_E)
         rise = (level - finite(higher)).mul_(LOG2_E)
@@ -315,10 +316,12 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
             j = tile.j1 - tile.j0
             of_tile, keys, values = Scores(request, part, tile, of_row), k[tile.keys], v[tile.keys]
             weights, grads = scratch.take("weights", j, i), scratch.take("gradients", j, i)
+            equal = None
             if request.bias is None:
                 shared.start(of_tile, weights, minus_lse)
             else:
                 level = shared.start_biased(of_tile, weights).view(-1, 1)
+                equal = rounded_away(level)
                 above = bucket.lse_above(level).unsqueeze(-1)
                 negligible = of_tile.negligible(-above)
                 if negligible is not None:
@@ -326,7 +329,8 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
                         continue
                     above = above.masked_fill(negligible.unsqueeze(-1), math.inf)
                 weights.sub_(above[0, 0].t()).mul_(LOG2_E)
-            by_queries.add_product(weights, scratch.take("keys", *keys.shape).copy_(keys))
+            dense = scratch.take("keys", *keys.shape).copy_(keys)
+            _add_product(by_queries, weights, dense, None if equal is None else equal.t())
             weights.exp2_()
             survivors, values = of_tile.survivors, scratch.take("values", *values.shape).copy_(values)
             if survivors is None:
@@ -343,6 +347,14 @@ def _differentiate(shared: _Shared, part: Part, given: BackwardInputs, *gradient
             if given.bias_gradient.wanted:
                 given.bias_gradient.add(tile, part.batch, part.heads, grads.t()[None, None])
         grad_q[row.queries] = of_queries.t().mul_(request.scale)
+
+
+def _add_product(packed: PackedWeight, scores: Tensor, values: Tensor, equal: Tensor | None) -> None:
+    """Add products to the scores, except to those that count as equal beside their biases."""
+    biases = None if equal is None else scores.clone()
+    packed.add_product(scores, values)
+    if equal is not None and biases is not None:
+        torch.where(equal, biases, scores, out=scores)
 
 
 class _Packed:

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .request import ROUNDED_AWAY
-from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite
+from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite, rounded_away
 
 
 class Products(Tiled):
@@ -72,8 +71,9 @@ def _add_and_hide(scores: Scores, values: Tensor, visible: Tensor | None) -> Ten
     """Add biases less each row's level to the scores and hide what is masked; return the level, None without biases."""
     added, level = scores.relative(values.dtype, visible)
     if added is not None and level is not None:
-        if not scores.request.moderate:
-            values.masked_fill_(finite(level).abs() >= ROUNDED_AWAY, 0.0)
+        rows = rounded_away(level)
+        if rows is not None:
+            values.masked_fill_(rows, 0.0)
         values.add_(added)
     if visible is not None:
         values.masked_fill_(~visible, float("-inf"))

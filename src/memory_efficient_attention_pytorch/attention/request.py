@@ -21,9 +21,7 @@ LARGEST_BIAS, LARGEST_SCORE, LARGEST_VALUE = 2.0**12, 2.0**16, 2.0**96
 resolution of scores; up to this value products of values stay finite."""
 ROUNDED_AWAY = 2.0**56
 """Biases beside which fp64 has no digits left for ordinary scores, which then count as equal."""
-IMMODERATE = (
-    f"scores of q and k may exceed {LARGEST_SCORE:.0f}, values be near the end of fp32, or a row's biases all be huge"
-)
+IMMODERATE = f"scores of q and k may exceed {LARGEST_SCORE:.0f}, or values be near the end of fp32"
 
 
 @dataclass(frozen=True)
@@ -137,7 +135,7 @@ def build_request(
         q_bucket_size=q_bucket_size,
         k_bucket_size=k_bucket_size,
         return_lse=return_lse,
-        moderate=_are_moderate(q, k, v, scale, bias, divided),
+        moderate=_are_moderate(q, k, v, scale, divided),
     )
 
 
@@ -158,7 +156,7 @@ def _dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
     return b, h, kv, n, m, d, e
 
 
-def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | None, divided: Divided | None) -> bool:
+def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, divided: Divided | None) -> bool:
     """Return True if q, k and v are known to be small; checked only on CPUs, since elsewhere the host would wait."""
     if device_type(q.device) != "cpu":
         return False
@@ -180,9 +178,6 @@ def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, bias: Bias | No
         q_norm, k_norm = of_all(*norms)
         if not q_norm * k_norm * abs(scale) <= LARGEST_SCORE:
             return False
-    if bias is not None and bias.tensor is not None:
-        level = bias.tensor.detach().amax(dim=-1)
-        return bool(((level.abs() < ROUNDED_AWAY) | (level == float("-inf"))).all())
     return True
 
 

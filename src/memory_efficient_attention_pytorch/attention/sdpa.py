@@ -8,8 +8,8 @@ from torch import Tensor
 
 from ..torch_internals.tensors import is_fake
 from .cpu_kernel import unit_stride
-from .request import IMMODERATE, LARGEST_BIAS, AttentionRequest
-from .tiles import Scores, less_level
+from .request import IMMODERATE, LARGEST_BIAS, ROUNDED_AWAY, AttentionRequest
+from .tiles import Scores, less_level, rounded_away
 from .way import OF_SCORE, Way
 
 
@@ -75,6 +75,10 @@ def not_whole(request: AttentionRequest) -> str | None:
             return f"the bias's dtype {bias.tensor.dtype} is not that of q, {request.dtype}"
     if 0 in (request.b, request.n, request.m):
         return "there is nothing to attend"
+    if bias is not None and request.device_type == "cpu":
+        added = Scores.all_of(request).added(request.compute_dtype)
+        if added is not None and rounded_away(added.amax(-1)) is not None:
+            return f"beside a row's biases, all beyond {ROUNDED_AWAY:.0e}, its scores count as equal"
     return None
 
 

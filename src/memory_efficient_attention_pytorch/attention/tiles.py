@@ -17,11 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.dry_run import Alike, each
+from ..common.dry_run import Alike, device_type, each
+from ..torch_internals.tensors import is_fake
 from .bias import BiasGradient
 from .broadcasting import EVERYTHING
 from .negligible import NEGLIGIBLE
-from .request import AttentionRequest
+from .request import ROUNDED_AWAY, AttentionRequest
 from .visibility import Row, Tile, Visibility
 from .way import BackwardInputs, Way
 
@@ -224,6 +225,18 @@ def less_level(added: Tensor) -> tuple[Tensor, Tensor]:
 def finite(level: Tensor) -> Tensor:
     """Replace −∞ by 0."""
     return level.masked_fill(level == float("-inf"), 0.0)
+
+
+def rounded_away(level: Tensor) -> Tensor | None:
+    """Return in which rows the largest bias is so huge that scores count as equal; None if a CPU knows of none.
+
+    level: as of :meth:`Scores.relative`. See ``ROUNDED_AWAY``.
+    """
+    rows = finite(level).abs() >= ROUNDED_AWAY
+    if device_type(level.device) != "cpu":
+        return rows
+    unknown = is_fake(level) or torch.compiler.is_compiling()
+    return None if unknown or not rows.any() else rows
 
 
 def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
