@@ -5,9 +5,11 @@ import torch
 
 pytest.importorskip("transformers")
 
+from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from memory_efficient_attention_pytorch.cli import main
+from memory_efficient_attention_pytorch.huggingface import MemoryEfficientForCausalLM
 from memory_efficient_attention_pytorch.training.run_directory import load_run
 
 from .test_generate import make_run
@@ -37,3 +39,22 @@ def test_a_directory_that_holds_something_is_left_alone(tmp_path, capsys):
     (tmp_path / "full" / "file").touch()
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "full")]) == 2
     assert "empty directory" in capsys.readouterr().err
+
+
+def test_a_full_disk_leaves_nothing_and_is_told(tmp_path, capsys, monkeypatch):
+    make_run(tmp_path / "run")
+
+    def fail(model, directory):
+        (directory / "config.json").write_text("{}")
+        raise SafetensorError("No space left on device")
+
+    monkeypatch.setattr(MemoryEfficientForCausalLM, "save_pretrained", fail)
+    before = sorted(path.name for path in tmp_path.iterdir())
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 1
+    assert "exported (No space left on device): nothing was written" in capsys.readouterr().err
+    assert sorted(path.name for path in tmp_path.iterdir()) == before
+
+
+def test_a_name_that_safetensors_cannot_write_is_refused(tmp_path, capsys):
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "e\udce9")]) == 2
+    assert "DIR: expected a name in UTF-8" in capsys.readouterr().err

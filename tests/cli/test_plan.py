@@ -150,6 +150,13 @@ def test_budget_from_the_machine(capsys):
     [
         (["--budget", "8XB"], "mea plan: budget: expected a size above zero such as 8GB, 8GiB or 8000M, got '8XB'"),
         (["--seq-len", "0"], "mea plan: seq_len: expected a positive integer, got 0"),
+        (["--seq-len", str(2**63 - 1)], "mea plan: batch_size and seq_len make"),
+        (["--batch-size", str(2**63)], "mea plan: batch_size and seq_len make"),
+        (["--dim", str(2**63 - 1)], "mea plan: dim, ff_mult, heads and dim_head make"),
+        (["--depth", str(2**63 - 1)], "mea plan: depth must be at most 65536"),
+        (["--num-tokens", str(2**63 - 1)], "mea plan: num_tokens must be at most"),
+        (["--shards", str(2**63 - 1)], "mea plan: shards must be at most 65536"),
+        (["--context", str(2**63)], "mea plan: context must be at most 65536"),
         (["--dim", "-3"], "mea plan: dim: expected a positive integer, got -3"),
         (["--precision", "int8"], "mea plan: argument --precision: invalid choice: 'int8'"),
         (["--keep-attention", "gpu"], "mea plan: argument --keep-attention/--no-keep-attention: invalid choice: 'gpu'"),

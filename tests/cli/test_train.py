@@ -172,6 +172,8 @@ def test_options_from_toml_with_the_command_line_going_first(mea, text, here):
         (["--data", "empty.txt"], ["the text is empty"]),
         (["--data", "short.txt"], ["too short", "--seq-len"]),
         (["--data", "/proc/self/mem"], ["cannot read /proc/self/mem: Input/output error"]),
+        (["--data", ""], ["data: expected names of files and directories, got an empty one"]),
+        (["--out", ""], ["--out: expected the name of a directory, got an empty one"]),
         (["--data", "folder"], ["the directory", "folder has no files"]),
         (["--data", "-"], ["standard input is empty"]),
         (["--data", "latin.txt", "--vocab-size", "300"], ["latin.txt is not UTF-8 at byte 1", "train on bytes"]),

@@ -68,3 +68,12 @@ def test_text_is_broken_for_a_terminal_only(capsys, monkeypatch):
     monkeypatch.setenv("COLUMNS", "40")
     monkeypatch.setattr(sys.stdout, "isatty", lambda: True)
     assert fitted(text) == wrapped(text, 40)
+
+
+def test_a_note_is_no_markup(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("COLUMNS", "80")
+    live = Live()
+    live.started("the plan", tmp_path, 0, 9)
+    live.notice("runs[/b]/[lr=3] holds no checkpoint")
+    live.close()
+    assert "note: runs[/b]/[lr=3] holds no checkpoint" in capsys.readouterr().out

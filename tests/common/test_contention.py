@@ -183,8 +183,8 @@ def test_where_it_does_nothing(clock, monkeypatch, case):
     elif case == "address space":
         monkeypatch.setattr("resource.getrlimit", lambda which: (2**40, 2**40))
     elif case == "another OpenMP":
-        loaded = "libgomp-1.so libiomp5.so"
-        monkeypatch.setattr(openmp, "open", lambda path: io.StringIO(loaded), raising=False)
+        loaded = b"libgomp-1.so libiomp5.so"
+        monkeypatch.setattr(openmp, "open", lambda path, mode: io.BytesIO(loaded), raising=False)
         monkeypatch.setattr(contention, "set_own_threads", Capability("afresh", openmp.set_own_threads._find))
     elif case == "many CPUs":
         monkeypatch.setattr(os, "sched_getaffinity", lambda process: range(5))
@@ -213,6 +213,17 @@ def test_a_process_that_cannot_start_threads_goes_on(clock, monkeypatch):
 
 def test_a_process_with_a_limit_of_threads_goes_on():
     assert run(LIMITED) == ["False", "False"]
+
+
+def test_a_mapped_file_whose_name_is_no_utf8(tmp_path):
+    """As every checkpoint is that lies in a directory with such a name."""
+    script = (
+        "import mmap, sys, torch\nfrom memory_efficient_attention_pytorch import dot_product_attention\n"
+        "file = open(sys.argv[1].encode() + b'\\xe9', 'wb+')\nfile.write(b'x' * 4096)\nfile.flush()\n"
+        "mapped = mmap.mmap(file.fileno(), 4096)\ntorch.set_num_threads(2)\nq = torch.randn(1, 1, 4, 8)\n"
+        "dot_product_attention(q, q, q)\nprint('done')"
+    )
+    assert run(script, str(tmp_path / "mapped")) == ["done"]
 
 
 def test_who_looks(monkeypatch):

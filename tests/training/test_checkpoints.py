@@ -172,9 +172,17 @@ def test_a_checkpoint_is_replaced_whole(store):
     assert store.find().state.validation_loss == 2.0
 
 
+def damage(store, step):
+    with (store.root / f"step-{step:08d}" / "optimizer.safetensors").open("r+b") as file:
+        file.truncate(8)
+
+
 def test_what_lies_beyond_a_step_gets_another_name(store):
     save_steps(store, {10: 3.0, 20: 2.0, 30: 2.0})
     for number in ("", "1"):
+        store.set_aside_after(20)
+        assert (store.root / "step-00000030").exists(), "it is intact"
+        damage(store, 30)
         store.set_aside_after(20)
         assert (store.root / f"step-00000030.damaged{number}/model.safetensors").exists()
         assert store.find().state.step == 20
@@ -205,6 +213,7 @@ def test_what_belongs_to_someone_else_is_left_alone(store):
     save_steps(store, {11: 3.0, 12: 2.0, 13: 2.5})
     assert store.find().state.step == 13
     store.prune(keep=1)
+    damage(store, 13)
     store.set_aside_after(12)
     store.remove_unfinished()
     ours = {"step-00000012", "step-00000013.damaged"}
@@ -212,10 +221,60 @@ def test_what_belongs_to_someone_else_is_left_alone(store):
     assert (elsewhere / "model.safetensors").exists()
 
 
+def test_a_checkpoint_in_which_the_user_put_something_is_kept(store):
+    save_steps(store, {10: 3.0, 11: 3.0, 12: 2.0, 13: 2.5})
+    (store.root / "step-00000010/notes.txt").write_text("mine")
+    shutil.copytree(store.root / "step-00000011", store.root / "step-0000000011")  # no name of ours
+    store.prune(keep=1)
+    names = {path.name for path in store.root.iterdir()}
+    assert names == {"step-00000010", "step-0000000011", "step-00000012", "step-00000013"}
+
+
+def test_checkpoints_of_another_step_than_their_names_are_told(store):
+    save_steps(store, {10: 3.0, 11: 2.0})
+    assert store.renamed() == []
+    elsewhere = store.root.parent / "elsewhere"
+    (store.root / "step-00000010").rename(elsewhere)
+    (store.root / "step-00000010").symlink_to(elsewhere)
+    assert store.renamed() == [], "moved, with a link in its place"
+    (store.root / "step-00000016").symlink_to(elsewhere)
+    shutil.copytree(store.root / "step-00000011", store.root / "step-00000099")
+    assert sorted(store.renamed()) == ["step-00000016 is of step 10", "step-00000099 is of step 11"]
+
+
+def test_checkpoints_that_cannot_be_reached_are_no_missing_ones(store):
+    assert store.find() is None
+    store.root.symlink_to(store.root.parent / "not-mounted")
+    with pytest.raises(FileNotFoundError, match=store.root.name):
+        store.find()
+
+
+@pytest.mark.parametrize("kind", ["file", "link"])
+def test_something_else_of_a_checkpoints_name_is_told(store, kind):
+    store.root.mkdir(parents=True, exist_ok=True)
+    path = store.root / "step-00000010"
+    path.write_text("mine") if kind == "file" else path.symlink_to("nowhere")
+    with pytest.raises(FileExistsError, match="something else has the name, which is to be moved away"):
+        save_steps(store, {10: 3.0})
+    assert os.path.lexists(path)
+
+
+@pytest.mark.parametrize("state", ['{"step": "six"}', '{"step": -1}', '{"step": 1, "seconds": "long"}', "[]"])
+def test_a_state_of_other_kinds_is_damage(store, state):
+    save_steps(store, {10: 3.0})
+    (store.root / "step-00000010/state.json").write_text(state)
+    said = []
+    assert store.find(report=said.append) is None
+    assert len(said) == 1
+    assert "is damaged" in said[0]
+
+
 def test_steps_beyond_eight_digits_are_in_order(store):
     save_steps(store, {99_999_999: 3.0, 100_000_000: 2.0})
     assert store.find().state.step == 100_000_000
+    damage(store, 100_000_000)
     store.set_aside_after(99_999_999)
+    assert (store.root / "step-100000000.damaged").exists()
     assert store.find().state.step == 99_999_999
 
 

@@ -144,13 +144,20 @@ def test_a_directory_that_cannot_be_read_is_refused(tmp_path, monkeypatch):
         find_documents([tmp_path])
 
 
+def test_what_is_neither_a_file_nor_a_directory_is_told(tmp_path):
+    os.mkfifo(tmp_path / "pipe")
+    with pytest.raises(ValueError, match=r"data: .*pipe is neither a file nor a directory"):
+        find_documents([tmp_path])
+
+
 @pytest.mark.parametrize("left", ["data/corpus.json", "metrics.jsonl", ".lock", ".data.partial"])
 def test_a_run_is_no_text(tmp_path, left):
     run = tmp_path / "experiments" / "seven"
     (run / "data").mkdir(parents=True)
     (run / left).touch()
     (run / "standard-input.txt").write_text("a copy")
-    (run / "config.toml").write_text(dump_config(TrainConfig()))
+    edited = "\ufeff# what I changed\n\n" if left == "metrics.jsonl" else ""
+    (run / "config.toml").write_text(edited + dump_config(TrainConfig()))
     (tmp_path / "a.txt").write_text("text")
     # A configuration that was copied out of a run is no run, and that of something else neither.
     (tmp_path / "config.toml").write_text(dump_config(TrainConfig()))

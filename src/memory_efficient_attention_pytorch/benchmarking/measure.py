@@ -210,7 +210,7 @@ def _process_bytes(field: str) -> int:
 def _unlimited_bytes() -> int:
     """Return the address space that a limit on data does not count: shared or read-only, such as libraries' code."""
     total = 0
-    for line in Path("/proc/self/maps").read_text().splitlines():
+    for line in Path("/proc/self/maps").read_text(errors="replace").splitlines():
         addresses, permissions = line.split(maxsplit=2)[:2]
         if "w" not in permissions or "s" in permissions:
             start, end = (int(address, 16) for address in addresses.split("-"))

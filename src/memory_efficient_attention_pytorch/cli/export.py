@@ -26,19 +26,26 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     from ..huggingface.model import MemoryEfficientForCausalLM
     from ..huggingface.tokenizers import byte_tokenizer, tokenizer_of_file
+    from ..training.files import WRITE_ERRORS, RunError, directory_written_atomically
     from ..training.model import model_keywords
     from ..training.run_directory import RunDirectory, load_run
 
     directory = Path(args.directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"DIR: expected a new or an empty directory, got {directory}")
+    if not str(directory).isprintable():
+        raise ValueError(f"DIR: expected a name in UTF-8, which safetensors needs, got {str(directory)!r}")
     loaded = load_run(args.run, checkpoint=args.checkpoint)
     own, end = loaded.tokenizer, loaded.tokenizer.end_id
     keywords = model_keywords(loaded.config, own.num_tokens)
     model = MemoryEfficientForCausalLM.of(loaded.model, keywords, eos_token_id=end, pad_token_id=end)
     file = RunDirectory(args.run).tokenizer
     tokenizer = tokenizer_of_file(file, end) if file.is_file() else byte_tokenizer(end)
-    model.save_pretrained(directory)
-    tokenizer.save_pretrained(directory)
+    try:
+        with directory_written_atomically(directory.resolve()) as written:
+            model.save_pretrained(written)
+            tokenizer.save_pretrained(written)
+    except WRITE_ERRORS as error:
+        raise RunError(f"cannot write to {directory} ({error}): nothing was written") from error
     print(f"written to {directory}")
     return 0

@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING, Any
 
 from ..common.errors import brought_by
 from ..models.config import KNOBS, SETTINGS, TransformerConfig
-from ..training.config import TrainConfig, known_keys
+from ..training.config import TrainConfig, check_sizes, known_keys
 from .parser import add_options, given_options
 from .terminal import fitted
 
@@ -95,6 +95,7 @@ def _run(args: argparse.Namespace, step: dict[str, Any]) -> int:
     from ..planner import max_seq_len, plan
 
     config, size = _config(args), _given(args, _STEP)
+    check_sizes({**config, **size, "shards": args.shards, "context": args.context})
     step |= {"batch_size": size["batch_size"], "dtype": args.dtype or "fp32", "training": not args.generate}
     budget = _budget(args, lambda: plan({**config, "depth": 1}, **{**step, "seq_len": 16}).device)
     made = plan(config, seq_len=size["seq_len"], budget=budget, **step)

@@ -38,6 +38,8 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.out == "":
+        raise ValueError("--out: expected the name of a directory, got an empty one")
     options = (read_values(args.config) if args.config else {}) | given_options(args, known_keys())
     if args.resume is None:
         config = TrainConfig(**options)

@@ -129,7 +129,9 @@ class Live(Lines):
             super().log(record)
 
     def notice(self, text: str) -> None:
-        self.progress.console.print(f"[yellow]note:[/] {text}")
+        from rich.text import Text
+
+        self.progress.console.print(Text.assemble(("note:", "yellow"), f" {text}"))  # not markup: it may name paths
 
     def close(self) -> None:
         self.progress.stop()
@@ -168,7 +170,11 @@ def summary(outcome: "Outcome") -> str:
     """Summarise a finished run, and say what to do next."""
     run, state = outcome.run, outcome.state
     records = read_metrics(run.metrics)
-    bits = [(record["validation_bits_per_byte"], record["step"]) for record in records if "validation_loss" in record]
+    bits = [
+        (record["validation_bits_per_byte"], record["step"])
+        for record in records
+        if "validation_bits_per_byte" in record
+    ]
     peaks = [record["memory_peak"] for record in records if "memory_peak" in record]
     lines = [
         f"done: {state.step} steps, {state.tokens:,} tokens in {duration(state.seconds)} "

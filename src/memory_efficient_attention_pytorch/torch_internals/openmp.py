@@ -17,10 +17,10 @@ def set_own_threads() -> Callable[[int], Any] | None:
     ``torch.set_num_threads`` also sets the number with which other threads begin. None unless GNU's OpenMP alone is
     loaded.
     """
-    loaded = ""
-    with suppress(OSError), open("/proc/self/maps") as file:
+    loaded = b""
+    with suppress(OSError), open("/proc/self/maps", "rb") as file:  # names of mapped files, of any encoding
         loaded = file.read()
-    if [name for name in ("libgomp", "libiomp", "libomp") if name in loaded] != ["libgomp"]:
+    if [name for name in (b"libgomp", b"libiomp", b"libomp") if name in loaded] != [b"libgomp"]:
         return None
     found: Callable[[int], Any] = ctypes.CDLL(None).omp_set_num_threads
     return found

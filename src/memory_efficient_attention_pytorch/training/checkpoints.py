@@ -76,7 +76,7 @@ class Checkpoints:
 
         If the model is sharded, this is a collective and each process writes its part; else only the main one writes.
         """
-        path = self.root / f"{_PREFIX}{state.step:08d}"
+        path = self._path(state.step)
         averages = _optimizer_tensors(model, optimizer)
 
         def finish(directory: Path, sums: dict[str, str]) -> None:
@@ -114,17 +114,24 @@ class Checkpoints:
         return None
 
     def prune(self, keep: int) -> None:
-        """Remove all but the newest `keep` and the best."""
+        """Remove all but the newest `keep` and the best, and those in which the user put something."""
         found = sorted(self._readable(), key=lambda checkpoint: checkpoint.state.step)
         best = min(found, key=_loss_or_infinity, default=None)
         for checkpoint in found[:-keep]:
-            if checkpoint is not best:
+            if checkpoint is not best and _holds_nothing_else(checkpoint.path):
                 discard(checkpoint.path)
 
+    def renamed(self) -> list[str]:
+        """Return in words which checkpoints are of another step than their name says: copies, links or renamed."""
+        others = (found for found in self._readable() if found.path != self._path(found.state.step))
+        return [f"{found.path.name} is of step {found.state.step}" for found in others]
+
     def set_aside_after(self, step: int) -> None:
-        """Rename the checkpoints after `step`, which are damaged: a run resumes from the last intact one."""
+        """Rename the damaged checkpoints after `step`: a run resumes from the last intact one."""
+        readable = {found.path for found in self._readable()}
         for path in self._paths():
-            if int(path.name.removeprefix(_PREFIX)) > step:
+            after = int(path.name.removeprefix(_PREFIX)) > step
+            if after and (path not in readable or find_flaw(path) is not None):
                 names = (path.with_name(f"{path.name}.damaged{n or ''}") for n in itertools.count())
                 path.rename(next(name for name in names if not os.path.lexists(name)))
 
@@ -139,15 +146,39 @@ class Checkpoints:
         for path in self._paths():
             try:
                 state = TrainState(**json.loads((path / "state.json").read_text()))
+                _check(state)
                 found.append(Checkpoint(path, state))
             except (OSError, ValueError, TypeError) as error:
                 report(f"checkpoint {path} is damaged ({error})")
         return found
 
+    def _path(self, step: int) -> Path:
+        return self.root / f"{_PREFIX}{step:08d}"
+
     def _paths(self) -> list[Path]:
-        """Return the directories named as `save` names them; anything else is the user's and left alone."""
-        found = self.root.glob(f"{_PREFIX}*")
-        return [path for path in found if _NAME.fullmatch(path.name) and path.is_dir()]
+        """Return the directories named as `save` names them; anything else is the user's and left alone.
+
+        Raises OSError if the checkpoints cannot be reached: there may be some.
+        """
+        if not os.path.lexists(self.root):
+            return []
+        found = [self.root / name for name in os.listdir(self.root) if _NAME.fullmatch(name)]
+        return [path for path in found if path.is_dir() and path == self._path(int(path.name.removeprefix(_PREFIX)))]
+
+
+def _check(state: TrainState) -> None:
+    counts = (state.step, state.tokens, state.windows_per_step)
+    losses = (state.seconds, state.validation_loss or 0.0, state.best_loss or 0.0)
+    right = all(type(x) is int and x >= 0 for x in counts) and all(isinstance(x, int | float) for x in losses)
+    if not right:
+        raise ValueError("state.json holds values of other kinds than were written")
+
+
+def _holds_nothing_else(path: Path) -> bool:
+    try:
+        return set(os.listdir(path)) <= {*_read_sums(path), _SUMS}
+    except (OSError, ValueError):
+        return False
 
 
 def _loss_or_infinity(checkpoint: Checkpoint) -> float:

@@ -180,7 +180,7 @@ def read_values(path: Path | str) -> dict[str, Any]:
         values = tomllib.loads(Path(path).read_text(encoding="utf-8-sig"))
     except OSError as error:
         raise ValueError(f"cannot read the configuration {path}: {error.strerror}") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # among them TOMLDecodeError and UnicodeDecodeError
         raise ValueError(f"the configuration {path} is not valid TOML: {error}") from error
     version = values.pop("format", FORMAT)
     if version != FORMAT:
@@ -262,30 +262,37 @@ def _checked(field: dataclasses.Field[Any], value: Any) -> Any:
 _NAMES = {bool: "true or false", int: "a whole number", float: "a number", str: "a string"}
 
 
-_MOST = {"depth": 2**16, "heads": 2**16, "vocab_size": 2**24}
+_MOST = {"depth": 2**16, "heads": 2**16, "vocab_size": 2**24, "num_tokens": 2**24, "shards": 2**16, "context": 2**16}
 """Upper limits of counts whose parts are created one by one."""
 
 _MOST_NUMBERS = 2**48
 """Elements of a tensor: more than any machine holds, and far from overflow."""
 
 
-def _check_sizes(config: TrainConfig) -> None:
-    """Raise ValueError for sizes that no machine can hold, before any code allocates or multiplies them."""
+def check_sizes(sizes: Mapping[str, Any]) -> None:
+    """Raise ValueError for sizes that no machine can hold, before any code allocates or multiplies them.
+
+    sizes: fields of :class:`TrainConfig`, and what else `mea plan` counts.
+    """
     for name, most in _MOST.items():
-        if (getattr(config, name) or 0) > most:
-            raise ValueError(f"{name} must be at most {most}, got {getattr(config, name)}")
-    width = max(config.dim * config.ff_mult, config.heads * config.dim_head)
+        if (sizes.get(name) or 0) > most:
+            raise ValueError(f"{name} must be at most {most}, got {sizes[name]}")
+    width = max(sizes["dim"] * sizes["ff_mult"], sizes["heads"] * sizes["dim_head"])
+    tokens = sizes["batch_size"] * sizes["seq_len"]
     for names, numbers in {
-        "dim, ff_mult, heads and dim_head": config.dim * width,
-        "batch_size and seq_len": config.batch_size * config.seq_len * width,
-        "accumulation, batch_size and seq_len": config.accumulation * config.batch_size * config.seq_len * 256,
+        "dim, ff_mult, heads and dim_head": sizes["dim"] * width,
+        "dim and num_tokens": sizes["dim"] * sizes.get("num_tokens", 1),
+        "batch_size and seq_len": tokens * width,
+        "accumulation, batch_size and seq_len": sizes.get("accumulation", 1) * tokens * 256,
     }.items():
         if numbers > _MOST_NUMBERS:
             raise ValueError(f"{names} make {numbers:.1e} numbers, more than any machine holds: choose smaller sizes")
 
 
 def _check_combination(config: TrainConfig) -> None:
-    _check_sizes(config)
+    check_sizes(vars(config))
+    if "" in map(str, config.data):
+        raise ValueError("data: expected names of files and directories, got an empty one")
     if config.tokenizer is not None and config.vocab_size is not None:
         raise ValueError("tokenizer and vocab_size contradict each other: give a tokenizer's file or have one trained")
     if not 0 < config.validation_fraction < 1:

@@ -88,7 +88,7 @@ def _named(path: Path) -> list[Path]:
         raise ValueError(f"data: {path} is a run of mea train, not text: {resume} goes on with it")
     files = list(_beneath(path, Path(os.path.realpath(path)), set()))
     if not files:
-        raise ValueError(f"data: the directory {path} has no files")
+        raise ValueError(f"data: the directory {path} has no files besides hidden ones and runs of mea train")
     return files
 
 
@@ -109,7 +109,9 @@ def _beneath(folder: Path, place: Path, seen: set[Path]) -> Iterator[Path]:
         if stat.S_ISREG(mode):
             seen.add(real)
             yield path
-        elif stat.S_ISDIR(mode) and not is_run_directory(path):
+        elif not stat.S_ISDIR(mode):
+            raise ValueError(f"data: {path} is neither a file nor a directory: name what is to be read")
+        elif not is_run_directory(path):
             yield from _beneath(path, real, seen)
 
 

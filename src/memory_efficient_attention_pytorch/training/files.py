@@ -1,6 +1,7 @@
 """Write files so that a kill, a full disk or a power cut leaves the old file or the new one, never half of either."""
 
 import contextlib
+import errno
 import hashlib
 import io
 import os
@@ -56,6 +57,8 @@ def write_figure(path: Path, figure: Any) -> Path:
 @contextlib.contextmanager
 def directory_written_atomically(path: Path) -> Iterator[Path]:
     """Yield a temporary directory beside `path` that becomes `path` if the block succeeds and is removed if not."""
+    if os.path.lexists(path) and (path.is_symlink() or not path.is_dir()):
+        raise FileExistsError(errno.EEXIST, "something else has the name, which is to be moved away", str(path))
     temporary = path.with_name(f".{path.name}.partial")
     discard(temporary)
     temporary.mkdir(parents=True)
@@ -100,7 +103,9 @@ def is_run_directory(path: Path) -> bool:
     """Return whether `mea train` wrote to this directory: it has a configuration and another of a run's files."""
     try:
         with (path / "config.toml").open("rb") as file:
-            written_here = file.read(9) == b"format = "
+            # After what an editor may have put before it: a byte order mark, comments.
+            lines = (line for line in file.read(2**16).removeprefix(b"\xef\xbb\xbf").splitlines() if line.strip())
+            written_here = next((line for line in lines if line[:1] != b"#"), b"").startswith(b"format = ")
     except OSError:
         return False
     return written_here and any(os.path.exists(path / name) for name in _OF_A_RUN)

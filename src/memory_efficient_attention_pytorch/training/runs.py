@@ -244,6 +244,11 @@ def _last_checkpoint(
     run: RunDirectory, config: TrainConfig, display: Callback, before: TrainConfig
 ) -> Checkpoint | None:
     """Return a resumed run's last intact checkpoint; rename damaged ones after it."""
+    if renamed := run.checkpoints.renamed():
+        raise ValueError(
+            f"in {run.checkpoints.root} {', '.join(renamed)}, and nothing there was changed: "
+            "give it the name of its step, or move it away"
+        )
     damaged: list[str] = []
     checkpoint = run.checkpoints.find("last", damaged.append)
     if checkpoint is None and damaged:
