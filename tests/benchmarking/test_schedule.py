@@ -58,3 +58,11 @@ def test_unknown_systems_and_settings_are_named():
         find_systems(["ours", "nothing-like-it"])
     with pytest.raises(ValueError, match="rounds"):
         Settings(rounds=0)
+
+
+@pytest.mark.parametrize(
+    ("name", "wrong"), [("threads", 0), ("rounds", 0), ("step_limit", float("nan")), ("step_limit", -1.0)]
+)
+def test_settings_that_measure_nothing_are_refused(name, wrong):
+    with pytest.raises(ValueError, match=f"{name}: expected a .*, got {wrong}"):
+        Settings(**{name: wrong})

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field, replace
 from math import ceil
 from statistics import median
 
-from ..common.errors import require_positive_int
+from ..common.errors import require, require_positive_int
 from .shape import Shape
 from .systems import System
 
@@ -39,6 +39,9 @@ class Settings:
     def __post_init__(self) -> None:
         require_positive_int("rounds", self.rounds)
         require_positive_int("repeats", self.repeats)
+        if self.threads is not None:
+            require_positive_int("threads", self.threads)
+        require(self.step_limit > 0, "step_limit", "a number of seconds above 0", self.step_limit)
 
 
 QUICK = Settings(
