@@ -41,8 +41,21 @@ def test_a_directory_that_holds_something_is_left_alone(tmp_path, capsys):
     assert "empty directory" in capsys.readouterr().err
 
 
-def test_a_full_disk_leaves_nothing_and_is_told(tmp_path, capsys, monkeypatch):
+def test_a_directory_that_is_there_is_filled_not_replaced(tmp_path):
     make_run(tmp_path / "run")
+    (tmp_path / "mine").mkdir(mode=0o700)
+    before = (tmp_path / "mine").stat()
+    assert main(["export", str(tmp_path / "run"), str(tmp_path / "mine")]) == 0
+    after = (tmp_path / "mine").stat()
+    assert (after.st_ino, after.st_mode) == (before.st_ino, before.st_mode)
+    assert (tmp_path / "mine/model.safetensors").exists()
+
+
+@pytest.mark.parametrize("there", [False, True])
+def test_a_full_disk_leaves_nothing_and_is_told(tmp_path, capsys, monkeypatch, there):
+    make_run(tmp_path / "run")
+    if there:
+        (tmp_path / "exported").mkdir()
 
     def fail(model, directory):
         (directory / "config.json").write_text("{}")
@@ -53,6 +66,7 @@ def test_a_full_disk_leaves_nothing_and_is_told(tmp_path, capsys, monkeypatch):
     assert main(["export", str(tmp_path / "run"), str(tmp_path / "exported")]) == 1
     assert "exported (No space left on device): nothing was written" in capsys.readouterr().err
     assert sorted(path.name for path in tmp_path.iterdir()) == before
+    assert not there or not list((tmp_path / "exported").iterdir())
 
 
 def test_a_name_that_safetensors_cannot_write_is_refused(tmp_path, capsys):

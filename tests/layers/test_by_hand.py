@@ -203,6 +203,16 @@ def test_a_weight_that_is_no_parameter_has_its_gradient(make, name, leaf):
     assert_same(*found, 1e-5)
 
 
+def test_an_attribute_that_is_gone_before_backward_had_its_value():
+    net, x = Chunked(nn.Linear(16, 16), chunks=2), torch.randn(2, 7, 16)
+    net.module.probe = torch.zeros(3, requires_grad=True)  # used by nobody
+    out = net(x)
+    del net.module.probe
+    out.sum().backward()
+    assert not hasattr(net.module, "probe")
+    torch.testing.assert_close(net.module.weight.grad, x.sum((0, 1)).expand(16, 16))
+
+
 def test_a_result_that_a_module_keeps_is_no_weight():
     """Its graph is gone by the next step."""
 

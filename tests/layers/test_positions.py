@@ -39,7 +39,7 @@ def test_angles_and_slopes_are_of_fp32_in_a_model_of_any_dtype(cast):
         cast(RotaryEmbedding(16))(torch.tensor(positions)), (angles.cos(), angles.sin()), strict=True
     ):
         assert found.dtype == torch.float32
-        assert (found.double() - truth).abs().max() < 4e-7
+        assert (found.double() - truth).abs().max() < 5e-7
     bias = cast(AlibiBias(6))(torch.tensor([8191]), torch.tensor([0, 4001, 8191]))
     slopes = [2**-2, 2**-4, 2**-6, 2**-8, 2**-1, 2**-3]
     truth = torch.tensor([[[-s * 8191, -s * 4190, 0.0]] for s in slopes])
@@ -52,7 +52,7 @@ def test_positions_may_lie_between_tokens_and_bases_be_any(base):
     positions = torch.tensor([[0.25, 100_000.5], [-3.0, 7.0]])
     angles = positions.double()[..., None] * base ** (-torch.arange(0, 16, 2).double() / 16)
     for found, truth in zip(RotaryEmbedding(16, base)(positions), (angles.cos(), angles.sin()), strict=True):
-        assert (found.double() - truth).abs().max() < 4e-7
+        assert (found.double() - truth).abs().max() < 5e-7
 
 
 def test_a_model_takes_the_base_of_its_rotary_positions():

@@ -222,7 +222,9 @@ def test_what_belongs_to_someone_else_is_left_alone(store):
 
 
 def test_a_checkpoint_in_which_the_user_put_something_is_kept(store):
-    save_steps(store, {10: 3.0, 11: 3.0, 12: 2.0, 13: 2.5})
+    save_steps(store, {8: 3.0, 9: 3.0, 10: 3.0, 11: 3.0, 12: 2.0, 13: 2.5})
+    (store.root / "step-00000008/.DS_Store").write_text("the system's")
+    (store.root / "step-00000009/SHA256SUMS").unlink()
     (store.root / "step-00000010/notes.txt").write_text("mine")
     shutil.copytree(store.root / "step-00000011", store.root / "step-0000000011")  # no name of ours
     store.prune(keep=1)

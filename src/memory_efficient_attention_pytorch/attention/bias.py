@@ -60,7 +60,7 @@ class Bias:
         if is_score_mod(values):
             captured = () if 0 in shape else captured_by(values, q.device, full_dtype(q.dtype))
             return Bias(values, shape, False, of_score=True, captured=captured)
-        trained = any(p.requires_grad for p in _parameters(values))
+        trained = isinstance(values, nn.Module) and any(p.requires_grad for p in values.parameters())
         position = torch.zeros(1, dtype=torch.long, device=q.device)
         at_one = values(position, position)
         canonical_broadcast(at_one, (*shape[:2], 1, 1), "attn_bias module's output")
@@ -82,7 +82,7 @@ class Bias:
     def leaves(self) -> tuple[Tensor, ...]:
         """The tensors that receive gradients: the bias tensor, a module's parameters, or what a function captures."""
         if isinstance(self.values, nn.Module):
-            return *_parameters(self.values), *self.captured
+            return *self.values.parameters(), *self.captured
         return self.captured if self.tensor is None else (self.tensor,)
 
     def with_tensor(self, tensor: Tensor | None) -> Bias:
@@ -122,7 +122,7 @@ class BiasGradient:
         self.bias = bias
         module = None if bias is None or not isinstance(bias.values, nn.Module) else bias.values
         # Stand-ins for parameters with hooks, which must run once, on the whole gradient.
-        self._seen = SeenParameters([] if module is None else [module])
+        self._seen = SeenParameters([] if module is None else [module], attributes=False)
         self._leaves = [] if module is None else self._seen.leaves(self._seen.take(), needed)
         self._stand_ins = stand_ins(() if bias is None else bias.captured)
         of_tensor = () if bias is None or bias.tensor is None else (bias.tensor,)
@@ -162,10 +162,6 @@ class BiasGradient:
         for leaf in self._sums.wanted:
             self._sums.total(leaf)
         return self._sums.results
-
-
-def _parameters(values: BiasModule) -> tuple[Tensor, ...]:
-    return SeenParameters([values]).take() if isinstance(values, nn.Module) else ()
 
 
 _DROPOUTS = (nn.Dropout, nn.Dropout1d, nn.Dropout2d, nn.Dropout3d, nn.AlphaDropout, nn.FeatureAlphaDropout)

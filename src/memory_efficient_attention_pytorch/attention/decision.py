@@ -102,7 +102,8 @@ def decide(
             able = able or way
         objection = objection or against
     if able is None:
-        raise NotImplementedError(f"backend: {backend!r} cannot serve this call: {objection}; use 'tiled' or 'auto'")
+        other = "naive" if transformed else "tiled"
+        raise NotImplementedError(f"backend: {backend!r} cannot serve this call: {objection}; use {other!r} or 'auto'")
     return Decision(request, able), q, k, v
 
 

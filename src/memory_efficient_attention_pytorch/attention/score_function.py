@@ -17,7 +17,6 @@ from torch.autograd.graph import Node, get_gradient_edge
 from torch.overrides import TorchFunctionMode
 
 from ..common.errors import require
-from ..common.parameters import SeenParameters
 from .broadcasting import canonical_broadcast
 
 ScoreMod = Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
@@ -57,7 +56,7 @@ def captured_by(function: ScoreMod, device: torch.device, dtype: torch.dtype) ->
     Raises ValueError if its output depends on one that no stand-in can replace.
     """
     zero = torch.zeros(1, 1, 1, 1, dtype=torch.int64, device=device)
-    own = set(SeenParameters([function]).take()) if isinstance(function, nn.Module) else set()
+    own = set(function.parameters()) if isinstance(function, nn.Module) else set()
     found: dict[Tensor, None] = {}
 
     def note(tensor: Tensor) -> Tensor:

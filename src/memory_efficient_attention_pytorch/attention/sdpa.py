@@ -6,7 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ..torch_internals.tensors import is_fake
+from ..torch_internals.tensors import is_fake, is_transformed
 from .cpu_kernel import unit_stride
 from .request import IMMODERATE, LARGEST_BIAS, ROUNDED_AWAY, AttentionRequest
 from .tiles import Scores, less_level, rounded_away
@@ -76,7 +76,10 @@ def not_whole(request: AttentionRequest) -> str | None:
     if 0 in (request.b, request.n, request.m):
         return "there is nothing to attend"
     if bias is not None and request.device_type == "cpu":
-        added = Scores.all_of(request).added(request.compute_dtype)
+        if is_transformed():
+            return "whether scores count beside a bias cannot be looked at within a transform of torch.func"
+        alone = bias.tensor if visibility.trivial else None
+        added = Scores.all_of(request).added(request.compute_dtype) if alone is None else alone.detach()
         if added is not None and rounded_away(added.amax(-1)) is not None:
             return f"beside a row's biases, all beyond {ROUNDED_AWAY:.0e}, its scores count as equal"
     return None

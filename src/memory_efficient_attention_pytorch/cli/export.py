@@ -11,6 +11,8 @@ Then in Python, with transformers installed:
 """
 
 import argparse
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
 
 
@@ -33,8 +35,10 @@ def run(args: argparse.Namespace) -> int:
     directory = Path(args.directory)
     if directory.exists() and (not directory.is_dir() or any(directory.iterdir())):
         raise ValueError(f"DIR: expected a new or an empty directory, got {directory}")
-    if not str(directory).isprintable():
-        raise ValueError(f"DIR: expected a name in UTF-8, which safetensors needs, got {str(directory)!r}")
+    try:
+        args.directory.encode()
+    except UnicodeEncodeError as error:
+        raise ValueError(f"DIR: expected a name in UTF-8, for safetensors, got {args.directory!r}") from error
     loaded = load_run(args.run, checkpoint=args.checkpoint)
     own, end = loaded.tokenizer, loaded.tokenizer.end_id
     keywords = model_keywords(loaded.config, own.num_tokens)
@@ -42,10 +46,21 @@ def run(args: argparse.Namespace) -> int:
     file = RunDirectory(args.run).tokenizer
     tokenizer = tokenizer_of_file(file, end) if file.is_file() else byte_tokenizer(end)
     try:
-        with directory_written_atomically(directory.resolve()) as written:
+        with _filled(directory) if directory.exists() else directory_written_atomically(directory) as written:
             model.save_pretrained(written)
             tokenizer.save_pretrained(written)
     except WRITE_ERRORS as error:
         raise RunError(f"cannot write to {directory} ({error}): nothing was written") from error
     print(f"written to {directory}")
     return 0
+
+
+@contextlib.contextmanager
+def _filled(directory: Path) -> Iterator[Path]:
+    """Yield a directory that is empty, and again if the block fails. It may be a mount point, or somebody's own."""
+    try:
+        yield directory
+    except BaseException:
+        for path in directory.iterdir():
+            path.unlink()
+        raise

@@ -20,13 +20,15 @@ class SeenParameters:
     PyTorch's own modules that was computed from others. The caller keeps the tensors themselves: see :meth:`take`.
     """
 
-    def __init__(self, modules: Iterable[nn.Module]) -> None:
+    def __init__(self, modules: Iterable[nn.Module], *, attributes: bool = True) -> None:
         found: dict[Tensor, list[tuple[nn.Module, str]]] = {}
-        for part in dict.fromkeys(part for module in modules for part in module.modules()):
-            for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
-                found.setdefault(parameter, []).append((part, name))
+        parts = dict.fromkeys(part for module in modules for part in module.modules())
+        for part in parts if attributes else ():  # first, since the last tensor tells a dry run which module works
             for name, tensor in _plain_attributes(part):
                 found.setdefault(tensor, []).append((part, name))
+        for part in parts:
+            for name, parameter in part.named_parameters(recurse=False, remove_duplicate=False):
+                found.setdefault(parameter, []).append((part, name))
         self._places = list(found.values())
         self._tensors = tuple(found)
 
@@ -54,9 +56,9 @@ class SeenParameters:
         with ExitStack() as stack:
             for places, leaf in zip(self._places, leaves, strict=True):
                 for module, name in places:
-                    before = getattr(module, name)
+                    there, before = hasattr(module, name), getattr(module, name, None)
                     if before is not leaf:
-                        stack.callback(put_parameter, module, name, before)
+                        stack.callback(*(put_parameter, module, name, before) if there else (delattr, module, name))
                         put_parameter(module, name, leaf)
             yield
 

@@ -175,10 +175,9 @@ def _check(state: TrainState) -> None:
 
 
 def _holds_nothing_else(path: Path) -> bool:
-    try:
-        return set(os.listdir(path)) <= {*_read_sums(path), _SUMS}
-    except (OSError, ValueError):
-        return False
+    """Return whether a checkpoint has only files that `save` writes, hidden ones of the system aside."""
+    names = [name for name in os.listdir(path) if not name.startswith(".")]
+    return all(name in ("state.json", _SUMS) or _FILE.fullmatch(name) for name in names)
 
 
 def _loss_or_infinity(checkpoint: Checkpoint) -> float:
