@@ -152,7 +152,11 @@ def ends_soon_with_a_line(other, died):
 
 
 @pytest.mark.parametrize(
-    ("rank", "kill_at"), [(1, 10), (0, 32)], ids=["between the second's parts", "before the renaming"]
+    ("rank", "kill_at"),
+    [
+        pytest.param(1, 10, id="between the second's parts"),
+        pytest.param(0, 32, id="before the renaming", marks=pytest.mark.slow),
+    ],
 )
 def test_a_process_killed_while_all_save_ends_the_others_and_the_run_goes_on(here, text, uninterrupted, rank, kill_at):
     running = launch(here, 2, "train", *options(text, 2), "--shard", "--out=run", rank=rank, kill_at=kill_at)
@@ -164,7 +168,13 @@ def test_a_process_killed_while_all_save_ends_the_others_and_the_run_goes_on(her
     assert not list((here / "run/checkpoints").glob(".*"))
 
 
-@pytest.mark.parametrize(("division", "rank"), [([], 1), (["--context-parallel=2"], 0)], ids=["windows", "tokens"])
+@pytest.mark.parametrize(
+    ("division", "rank"),
+    [
+        pytest.param([], 1, id="windows", marks=pytest.mark.slow),
+        pytest.param(["--context-parallel=2"], 0, id="tokens"),
+    ],
+)
 def test_a_process_killed_in_a_step_ends_the_others_whatever_they_share(here, text, division, rank):
     running = launch(here, 2, "train", *options(text, 2, steps=10**6), *division, "--out=run")
     while not (here / "run/checkpoints/step-00000002").exists():
