@@ -6,10 +6,11 @@ from torch import Tensor
 
 from ..common.dry_run import num_threads
 from ..torch_internals import attention_kernels
+from .log_sum_exp import LogSumExp, rounded_away
 from .negligible import NEGLIGIBLE, largest_products
 from .products import Products
 from .request import IMMODERATE, AttentionRequest
-from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, rounded_away
+from .tiles import QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
 
 

@@ -13,9 +13,10 @@ from ..torch_internals import attention_kernels
 from ..torch_internals.attention_kernels import Kernel
 from ..torch_internals.tensors import are_plain
 from .cpu_kernel import unit_stride
+from .log_sum_exp import LogSumExp
 from .products import Products
 from .request import AttentionRequest
-from .tiles import Found, LogSumExp, Part, QueryBucket, Scores, Tiled, TileGradients
+from .tiles import Found, Part, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
 from .whole_kernels import ALIGNMENT
 

@@ -6,8 +6,9 @@ import torch
 from torch import Tensor
 
 from ..common.precision import full_precision
+from .log_sum_exp import finite
 from .request import ROUNDED_AWAY, AttentionRequest
-from .tiles import Scores, finite, parts, tiles
+from .tiles import Scores, parts, tiles
 from .way import Way
 
 

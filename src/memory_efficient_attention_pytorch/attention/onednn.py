@@ -22,19 +22,17 @@ from ..common.products import PackedWeight, Scratch, product
 from ..common.threads import in_threads
 from ..torch_internals import onednn
 from ..torch_internals.tensors import are_plain, is_fake
+from .log_sum_exp import LogSumExp, finite, rounded_away
 from .negligible import largest_products
 from .request import IMMODERATE, AttentionRequest
 from .tiles import (
-    LogSumExp,
     Part,
     QueryBucket,
     Scores,
     alike_to,
     cut,
     empty_results,
-    finite,
     nearest_first,
-    rounded_away,
     tiles,
 )
 from .visibility import Tile

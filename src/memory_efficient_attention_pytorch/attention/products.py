@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from .tiles import LogSumExp, QueryBucket, Scores, Tiled, TileGradients, finite, rounded_away
+from .log_sum_exp import LogSumExp, finite, rounded_away
+from .tiles import QueryBucket, Scores, Tiled, TileGradients
 
 
 class Products(Tiled):

@@ -8,8 +8,9 @@ from torch import Tensor
 
 from ..torch_internals.tensors import is_fake, is_transformed
 from .cpu_kernel import unit_stride
+from .log_sum_exp import less_level, rounded_away
 from .request import IMMODERATE, LARGEST_BIAS, ROUNDED_AWAY, AttentionRequest
-from .tiles import Scores, less_level, rounded_away
+from .tiles import Scores
 from .way import OF_SCORE, Way
 
 

@@ -17,12 +17,12 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from ..common.dry_run import Alike, device_type, each
-from ..torch_internals.tensors import is_fake
+from ..common.dry_run import Alike, each
 from .bias import BiasGradient
 from .broadcasting import EVERYTHING
+from .log_sum_exp import LogSumExp, finite, less_level, merge, two_sum
 from .negligible import NEGLIGIBLE
-from .request import ROUNDED_AWAY, AttentionRequest
+from .request import AttentionRequest
 from .visibility import Row, Tile, Visibility
 from .way import BackwardInputs, Way
 
@@ -216,36 +216,6 @@ def additive(visible: Tensor | None, bias: Tensor | None, dtype: torch.dtype) ->
     return torch.where(visible, value, float("-inf"))
 
 
-def less_level(added: Tensor) -> tuple[Tensor, Tensor]:
-    """Return an additive mask less its largest value in each row, and that value (−∞ if the row has no other)."""
-    level = added.amax(dim=-1, keepdim=True)
-    return added - finite(level), level
-
-
-def finite(level: Tensor) -> Tensor:
-    """Replace −∞ by 0."""
-    return level.masked_fill(level == float("-inf"), 0.0)
-
-
-def rounded_away(level: Tensor) -> Tensor | None:
-    """Return in which rows the largest bias is so huge that scores count as equal; None if a CPU knows of none.
-
-    level: as of :meth:`Scores.relative`. See ``ROUNDED_AWAY``.
-    """
-    rows = finite(level).abs() >= ROUNDED_AWAY
-    if device_type(level.device) != "cpu":
-        return rows
-    unknown = is_fake(level) or torch.compiler.is_compiling()
-    return None if unknown or not rows.any() else rows
-
-
-def two_sum(a: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
-    """Return the sum and its rounding error (Knuth's TwoSum)."""
-    total = a + b
-    of_b = total - a
-    return total, (a - (total - of_b)) + (b - of_b)
-
-
 def _mix(*values: int) -> int:
     """Return a 63-bit hash of integers (the finaliser of SplitMix64, Steele et al. 2014, chained)."""
     state = 0
@@ -298,37 +268,6 @@ class QueryBucket(NamedTuple):
         """Return the log-sum-exp with its rest, ``(b, h, i)``, less the level of a tile's biases, if any."""
         lse, rest = self.above(level)
         return (lse if rest is None else lse + rest).squeeze(-1)
-
-
-class LogSumExp(NamedTuple):
-    """Each row's log-sum-exp ``(b, h, i)`` as a sum of two parts.
-
-    The first is the level of the row's scores, −∞ if it sees nothing; the second is the rest, which fp32 would round
-    away beside a level of millions."""
-
-    high: Tensor
-    low: Tensor
-
-    @staticmethod
-    def of(low: Tensor, *levels: Tensor | None) -> LogSumExp:
-        """Return the sum of levels, where given, and ``low``, which is −∞ where nothing is seen."""
-        high = torch.zeros_like(low)
-        for level in levels:
-            if level is None:
-                continue
-            high, lost = two_sum(high, finite(level))
-            low = low + lost
-        return LogSumExp(high.masked_fill(low == float("-inf"), float("-inf")), low)
-
-    def below(self, level: Tensor) -> Tensor:
-        """Return a tile's level of biases ``(b, h, i, 1)`` less this, ``(b, h, i)``."""
-        return (level.squeeze(-1) - self.high) - self.low
-
-    def rounded(self) -> tuple[Tensor, Tensor]:
-        """Return the sum as one number, and its rounding error."""
-        high = finite(self.high)
-        total = high + self.low
-        return total, ((high - total) + self.low).masked_fill(total == float("-inf"), 0.0)
 
 
 class Found(NamedTuple):
@@ -456,12 +395,3 @@ def empty_results(request: AttentionRequest, v: Tensor, dtype: torch.dtype | Non
     out = v.new_zeros(request.b, n, h, request.e, dtype=dtype).transpose(1, 2)
     lse = v.new_full((request.b, h, n), float("-inf"), dtype=request.compute_dtype)
     return (out, lse, torch.zeros_like(lse)) if request.keeps_rest else (out, lse)
-
-
-def merge(out: Tensor, lse: LogSumExp, other: Tensor, other_lse: LogSumExp) -> tuple[Tensor, LogSumExp]:
-    """Merge the results of attention over two disjoint sets of keys."""
-    high = torch.maximum(lse.high, other_lse.high)
-    mine, others = (part.low + (part.high - finite(high)) for part in (lse, other_lse))
-    low = torch.logaddexp(mine, others)
-    shares = (torch.exp(part - finite(low)).unsqueeze(-1) for part in (mine, others))
-    return out * next(shares) + other * next(shares), LogSumExp(high, low)

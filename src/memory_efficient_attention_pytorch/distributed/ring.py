@@ -18,8 +18,9 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..attention.log_sum_exp import LogSumExp
 from ..attention.request import AttentionRequest
-from ..attention.tiles import Found, LogSumExp, Tiled, cut
+from ..attention.tiles import Found, Tiled, cut
 from ..attention.visibility import Block
 from ..attention.way import BackwardInputs, Way
 from ..common.dry_run import each
