@@ -1,13 +1,18 @@
 """What is decided about a request, once: which way computes it, and that the same way serves it to the end."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, dot_product_attention, select_backend
 from memory_efficient_attention_pytorch.attention.decision import WAYS, decide
+from memory_efficient_attention_pytorch.attention.request import build_request
+from memory_efficient_attention_pytorch.attention.sdpa import not_whole, whole_mask
+from memory_efficient_attention_pytorch.attention.whole_kernels import laid_out
 from tests import reference
-from tests.agreement import assert_same
+from tests.agreement import assert_same, gradients, skip_unless_usable
 from tests.memory.live_bytes import LiveBytes
 
 NAMES = [way.name for way in WAYS]
@@ -152,3 +157,55 @@ def test_the_decision_that_autograd_holds_has_no_tensor():
     again = held.with_tensors(*decision.request.tensors)
     assert all(one is other for one, other in zip(again.tensors, decision.request.tensors, strict=True))
     assert again.with_tensors() == decision.request.with_tensors() == held
+
+
+class PerSequence(torch.nn.Module):
+    """A bias for each sequence, of the heads that are asked for, and safe in several threads."""
+
+    several_threads = True
+
+    def __init__(self):
+        super().__init__()
+        self.slopes = torch.nn.Parameter(torch.tensor([[0.5, 1.0], [-2.0, 0.25]])[:, :, None, None])
+
+    def forward(self, i, j, heads=slice(None)):
+        return self.slopes[:, heads] * (i[:, None] - j[None, :]) / 10
+
+
+@pytest.mark.parametrize("way", ["products", "cpu_kernel", "onednn", "naive"])
+def test_a_bias_module_has_a_value_for_each_sequence(way):
+    skip_unless_usable(way)
+    bias, n = PerSequence(), 70
+    q, k, v = (torch.randn(2, 2, n, 32, requires_grad=True) for _ in range(3))
+    whole = bias(torch.arange(n), torch.arange(n))
+    truth = ((q @ k.mT) * 32**-0.5 + whole).softmax(-1) @ v
+    out = dot_product_attention(q, k, v, attn_bias=bias, backend=way, q_bucket_size=32, k_bucket_size=32)
+    wanted = (q, k, v, bias.slopes)
+    assert_same((out, *gradients(out, wanted)), (truth, *gradients(truth, wanted)), 1e-5)
+
+
+@pytest.mark.parametrize("way", [{}, {"backend": "tiled"}, {"dropout": 0.1}], ids=str)
+def test_no_query_heads_have_no_output(way):
+    q, k = torch.randn(2, 0, 8, 16), torch.randn(2, 1, 8, 16)
+    assert dot_product_attention(q, k, k, **way).shape == (2, 0, 8, 16)
+
+
+def test_asking_for_the_backend_draws_nothing():
+    q, before = torch.randn(1, 2, 8, 16), torch.get_rng_state()
+    select_backend(q, q, q, dropout=0.5)
+    assert torch.equal(torch.get_rng_state(), before)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+@pytest.mark.parametrize("bias", [AlibiBias(2), torch.randn(1, 2, 1, 13)], ids=["module", "tensor"])
+def test_a_single_querys_bias_is_laid_out_as_cudas_kernels_read_it(bias, dtype):
+    """Of q's dtype, since they read it as such whatever it is, and with rows of a multiple of 8."""
+    q, k = torch.randn(1, 2, 1, 16, dtype=dtype), torch.randn(1, 2, 13, 16, dtype=dtype)
+    bias = bias.to(dtype) if isinstance(bias, torch.Tensor) else bias
+    request = replace(build_request(q, k, k, attn_bias=bias, mask=torch.rand(1, 13) > 0.2), device_type="cuda")
+    assert not_whole(request) is None
+    assert whole_mask(request).dtype == dtype
+    added = laid_out(whole_mask(request), dtype, request.score_shape)
+    assert (added.shape, added.dtype) == ((1, 2, 1, 13), dtype)
+    assert added.stride(-1) == 1
+    assert added.stride(-2) % 8 == 0

@@ -18,7 +18,7 @@ from ..common.gradients import GradientSums, accumulator
 from ..common.parameters import SeenParameters
 from ..common.precision import full_dtype
 from ..torch_internals.hooks import all_modules_have_hooks, module_has_hooks
-from .broadcasting import canonical_broadcast, narrow_broadcast
+from .broadcasting import EVERYTHING, canonical_broadcast, narrow_broadcast
 from .mask_function import Place
 from .score_function import captured_by, exchanged, is_score_mod, modified, stand_ins
 from .visibility import Tile
@@ -97,11 +97,11 @@ class Bias:
         b, h, n, m = self.shape
         queries = torch.arange(tile.i0 + m - n, tile.i1 + m - n, device=device)
         keys = torch.arange(tile.j0, tile.j1, device=device)
-        if accepts_heads(self.values):
-            values = self.values(queries, keys, heads=heads)
-            return values[(None,) * (4 - values.dim())]
-        of_tile = (b, h, len(queries), len(keys))
-        values = canonical_broadcast(self.values(queries, keys), of_tile, "attn_bias module's output")
+        asked = {"heads": heads} if accepts_heads(self.values) else {}
+        if asked:
+            h, heads = len(range(h)[heads]), EVERYTHING
+        values = self.values(queries, keys, **asked)
+        values = canonical_broadcast(values, (b, h, len(queries), len(keys)), "attn_bias module's output")
         return narrow_broadcast(values, batch, heads)
 
     def modified(self, tile: Tile, batch: slice, heads: slice, scores: Tensor) -> Tensor:

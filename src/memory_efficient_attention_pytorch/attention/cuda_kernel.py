@@ -18,7 +18,7 @@ from .products import Products
 from .request import AttentionRequest
 from .tiles import Found, Part, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
-from .whole_kernels import ALIGNMENT
+from .whole_kernels import ALIGNMENT, laid_out
 
 # Least sides of a tile: each tile is a launch, which must fill the device.
 QUERIES, KEYS = 2048, 4096
@@ -64,7 +64,7 @@ class CudaKernel(Tiled):
     def attend(self, scores: Scores, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, LogSumExp]:
         added, level = scores.relative(torch.float32, scores.visible)
         heads = unit_stride(q, *_for_each_query_head(q, k, v))
-        bias = _laid_out(added, heads[0], heads[1])
+        bias = _bias(added, q, k)
         out, lse, *_ = _kernel().forward(*heads, bias, True, 0.0, False, scale=scores.request.scale)
         out, lse = out.to(torch.float32), lse[:, :, : q.shape[2]]
         if added is not None:
@@ -79,10 +79,10 @@ class CudaKernel(Tiled):
         q, i = bucket.q, bucket.q.shape[2]
         lse = F.pad(bucket.lse_above(level), (0, -i % LSE_MULTIPLE), value=float("inf"))
         heads = unit_stride(bucket.grad_out.to(q.dtype), q, *_for_each_query_head(q, k, v))
-        bias = _laid_out(added, heads[1], heads[2])
+        bias = _bias(added, q, k)
         # Random state, unused without dropout.
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
-        wanted = scores.request.bias is not None and bucket.bias_gradient.wanted
+        wanted = bucket.bias_gradient.wanted
         options = (0.0, [True, True, True, wanted], False)
         results = (bias, *unit_stride(bucket.out), lse, seed, offset)
         found = _kernel().backward(*heads, *results, *options, scale=scores.request.scale)
@@ -98,6 +98,10 @@ def _kernel() -> Kernel:
     return found
 
 
+def _bias(added: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
+    return None if added is None else laid_out(added, q.dtype, (*q.shape[:3], k.shape[2]))
+
+
 def _in_large_tiles(request: AttentionRequest) -> AttentionRequest:
     sides = {"q_bucket_size": QUERIES, "k_bucket_size": KEYS}
     return replace(request, **{name: max(size, getattr(request, name)) for name, size in sides.items()})
@@ -106,15 +110,3 @@ def _in_large_tiles(request: AttentionRequest) -> AttentionRequest:
 def _for_each_query_head(q: Tensor, *of_keys: Tensor) -> tuple[Tensor, ...]:
     group = q.shape[1] // of_keys[0].shape[1]
     return of_keys if group == 1 else tuple(x.repeat_interleave(group, dim=1) for x in of_keys)
-
-
-def _laid_out(added: Tensor | None, q: Tensor, k: Tensor) -> Tensor | None:
-    """Return the additive mask in the layout that the kernel requires: q's dtype, not broadcast, rows aligned."""
-    if added is None:
-        return None
-    (b, h, i, _), j = q.shape, k.shape[2]
-    rows = added.to(q.dtype).expand(*added.shape[:2], i, j)
-    padded = F.pad(rows, (0, -j % ALIGNMENT))
-    if padded.stride(-1) != 1 or padded.stride(-2) % ALIGNMENT:
-        padded = padded.contiguous()
-    return padded[..., :j].expand(b, h, i, j)

@@ -13,7 +13,7 @@ from ..common import contention
 from ..common.autograd import once_differentiable
 from ..common.divided import active
 from ..common.errors import require
-from ..common.precision import full_precision
+from ..common.precision import autocast_dtype, full_precision
 from ..torch_internals.tensors import is_transformed
 from .bias import BiasGradient
 from .broadcasting import canonical_broadcast
@@ -31,8 +31,8 @@ from .whole_kernels import Cpu, Efficient, Flash
 WAYS: tuple[Way, ...] = (OneDnn(), Sdpa(), Cpu(), Flash(), Efficient(), CudaKernel(), CpuKernel(), Products(), Naive())
 """All ways of computing attention, preferred ones first."""
 
-BACKENDS = ("naive", "tiled", "fused", "auto")
-"""The kinds of ways that a caller may ask for, and ``"auto"`` for any; a way's own name is accepted, too."""
+BACKENDS = tuple(dict.fromkeys(("naive", "tiled", "fused", "auto", *(way.name for way in WAYS))))
+"""What a caller may ask for: a kind of way, ``"auto"`` for any, or a way by its own name."""
 
 
 @dataclass(frozen=True)
@@ -76,11 +76,11 @@ def decide(
     """
     q, k, v = _autocast(q, k, v)
     scale = arguments.get("scale")
-    if isinstance(scale, Tensor):
+    if isinstance(scale, Tensor) and isinstance(q, Tensor):
         # Multiplied into q, so that autograd computes the scale's gradient, whatever the way.
         expected = "a number, or a floating-point tensor that broadcasts to (batch, heads, queries, 1)"
-        fits = scale.is_floating_point() and canonical_broadcast(scale, (*q.shape[:-1], 1), "scale") is not None
-        require(fits, "scale", expected, scale.dtype)
+        require(scale.is_floating_point(), "scale", expected, scale.dtype)
+        canonical_broadcast(scale, (*q.shape[:-1], 1), "scale")
         q, arguments = (q * scale).to(q.dtype), {**arguments, "scale": 1.0}
     with torch.set_grad_enabled(keep or torch.is_grad_enabled()):
         request = build_request(q, k, v, **arguments)
@@ -116,17 +116,15 @@ def _against(way: Way, keep: bool, transformed: bool) -> str | None:
 def _named(backend: str) -> Sequence[Way]:
     if backend == "auto":
         return WAYS
-    names = dict.fromkeys((*BACKENDS, *(way.name for way in WAYS)))
-    require(backend in names, "backend", f"one of {', '.join(names)}", repr(backend))
+    require(backend in BACKENDS, "backend", f"one of {', '.join(BACKENDS)}", repr(backend))
     return [way for way in WAYS if backend in (way.backend, way.name)]
 
 
 def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Cast as autocast casts the arguments of PyTorch's attention: fp32 to its dtype; fp64 stays."""
-    device = tensors[0].device.type if all(isinstance(t, Tensor) for t in tensors) else "meta"
-    if device == "meta" or not torch.is_autocast_enabled(device):
+    dtype = autocast_dtype(tensors[0].device) if all(isinstance(t, Tensor) for t in tensors) else None
+    if dtype is None:
         return tensors
-    dtype = torch.get_autocast_dtype(device)
     return tuple(t.to(dtype) if t.is_floating_point() and t.dtype != torch.float64 else t for t in tensors)
 
 

@@ -116,9 +116,9 @@ def dot_product_attention(
     largest value that a row sees is subtracted first, unless even fp64 would round the scores away beside it (2**56
     and above, such as finfo.min: the scores then count as equal). Hidden keys and values, if finite, affect neither
     output nor gradients. On a CPU the magnitudes of q, k and v are checked first, and where scores may exceed 2**16
-    another way of computing is chosen, which rounds differently. Other devices skip the check, and PyTorch's kernels
-    there lose scores above 2**16 in the log-sum-exp and return NaN for hidden products beyond fp32's range;
-    ``backend="products"`` does not.
+    another way of computing is chosen, which rounds differently. Other devices, compiled code and tensor subclasses
+    skip the check, and PyTorch's kernels then lose scores above 2**16 in the log-sum-exp and return NaN for hidden
+    products beyond fp32's range; ``backend="products"`` does not.
 
     Under autocast q, k and v are cast as for PyTorch's own attention. Differentiable once (the tiled backend raises on
     a second derivative). Sources: Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).
@@ -168,11 +168,11 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Ten
     # A decision with dropout draws a seed, and there must be one draw.
     if arguments["backend"] in ("auto", "fused", "sdpa") and not arguments["dropout"]:
         try:
-            decision, *cast = decide(q, k, v, **{**arguments, "backend": "sdpa"})
+            decision, q, k, v = decide(q, k, v, **{**arguments, "backend": "sdpa"})
         except NotImplementedError:
             pass  # another way may serve; if none does, the eager call says so
         else:
-            return decision.attend(cast[0], cast[1], cast[2])[0]
+            return decision.attend(q, k, v)[0]
     return eagerly(_attend, q, k, v, arguments)
 
 
@@ -192,7 +192,8 @@ def select_backend(q: Tensor, k: Tensor, v: Tensor, *, backend: str = "auto", **
     known = tuple(inspect.signature(build_request).parameters)[3:]
     for name in arguments:
         require(name in known, name, f"one of {', '.join(known)}", "an unknown argument")
-    decision, *heads = decide(q, k, v, backend=backend, **arguments)
+    with torch.random.fork_rng(devices=[]):  # a decision with dropout draws a seed, on the CPU
+        decision, *heads = decide(q, k, v, backend=backend, **arguments)
     request, chosen = decision.request, decision.way
     if backend != "auto":
         return BackendChoice(chosen.backend, "asked for", way=chosen.name)

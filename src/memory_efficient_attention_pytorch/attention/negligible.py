@@ -21,10 +21,7 @@ def largest_products(request: AttentionRequest, q: Tensor, k: Tensor) -> Tensor 
     Keys that causality hides from a query do not count, so that the future stays invisible bit for bit. None where it
     is not needed or not known: without a bias, and where the host would wait for values or has none.
     """
-    if request.bias is None or request.bias.of_score or request.device_type != "cpu":
-        return None
-    known = are_plain(q, k) and not is_fake(q) and not is_fake(k) and q.numel() > 0 < k.numel()
-    if torch.compiler.is_compiling() or not known:
+    if request.bias is None or request.device_type != "cpu" or not are_plain(q, k) or is_fake(q) or not k.numel():
         return None
     of_queries, reach = (torch.linalg.vector_norm(x, dim=-1, dtype=request.compute_dtype) for x in (q, k))
     seen, queries, first_key = request.visibility, request.held.queries, request.held.keys.start

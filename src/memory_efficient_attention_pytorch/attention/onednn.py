@@ -214,8 +214,8 @@ def _attend(shared: _Shared, part: Part, q: Tensor, k: Tensor, v: Tensor, out: T
             if survivors is not None:
                 weights.mul_(survivors[0, 0])
             packed_values.take(tile, len(queries)).add_product(total, weights)
-        for whole, of_row in zip(log_sum_exp, softmax.log_sum_exp.rounded(), strict=False):
-            whole[row.queries] = of_row.squeeze(1)
+        for whole, part_of_lse in zip(log_sum_exp, softmax.log_sum_exp.rounded(), strict=False):
+            whole[row.queries] = part_of_lse.squeeze(1)
         mass = softmax.mass.mul_(1 - request.dropout)
         out[row.queries] = total.div_(mass.masked_fill_(mass == 0, 1.0))
 

@@ -70,7 +70,8 @@ def _products(scores: Scores, q: Tensor, k: Tensor) -> Tensor:
 
 def _add_and_hide(scores: Scores, values: Tensor, visible: Tensor | None) -> Tensor | None:
     """Add biases less each row's level to the scores and hide what is masked; return the level, None without biases."""
-    added, level = scores.relative(values.dtype, visible)
+    biased = scores.request.bias is not None and not scores.is_modified
+    added, level = scores.relative(values.dtype, visible) if biased else (None, None)
     if added is not None and level is not None:
         rows = rounded_away(level)
         if rows is not None:

@@ -28,8 +28,8 @@ IMMODERATE = f"scores of q and k may exceed {LARGEST_SCORE:.0f}, or values be ne
 class AttentionRequest:
     """One call of :func:`dot_product_attention`, validated. Shapes by the legend of ``visibility``.
 
-    device_type: of the device whose choices are made; in a dry run not ``device``'s own. moderate: q, k and v are known
-    to be so small that fp32 neither rounds away part of a log-sum-exp nor overflows. block: the heads, queries and keys
+    device_type: of the device whose choices are made; in a dry run not ``device``'s own. moderate: q, k and v are so
+    small that fp32 neither rounds away part of a log-sum-exp nor overflows. block: the heads, queries and keys
     that the given tensors hold, while the rest of the request describes the whole; None: all.
     """
 
@@ -62,7 +62,7 @@ class AttentionRequest:
     @property
     def compute_dtype(self) -> torch.dtype:
         """The dtype of scores, softmax and accumulators: fp64 for fp64, fp32 for all others."""
-        return torch.float64 if self.dtype == torch.float64 else torch.float32
+        return full_dtype(self.dtype)
 
     @property
     def score_shape(self) -> tuple[int, int, int, int]:
@@ -157,7 +157,10 @@ def _dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
 
 
 def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, divided: Divided | None) -> bool:
-    """Return True if q, k and v are known to be small; checked only on CPUs, since elsewhere the host would wait."""
+    """Return True if q, k and v are small, or on a CPU presumed to be so where their values cannot be read.
+
+    Checked only on CPUs, since elsewhere the host would wait.
+    """
     if device_type(q.device) != "cpu":
         return False
     if torch.compiler.is_compiling() or not are_plain(q, k, v) or is_fake(q) or 0 in (*q.shape, *k.shape, *v.shape):
@@ -173,12 +176,10 @@ def _are_moderate(q: Tensor, k: Tensor, v: Tensor, scale: float, divided: Divide
     if not (v_largest <= LARGEST_VALUE or math.isinf(v_largest)):
         return False
     # This bound needs no norms, which take longer, and nearly always decides.
-    if not q_largest * k_largest * q.shape[-1] * abs(scale) <= LARGEST_SCORE:
-        norms = (torch.linalg.vector_norm(x, dim=-1, dtype=full_dtype(x.dtype)).amax() for x in (q, k))
-        q_norm, k_norm = of_all(*norms)
-        if not q_norm * k_norm * abs(scale) <= LARGEST_SCORE:
-            return False
-    return True
+    if q_largest * k_largest * q.shape[-1] * abs(scale) <= LARGEST_SCORE:
+        return True
+    q_norm, k_norm = of_all(*(torch.linalg.vector_norm(x, dim=-1, dtype=full_dtype(x.dtype)).amax() for x in (q, k)))
+    return q_norm * k_norm * abs(scale) <= LARGEST_SCORE
 
 
 def _draw_seed(divided: Divided | None) -> int:

@@ -79,9 +79,7 @@ def not_whole(request: AttentionRequest) -> str | None:
     if bias is not None and request.device_type == "cpu":
         if is_transformed():
             return "whether scores count beside a bias cannot be looked at within a transform of torch.func"
-        alone = bias.tensor if visibility.trivial else None
-        added = Scores.all_of(request).added(request.compute_dtype) if alone is None else alone.detach()
-        if added is not None and rounded_away(added.amax(-1)) is not None:
+        if rounded_away(_bias_and_mask(request).amax(-1)) is not None:
             return f"beside a row's biases, all beyond {ROUNDED_AWAY:.0e}, its scores count as equal"
     return None
 
@@ -93,14 +91,19 @@ def whole_mask(request: AttentionRequest) -> Tensor | None:
     """
     if request.bias is None:
         return request.visibility.mask
+    added = _bias_and_mask(request)
+    # The kernels keep a row's log-sum-exp in fp32, and with it the level of its biases. A CPU checks the level first;
+    # elsewhere the host would have to wait for it, and the kernels read a mask as being of q's dtype.
+    if request.device_type != "cpu":
+        return less_level(added)[0].to(request.dtype)
+    unknown = is_fake(added) or torch.compiler.is_compiling()
+    return added if unknown or bool((added.amax(-1).abs() <= LARGEST_BIAS).all()) else less_level(added)[0]
+
+
+def _bias_and_mask(request: AttentionRequest) -> Tensor:
     added = Scores.all_of(request).added(request.compute_dtype if request.n == 1 else request.dtype)
     assert added is not None
-    # The kernels keep a row's log-sum-exp in fp32, and with it the level of its biases. A CPU checks the level first;
-    # elsewhere the host would have to wait for it.
-    looked_at = request.device_type == "cpu" and not is_fake(added) and not torch.compiler.is_compiling()
-    if looked_at and bool((added.amax(-1).abs() <= LARGEST_BIAS).all()):
-        return added
-    return added if request.device_type == "cpu" and not looked_at else less_level(added)[0]
+    return added
 
 
 def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> set[str]:

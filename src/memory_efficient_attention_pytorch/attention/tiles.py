@@ -46,7 +46,7 @@ class Part(NamedTuple):
 
     def of_query(self, x: Tensor) -> Tensor:
         """Return the part's heads of ``x (b, h, …)``."""
-        return x[self.batch, shifted(self.heads, self.held) if self.held else self.heads]
+        return x[self.batch, shifted(self.heads, self.held)]
 
     def of_key(self, x: Tensor) -> Tensor:
         """Return the key/value heads that they use, of ``x (b, kv, …)``."""
@@ -104,7 +104,7 @@ def cut(request: AttentionRequest, elements: int | None = None) -> list[Part]:
     if elements is None:
         elements = ELEMENTS_ON_A_CPU if request.device_type == "cpu" else ELEMENTS_ELSEWHERE
     per_part = max(1, elements // max(1, request.tile_scores))
-    group, held = request.h // request.kv, request.held.heads
+    group, held = max(1, request.h // request.kv), request.held.heads
     h, first = held.stop - held.start, held.start // group
     fitting = [s for s in range(1, min(h, per_part) + 1) if h % s == 0 and 0 in (s % group, group % s)]
     heads = max([1, *fitting])

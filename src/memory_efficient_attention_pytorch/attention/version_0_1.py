@@ -27,8 +27,8 @@ def attention(
     **_: Any,
 ) -> Tensor:
     """Compute :func:`memory_efficient_attention` by the whole score matrix; bucket sizes and eps are ignored."""
-    keep = dropout if training else 0.0
-    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, dropout=keep, backend="naive")
+    rate = dropout if training else 0.0
+    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, dropout=rate, backend="naive")
 
 
 def memory_efficient_attention(
@@ -55,9 +55,9 @@ def memory_efficient_attention(
         >>> memory_efficient_attention(q, k, v, causal=True).shape
         torch.Size([1, 8, 100, 64])
     """
-    keep = dropout if training else 0.0
+    rate = dropout if training else 0.0
     buckets = _Buckets(q_bucket_size=q_bucket_size, k_bucket_size=k_bucket_size)
-    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, dropout=keep, **buckets)
+    return dot_product_attention(q, k, v, mask=mask, causal=causal, attn_bias=attn_bias, dropout=rate, **buckets)
 
 
 def unscaled_attention(

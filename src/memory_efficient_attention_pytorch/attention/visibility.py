@@ -62,7 +62,7 @@ class Block(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A bucket of queries, the number of its scores that window and causality leave, and its tiles in key order."""
+    """A bucket of queries, the number of its scores in tiles that may be seen, and those tiles in key order."""
 
     queries: slice
     scores: int
@@ -117,7 +117,7 @@ class Visibility:
         b, h, n, m = shape
         left, right = window_sides(window)
         if causal:
-            right = 0 if right is None else min(right, 0)
+            right = 0
         function = None
         if callable(mask) and not isinstance(mask, Tensor):
             function, mask = mask_function(mask), None
@@ -275,7 +275,7 @@ class Visibility:
         ]
         if not said:
             return rows
-        kinds = map(min, *said) if len(said) > 1 else iter(said[0])
+        kinds = map(min, zip(*said, strict=True))
         refined = []
         for row in rows:
             of_tiles = zip(row.tiles, kinds, strict=False)

@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -105,5 +105,11 @@ def _added(request: AttentionRequest) -> Tensor | None:
         added = additive(added, None, request.dtype)
     if added is None or request.device_type == "cpu":
         return added
-    padded = F.pad(added.expand(*added.shape[:-1], request.m), (0, -request.m % ALIGNMENT))
-    return padded[..., : request.m].to(request.dtype).expand(request.score_shape)
+    return laid_out(added, request.dtype, request.score_shape)
+
+
+def laid_out(added: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
+    """Return an additive mask as CUDA's kernel requires it: of q's dtype and the scores' shape, its rows aligned."""
+    keys = shape[-1]
+    rows = F.pad(added.to(dtype).expand(*added.shape[:-1], keys), (0, -keys % ALIGNMENT)).contiguous()
+    return rows[..., :keys].expand(*shape)

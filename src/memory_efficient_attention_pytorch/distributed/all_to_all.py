@@ -115,7 +115,7 @@ class AllToAll(Way):
         found = all_to_all(self.group, parts)
         own = x.new_empty(*parts[0].shape[:2], self.layout.num_tokens, *x.shape[3:])
         for rank, part in enumerate(found):
-            for chunk in self._chunks(rank):
+            for chunk in self.layout.chunks(rank):
                 own[:, :, chunk] = part[:, :, self.layout.here(rank, chunk)]
         return own
 
@@ -123,15 +123,12 @@ class AllToAll(Way):
         """Yield the inverse: slices of ``total (b, h, local, …)`` and each process's result for them."""
         sent = x.new_empty(self.layout.size, *x.shape[:2], self.layout.local, *x.shape[3:])
         for rank, part in enumerate(sent):
-            for chunk in self._chunks(rank):
+            for chunk in self.layout.chunks(rank):
                 part[:, :, self.layout.here(rank, chunk)] = x[:, :, chunk]
         for rank, part in enumerate(all_to_all(self.group, sent)):
-            for chunk in self._chunks(self.rank):
+            for chunk in self.layout.chunks(self.rank):
                 here = self.layout.here(self.rank, chunk)
                 yield total[:, self._heads(total.shape[1], rank, turn), here], part[:, :, here]
-
-    def _chunks(self, rank: int) -> list[slice]:
-        return [chunk for chunk in self.layout.chunks(rank) if chunk.start < chunk.stop]
 
 
 def _at_once(request: AttentionRequest) -> int:
