@@ -239,13 +239,14 @@ def test_a_class_whose_forward_was_replaced_runs_it(kind, monkeypatch):
     assert not torch.allclose(ours, before)
 
 
-def test_a_warning_names_the_option_the_layer_and_the_reason_once():
+@pytest.mark.parametrize("around", [lambda net: net, lambda net: ReversibleSequence([(net, nn.Identity())])])
+def test_a_warning_names_the_option_the_layer_and_the_reason_once(around):
     net = Attention(dim=8, heads=2, dim_head=4, head_chunks=2)
     hook(net.to_kv)
     with warnings.catch_warnings(record=True) as said:
         warnings.simplefilter("default")
         for _ in range(3):
-            net(torch.randn(1, 5, 8))
+            around(net)(torch.randn(1, 5, 8)).sum().backward()
     assert [str(warning.message) for warning in said] == [
         "head_chunks: Attention is computed as a whole, not in pieces: of to_kv, it has hooks"
     ]
@@ -312,3 +313,16 @@ def test_a_weight_of_another_type():
     module = nn.Linear(2, 2)
     module.weight = nn.Parameter(module.weight.detach().as_subclass(Other))
     assert "another type" in reason_against(module, nn.Linear)
+
+
+@pytest.mark.parametrize("around", [lambda net: net, lambda net: ReversibleSequence([(net, nn.Identity())])])
+@pytest.mark.parametrize("pieces", [1, 2])
+@pytest.mark.parametrize("kind", ["attention", "feed-forward"])
+def test_another_dtype_than_the_weights_is_refused_as_by_a_linear_layer(kind, pieces, around):
+    attention = Attention(dim=8, heads=2, dim_head=4, head_chunks=pieces)
+    net = around(attention if kind == "attention" else FeedForward(8, chunks=pieces))
+    for context in (torch.enable_grad, torch.no_grad):
+        with context(), pytest.raises((ValueError, RuntimeError), match="dtype"):
+            net(torch.randn(1, 6, 8, dtype=torch.bfloat16))
+    with torch.autocast("cpu", torch.bfloat16):
+        net(torch.randn(1, 6, 8, dtype=torch.bfloat16)).sum().backward()

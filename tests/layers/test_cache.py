@@ -233,3 +233,16 @@ def test_a_copy_of_a_pass_cut_short_is_of_no_more_use_either():
     for broken in (cache, twin):
         with pytest.raises(ValueError, match="cache: expected every layer to have seen 5 tokens"):
             make()(torch.randint(17, (1, 1)), cache=broken)
+
+
+def test_modes_without_gradients_may_follow_one_another():
+    model, tokens = make(), torch.randint(17, (2, 12))
+    with torch.no_grad():
+        whole = model(tokens)
+    for modes in ((torch.inference_mode, torch.no_grad), (torch.no_grad, torch.inference_mode)):
+        cache = KVCache()
+        found = []
+        for part, mode in zip(tokens.split(3, dim=1), modes * 2, strict=True):
+            with mode():
+                found.append(model(part, cache=cache).clone())
+        torch.testing.assert_close(torch.cat(found, dim=1), whole)

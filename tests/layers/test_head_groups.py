@@ -97,7 +97,14 @@ class PerHead(nn.Module):
         return -self.slopes[:, None, None] * (i[:, None] - j[None, :]).abs()
 
 
-@pytest.mark.parametrize("make", [lambda: RelativePositionBias(HEADS), PerHead, lambda: AlibiBias(HEADS)])
+class PerSequence(PerHead):
+    """Also another for each sequence."""
+
+    def forward(self, i, j):
+        return torch.arange(1, 1 + B)[:, None, None, None] * super().forward(i, j)
+
+
+@pytest.mark.parametrize("make", [lambda: RelativePositionBias(HEADS), PerHead, PerSequence, lambda: AlibiBias(HEADS)])
 def test_bias_modules(make):
     bias = make().double()
     check(*pair(4), tokens(requires_grad=True), [*bias.parameters()], attn_bias=bias)
@@ -320,3 +327,17 @@ def test_every_group_is_recomputed_once(groups, reversible):
     assert count.fused == groups * 3, "the attention kernel: forward, once more, backward"
     frozen = big(groups).requires_grad_(False)
     assert products(step(frozen, x)) == groups * (2 + 1 + 2)
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+def test_a_context_whose_gradient_nobody_wants_costs_no_product(groups):
+    """A frozen encoder's, in every layer."""
+    net, x, context = big(groups), torch.randn(1, 256, BIG, requires_grad=True), torch.randn(1, 256, BIG)
+
+    def of(context):
+        chain = ReversibleSequence([(nn.Identity(), net)], args_route={"context": [(False, True)]})
+        with LiveBytes() as count:
+            chain(x, context=context).sum().backward()
+        return products(count)
+
+    assert of(context) == of(context.clone().requires_grad_()) - groups

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from memory_efficient_attention_pytorch import Chunked, ReversibleSequence
 from tests.agreement import assert_same, gradients, products, with_seed
 from tests.branches import DIM, KINDS, Plain, check, layers, plain, stored, tokens, trainable
-from tests.memory.live_bytes import LiveBytes
+from tests.memory.live_bytes import LiveBytes, saved_bytes
 
 # The gradients of storing everything
 
@@ -163,3 +163,42 @@ def test_state_dictionary_and_copy():
     assert clone(x).equal(net(x))
     clone.load_state_dict({name: 0 * value for name, value in net.state_dict().items()})
     assert not clone(x).equal(net(x))
+
+
+class InFp32(nn.Module):
+    """Its value is wider than the streams."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm = nn.LayerNorm(DIM)
+
+    def forward(self, x):
+        return self.norm(x.float())
+
+
+@pytest.mark.parametrize("exact", [False, True])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_streams_keep_their_dtype_whether_stored_or_rebuilt(dtype, exact):
+    blocks = [(InFp32(), InFp32()) for _ in range(3)]
+    x = tokens(2, 5, DIM, dtype=dtype)
+    rebuilt, kept = (ReversibleSequence(blocks, exact=exact, reversible=on)(x) for on in (True, False))
+    with torch.no_grad():
+        evaluated = ReversibleSequence(blocks, exact=exact)(x)
+    assert rebuilt.equal(kept)
+    assert rebuilt.equal(evaluated)
+
+
+@pytest.mark.parametrize("reversible", [True, False])
+def test_a_value_of_another_shape_is_refused_stored_or_rebuilt(reversible):
+    class FirstToken(nn.Module):
+        def forward(self, x):
+            return x[:, :1]
+
+    net = ReversibleSequence([(FirstToken(), nn.Identity())], reversible=reversible)
+    with pytest.raises(ValueError, match="piece: expected a value of the output's slice"):
+        net(tokens(2, 5, DIM))
+
+
+def test_no_cache_is_no_reason_to_store_activations():
+    net, x = ReversibleSequence(layers(), args_route={"cache": [(True, False)] * 3}), tokens(2, 5, DIM)
+    assert saved_bytes(net, x, cache=None) == saved_bytes(net, x)

@@ -105,9 +105,13 @@ class GradientSums:
         self._first: dict[Tensor, Tensor] = {}
         self._totals: dict[Tensor, Tensor] = {}
 
+    def wants(self, leaf: Tensor) -> bool:
+        """Return whether the leaf's gradient is wanted."""
+        return leaf in self._needed
+
     def total(self, leaf: Tensor) -> Tensor | None:
         """Return the tensor in which the leaf's gradient is summed, to be added to; None if it is not wanted."""
-        if leaf not in self._needed:
+        if not self.wants(leaf):
             return None
         if leaf not in self._totals:
             self._totals[leaf] = self._make_total(leaf)

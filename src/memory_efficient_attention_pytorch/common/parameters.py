@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from ..torch_internals.engine import version, version_attribute
-from ..torch_internals.hooks import get_buffer, has_pre_hooks, put_buffer, put_parameter, tensor_has_hooks
+from ..torch_internals.hooks import has_pre_hooks, put_parameter, tensor_has_hooks
 
 
 class SeenParameters:
@@ -113,7 +113,7 @@ class SeenBuffers:
     def watched(self) -> Iterator[None]:
         """Run the forward pass inside; the previous value of each buffer that it changes in place is kept.
 
-        Small buffers are always copied: PyTorch's batch norm kernel does not count its in-place changes.
+        Copies of small buffers are kept in any case: PyTorch's batch norm kernel does not count its in-place changes.
         """
         before = [(buffer, version(buffer), buffer.clone()) for buffer in self._places]
         yield
@@ -127,6 +127,6 @@ class SeenBuffers:
             for buffer, places in self._places.items():
                 value = self._before[buffer].clone() if buffer in self._before else buffer
                 for module, name in places:
-                    stack.callback(put_buffer, module, name, get_buffer(module, name))
-                    put_buffer(module, name, value)
+                    stack.callback(setattr, module, name, getattr(module, name, None))
+                    setattr(module, name, value)
             yield

@@ -8,6 +8,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from .errors import require
+
 
 def full_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums, softmax and norms: at least fp32."""
@@ -26,6 +28,12 @@ def autocast_dtype(device: torch.device) -> torch.dtype | None:
 def compute_dtype(tokens: Tensor) -> torch.dtype:
     """Return the dtype a linear layer computes in: autocast's if it is on (not for fp64), else the tokens' own."""
     return tokens.dtype if tokens.dtype == torch.float64 else autocast_dtype(tokens.device) or tokens.dtype
+
+
+def require_dtype_of(weight: Tensor, x: Tensor) -> None:
+    """Raise ValueError where a linear layer would refuse x: autocast is off and the dtypes differ."""
+    fits = x.dtype == weight.dtype or autocast_dtype(x.device) is not None
+    require(fits, "x", f"dtype {weight.dtype}, that of the weights", x.dtype)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

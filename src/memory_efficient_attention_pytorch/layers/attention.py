@@ -91,8 +91,9 @@ class Attention(nn.Module):
         window_sides(window)
         known = isinstance(keep_attention, bool) or keep_attention == "cpu"
         require(known, "keep_attention", "False, True or 'cpu'", repr(keep_attention))
-        fits = not keep_attention or backend != "naive"
-        require(fits, "keep_attention", "False with backend 'naive', which keeps every score", repr(keep_attention))
+        fits = not keep_attention or backend not in ("naive", "sdpa")
+        expected = f"False with backend {backend!r}, which leaves nothing that could be kept for backward"
+        require(fits, "keep_attention", expected, repr(keep_attention))
         self.keep_attention = keep_attention
         self.dim, self.heads, self.kv_heads, self.dim_head = dim, heads, kv_heads, dim_head
         self.dropout, self.causal, self.window, self.backend = dropout, causal, window, backend
@@ -132,8 +133,12 @@ class Attention(nn.Module):
         given = _shared_by_groups(given)
         if cache is None:
             groups = self._groups(x, context)
-            if len(groups) > 1 and self._comes_in_groups(groups):
-                return eagerly(in_pieces, self, x, {"context": context, **given})
+            if len(groups) > 1:
+                reason = self._against_groups()
+                if reason is None:
+                    return eagerly(in_pieces, self, x, {"context": context, **given})
+                whole = f"{type(self).__name__} is computed as a whole, not in pieces"
+                warnings.warn(f"head_chunks: {whole}: of {reason}", stacklevel=2)
         q = self.to_q(x).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         kv = self.to_kv(x if context is None else context)
         k, v = kv.unflatten(-1, (2, self.kv_heads, -1)).permute(2, 0, 3, 1, 4)
@@ -147,7 +152,7 @@ class Attention(nn.Module):
         refuse_captured(kwargs.get("attn_bias"), x.device)
         if "cache" not in kwargs:
             groups = self._groups(x, kwargs.get("context"))
-            if self._comes_in_groups(groups):
+            if self._against_groups() is None:
                 return HeadGroupBranch(self, groups, kwargs, norm)
         return Branch(self, kwargs, norm)
 
@@ -157,17 +162,14 @@ class Attention(nn.Module):
         number = head_chunks_for(x, context, (self.heads, self.kv_heads), self.dim_head)
         return HeadGroup.split(self.heads, self.kv_heads, number)
 
-    def _comes_in_groups(self, groups: tuple[HeadGroup, ...]) -> bool:
-        """Return whether projections can be computed for some heads at a time; if several groups cannot, warn why."""
+    def _against_groups(self) -> str | None:
+        """Return a projection that cannot be computed for some heads at a time, and why; None if all can."""
         for name in ("to_q", "to_kv", "to_out"):
             projection = getattr(self, name)
             reason = reason_against(projection, nn.Linear) or ("it has a bias" if projection.bias is not None else None)
             if reason is not None:
-                if len(groups) > 1:
-                    whole = f"{type(self).__name__} is computed as a whole, not in pieces"
-                    warnings.warn(f"head_chunks: {whole}: of {name}, {reason}", stacklevel=2)
-                return False
-        return True
+                return f"{name}, {reason}"
+        return None
 
     def attend(
         self,
@@ -269,9 +271,6 @@ class FlashAttention(Attention):
         >>> attention(x, context=context).shape
         torch.Size([2, 300, 64])
     """
-
-    def __init__(self, *, dim: int, **kwargs: Any) -> None:
-        super().__init__(dim=dim, **{"memory_efficient": True, **kwargs})
 
     as_branch = Attention.as_branch  # defined here too, since a class with its own forward must offer its own pieces
 

@@ -130,6 +130,7 @@ def _kind(k: Tensor, v: Tensor) -> tuple[Any, ...]:
 
 def _roomy(content: Tensor, capacity: int) -> Tensor:
     """Return a buffer of ``capacity`` places, the first of which hold ``content``."""
-    buffer = content.new_empty(*content.shape[:2], capacity, content.shape[3])
+    with torch.inference_mode(False):  # so that later calls, in inference mode or not, may write to it
+        buffer = content.new_empty(*content.shape[:2], capacity, content.shape[3])
     buffer[:, :, : content.shape[2]] = content
     return buffer

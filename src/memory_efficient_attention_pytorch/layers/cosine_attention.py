@@ -39,10 +39,8 @@ class CosineSimAttention(Attention):
         self.scale = nn.Parameter(torch.full((1, heads, 1, 1), math.log(math.log2(seq_len**2 - seq_len))))
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
-        dtype = q.dtype
-        q = F.normalize(q.to(full_dtype(dtype)), dim=-1) * self.scale[:, heads].exp()
-        k = F.normalize(k.to(full_dtype(dtype)), dim=-1)
-        return q.to(dtype), k.to(dtype), 1.0
+        scaled = _unit(q) * self.scale[:, heads].exp()
+        return scaled.to(q.dtype), _unit(k).to(k.dtype), 1.0
 
 
 class CosineSimFlashAttention(FlashAttention):
@@ -53,4 +51,9 @@ class CosineSimFlashAttention(FlashAttention):
         self.scale = scale
 
     def prepare(self, q: Tensor, k: Tensor, heads: slice) -> tuple[Tensor, Tensor, float | None]:
-        return F.normalize(q, dim=-1), F.normalize(k, dim=-1), float(self.scale)
+        return _unit(q).to(q.dtype), _unit(k).to(k.dtype), float(self.scale)
+
+
+def _unit(x: Tensor) -> Tensor:
+    """Return x with vectors of unit length (zeros stay zeros), in fp32 at least."""
+    return F.normalize(x.to(full_dtype(x.dtype)), dim=-1)

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from ..common.compiled import eagerly
 from ..common.dry_run import each
 from ..common.errors import require, require_positive_int
-from ..common.precision import compute_dtype, full_dtype
+from ..common.precision import compute_dtype, full_dtype, require_dtype_of
 from ..common.products import Scratch
 from ..recompute.by_hand import reason_against
 from ..recompute.normed import Normed, is_norm_of_tokens
@@ -85,7 +85,8 @@ class FeedForwardBranch(ChunkBranch):
             upstream = net.through_activation(upstream, before)
             sums.add_product(inner.weight, upstream, values)
             sums.add(inner.bias, _over_tokens(upstream))
-            normed.backward(index, net.through_inner(upstream), again)
+            if normed.passes_on(again):
+                normed.backward(index, net.through_inner(upstream), again)
 
 
 class _Cast:
@@ -93,6 +94,7 @@ class _Cast:
 
     def __init__(self, net: Any, x: Tensor) -> None:
         inner, self.activation, outer = net
+        require_dtype_of(inner.weight, x)
         dtype = compute_dtype(x)
         self.inner, self.outer = ((layer.weight.to(dtype), layer.bias.to(dtype)) for layer in (inner, outer))
         self.scratch = Scratch(dtype, x.device)
@@ -123,7 +125,7 @@ def _over_tokens(upstream: Tensor) -> Tensor:
 
 
 class PreNorm(nn.Module):
-    """Computes ``fn(LayerNorm(x))``; where fn is computed in pieces, each piece includes its norm.
+    """Computes ``fn(LayerNorm(x))``; in a :class:`ReversibleSequence` each piece of fn includes its norm.
 
     Examples:
         >>> import torch

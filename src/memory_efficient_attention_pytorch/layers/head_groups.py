@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from ..common.dry_run import each
 from ..common.errors import require
-from ..common.precision import compute_dtype, full_dtype
+from ..common.precision import compute_dtype, full_dtype, require_dtype_of
 from ..common.products import Scratch, linear_into
 from ..recompute.normed import Normed, slabs
 from ..recompute.pieces import Add, Branch, Repetition
@@ -78,6 +78,7 @@ class HeadGroupBranch(Branch):
 
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
         self.module.check(x, **kwargs)
+        require_dtype_of(self.module.to_q.weight, x)
         for part in self._parts(x, kwargs.pop("context", None)):
             heads = part.project()
             out = _tokens(self.module.attend(*heads, group=part.group, **kwargs))
@@ -162,6 +163,8 @@ class _Projections:
                     stop = start + rows.stop - rows.start
                     again.sums.add_product(matrix, upstream[..., start:stop], values, rows)
                     start = stop
+                if not (again.sums.wants(x) if source.is_context else source.tokens.passes_on(again)):
+                    continue
                 back = self.scratch.linear("slab", upstream, weight.t())
                 if source.is_context:
                     again.sums.add(x, back, index)

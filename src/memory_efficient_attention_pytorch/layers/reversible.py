@@ -133,12 +133,13 @@ class ReversibleSequence(nn.Sequential):
     def streams(self, x: Tensor, **kwargs: Any) -> tuple[Chain, Tensor, Tensor]:
         """Return the chain and both streams ``(…, d)`` after the last block.
 
-        The backward of whatever consumes them must call :meth:`Chain.begin`. Raises ValueError for an unrouted keyword.
+        Whatever consumes them goes through a :class:`ChainEnd`, whose backward begins the chain's. Raises ValueError
+        for an unrouted keyword.
         """
         for keyword in kwargs:
             expected = f"a keyword of args_route ({', '.join(self.args_route)})"
             require(keyword in self.args_route, keyword, expected, "no route")
-        chain = Chain(self.grid if self.exact else None, x.dtype, self.reverses, in_pieces="cache" not in kwargs)
+        chain = Chain(self.grid if self.exact else None, x.dtype, self.reverses, in_pieces=kwargs.get("cache") is None)
         stream = OntoGrid.apply(x, self.grid) if self.exact else x
         # Two nodes in the graph, so that gradients are summed in the same order whether activations are stored or not.
         streams = (stream.view_as(stream), stream.view_as(stream))

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -38,11 +39,6 @@ def feed_forward_chunks(batch: int, tokens: int, hidden: int, itemsize: int, dev
     return max(1, min(tokens, -(-all_tokens // in_a_chunk)))
 
 
-def any_number(heads: int, kv_heads: int) -> bool:
-    """Allow a group of any number of heads."""
-    return True
-
-
 def head_chunks(
     batch: int,
     tokens: tuple[int, int],
@@ -52,7 +48,7 @@ def head_chunks(
     device_type: str = "cpu",
     threads: int = 1,
     divided: bool = False,
-    may_hold: Callable[[int, int], bool] = any_number,
+    may_hold: Callable[[int, int], bool] = lambda heads, kv_heads: True,
 ) -> int:
     """Return the number of head groups. A group's working set is its q, k, v, output and their cotangents.
 
@@ -61,16 +57,18 @@ def head_chunks(
     sends its keys and values: those that share some stay together. may_hold: whether a group may be of so many.
     """
 
+    def held(groups: int) -> tuple[int, int]:
+        return heads[0] // groups, max(1, heads[1] // groups)
+
     def working(groups: int) -> int:
-        held = (heads[0] // groups, max(1, heads[1] // groups))
-        return batch * dim_head * itemsize * sum(4 * number * count for number, count in zip(tokens, held, strict=True))
+        return batch * dim_head * itemsize * sum(4 * n * count for n, count in zip(tokens, held(groups), strict=True))
 
     if working(1) <= WHOLE:
         return 1
     busy = threads if device_type == "cpu" else 1
     most = heads[1] if divided else heads[0]
-    sizes = {n: (heads[0] // n, max(1, heads[1] // n)) for n in splits(*heads) if n <= most}
-    allowed = [n for n, held in sizes.items() if n == 1 or (held[0] * batch >= busy and may_hold(*held))]
+    fits = (n for n in splits(*heads) if n <= most)
+    allowed = [n for n in fits if n == 1 or (held(n)[0] * batch >= busy and may_hold(*held(n)))]
     return next((n for n in allowed if working(n) <= PIECE.get(device_type, WHOLE)), allowed[-1])
 
 
@@ -97,10 +95,8 @@ def head_chunks_for(x: Tensor, context: Tensor | None, heads: tuple[int, int], d
         return 1
     counts = (whole_tokens(x.shape[1]), whole_tokens(seen.shape[1]))
     divided = active()
-    may_hold = any_number if divided is None else divided.may_hold
-    itemsize, kind = _kind(x)
-    threads, sent = dry_run.num_threads(), divided is not None
-    return head_chunks(len(x), counts, heads, dim_head, itemsize, kind, threads, sent, may_hold)
+    limits: dict[str, Any] = {} if divided is None else {"divided": True, "may_hold": divided.may_hold}
+    return head_chunks(len(x), counts, heads, dim_head, *_kind(x), dry_run.num_threads(), **limits)
 
 
 def _may_be_cut(*inputs: Tensor) -> bool:

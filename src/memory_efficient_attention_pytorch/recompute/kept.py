@@ -21,8 +21,8 @@ class KeptResults:
 
     The code that recomputes a pass runs it inside :meth:`keeping`, saves what :meth:`release` returns, and reruns it
     inside :meth:`repeating`; the code that computes a result to be kept calls :meth:`fetch`. Objects nest: an inner one
-    fetches missing results from an outer one that is repeating. Copies to and from host memory are asynchronous, so
-    only the device's stream may read them.
+    fetches its results through the outer one, which keeps or hands them out, too. Copies to and from host memory are
+    asynchronous, so only the device's stream may read them.
     """
 
     def __init__(self) -> None:

@@ -51,6 +51,10 @@ class Normed:
                 self._value = self.norm(self._piece.requires_grad_())
         return self._value.detach()
 
+    def passes_on(self, again: Repetition) -> bool:
+        """Return whether the gradient of the normalised values is used: by the norm's parameters or for x."""
+        return self.norm is not None or again.add_gradient is not None
+
     def backward(self, index: Index, upstream: Tensor, again: Repetition) -> None:
         """Backpropagate the slice's gradient to the norm's parameters and to x."""
         piece, value = self._piece, self._value

@@ -16,10 +16,10 @@ from .kept import KeptResults
 class Replay:
     """Records the conditions of a forward pass. Create it before, with gradients on if there will be a backward."""
 
-    def __init__(self, *tensors: Tensor) -> None:
+    def __init__(self, tensor: Tensor) -> None:
         self.cpu_state = torch.get_rng_state()
-        self.devices, self.states = get_device_states(*tensors)
-        self.device_type = tensors[0].device.type
+        self.devices, self.states = get_device_states(tensor)
+        self.device_type = tensor.device.type
         kinds = {"cpu", self.device_type} - {"meta"}
         self.autocast = {
             kind: (torch.is_autocast_enabled(kind), torch.get_autocast_dtype(kind)) for kind in sorted(kinds)

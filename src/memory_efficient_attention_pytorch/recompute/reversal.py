@@ -224,4 +224,6 @@ def advance(module: nn.Module, chain: Chain, a: Tensor, b: Tensor, kwargs: Mappi
         streams: tuple[Tensor, Tensor] = _Step.apply(chain, branch, Replay(b), a, b, *branch.bound())
         return streams
     value = value_of(module, b.to(chain.dtype), kwargs)
-    return b, a + (value if chain.grid is None else OntoGrid.apply(value, chain.grid))
+    if not torch.compiler.is_compiling():
+        slice_for(value, a, (...,))
+    return b, (a + (value if chain.grid is None else OntoGrid.apply(value, chain.grid))).to(a.dtype)

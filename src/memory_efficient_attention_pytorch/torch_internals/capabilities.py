@@ -41,7 +41,10 @@ ALL: dict[str, Capability[Any]] = {}
 
 
 def capability(find: Callable[[], T | None]) -> Capability[T]:
-    """Decorate a function that returns the part, or None, or fails to find it (AttributeError, ImportError)."""
+    """Decorate a function that returns the part, or None, or fails to find it.
+
+    To fail is to raise AttributeError, ImportError or RuntimeError.
+    """
     made = Capability(find.__name__, find)
     assert made.name not in ALL, made.name
     ALL[made.name] = made

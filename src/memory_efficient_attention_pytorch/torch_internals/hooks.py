@@ -1,4 +1,4 @@
-"""Hooks of modules, tensors and graph nodes; and a module's parameters and buffers."""
+"""Hooks of modules, tensors and graph nodes; and a module's parameters."""
 
 from __future__ import annotations
 
@@ -72,13 +72,3 @@ def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace the module's parameter (or plain attribute) by ``tensor``, of any class, as ``functional_call`` does."""
     places: dict[str, Any] = module._parameters if name in module._parameters else vars(module)
     places[name] = tensor
-
-
-def get_buffer(module: nn.Module, name: str) -> Tensor | None:
-    """The module's buffer of this name, or None."""
-    return module._buffers.get(name)
-
-
-def put_buffer(module: nn.Module, name: str, tensor: Tensor | None) -> None:
-    """Replace the module's buffer of this name by ``tensor``."""
-    module._buffers[name] = tensor
