@@ -12,18 +12,17 @@ thread they are processor seconds, which a busy machine hardly disturbs, with mo
 from __future__ import annotations
 
 import argparse
-import os
 import statistics
-import subprocess
-import sys
 import time
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak
 from memory_efficient_attention_pytorch.loss.linear_cross_entropy import linear_cross_entropy
 
 Loss = Callable[[Tensor, Tensor, Tensor], Tensor]
@@ -48,31 +47,17 @@ def inputs(tokens: int, width: int, vocabulary: int, dtype: torch.dtype) -> tupl
     return hidden, weight, torch.randint(vocabulary, (tokens,))
 
 
-def peak_mib(loss: Loss, args: argparse.Namespace) -> float:
-    """How far the resident set of this process rises in a forward and backward, in MiB."""
-    loss(*inputs(64, args.width, 512, args.dtype)).backward()
-    tensors = inputs(args.tokens, args.width, args.vocabulary, args.dtype)
-    with open("/proc/self/clear_refs", "w") as reset:
-        reset.write("5")
-    before = high_water_mib()
-    loss(*tensors).backward()
-    return high_water_mib() - before
-
-
-def high_water_mib() -> float:
-    with open("/proc/self/status") as status:
-        return next(int(line.split()[1]) / 1024 for line in status if line.startswith("VmHWM"))
-
-
-def in_fresh_process(name: str) -> float:
-    command = [sys.executable, __file__, *sys.argv[1:], "--memory-of", name]
-    environment = {**os.environ, "MALLOC_MMAP_THRESHOLD_": "65536"}
-    return float(subprocess.run(command, env=environment, check=True, capture_output=True, text=True).stdout)
+def build(name: str, chunk_sizes: list[int], tokens: int, width: int, vocabulary: int, dtype: str) -> Callable[[], Any]:
+    """A forward and backward of the loss of that name; a target of ``measure_peak``."""
+    loss, kind = losses(chunk_sizes)[name], getattr(torch, dtype)
+    loss(*inputs(64, width, 512, kind)).backward()
+    tensors = inputs(tokens, width, vocabulary, kind)
+    return lambda: loss(*tensors).backward()
 
 
 def seconds_in_turn(candidates: dict[str, Loss], args: argparse.Namespace) -> dict[str, list[float]]:
     """Seconds of a forward and backward, every loss once in each round."""
-    tensors = inputs(args.tokens, args.width, args.vocabulary, args.dtype)
+    tensors = inputs(args.tokens, args.width, args.vocabulary, getattr(torch, args.dtype))
     clock = time.process_time if args.threads == 1 else time.perf_counter
     seconds: dict[str, list[float]] = {name: [] for name in candidates}
     for turn in range(args.rounds + 1):
@@ -92,18 +77,18 @@ def main() -> None:
     parser.add_argument("--tokens", type=int, default=4096)
     parser.add_argument("--width", type=int, default=256)
     parser.add_argument("--vocabulary", type=int, default=32_000)
-    parser.add_argument("--dtype", type=lambda name: getattr(torch, name), default=torch.float32)
+    parser.add_argument("--dtype", default="float32")
     parser.add_argument("--chunk-sizes", type=int, nargs="*", default=[], help="to run ours with, besides its default")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--memory-of", help=argparse.SUPPRESS)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     candidates = losses(args.chunk_sizes)
-    if args.memory_of:
-        print(peak_mib(candidates[args.memory_of], args))
-        return
-    memory = {name: in_fresh_process(name) for name in candidates}
+    shape = {name: getattr(args, name) for name in ("chunk_sizes", "tokens", "width", "vocabulary", "dtype")}
+    memory = {
+        name: measure_peak(f"{__file__}:build", {"name": name, **shape}, threads=args.threads).peak_bytes / 2**20
+        for name in candidates
+    }
     seconds = seconds_in_turn(candidates, args)
     print(
         f"{args.tokens} x {args.width} x {args.vocabulary}, {args.dtype}, {args.threads} threads, {torch.__version__}"

@@ -230,16 +230,9 @@ def runs_within(config: dict[str, Any], room: int) -> bool:
 
 def describe(config: dict[str, Any]) -> str:
     whole = {**BASE, **config}
-    fixed = " ".join(
-        str(part)
-        for part in (
-            whole.get("kind", "transformer"),
-            f"{whole['batch_size']}×{whole['seq_len']}",
-            f"dim {whole['dim']}",
-            f"depth {whole['depth']}",
-            f"heads {whole['heads']}",
-            f"vocabulary {whole['num_tokens']}",
-        )
+    fixed = (
+        f"{whole.get('kind', 'transformer')} {whole['batch_size']}×{whole['seq_len']} dim {whole['dim']} "
+        f"depth {whole['depth']} heads {whole['heads']} vocabulary {whole['num_tokens']}"
     )
     rest = {k: v for k, v in config.items() if k not in (*BASE, "kind") or k == "causal"}
     return ", ".join([fixed, *(f"{k} {v}" for k, v in rest.items())])

@@ -411,7 +411,8 @@ def hidden_table(machine: Machine) -> str:
             ring_tokens = [hidden_from(call, bandwidth, machine.rate, backward) for backward in (False, True)]
             tenth = exchange_is_a_tenth_from(call, bandwidth, machine.rate)
             rows.append([name, str(kv_heads), *(f"{tokens:,.0f}" for tokens in (*ring_tokens, tenth))])
-    titles = ["links", "kv heads", "ring, forward: tokens of each", "backward", "exchange of 8, a tenth: tokens of all"]
+    ring, exchange = "ring, forward: tokens of a process", "exchange of 8, a tenth: tokens of the sequence"
+    titles = ["links", "kv heads", ring, "backward", exchange]
     return table(titles, rows)
 
 
@@ -430,7 +431,7 @@ def devices_table(machine: Machine, planned: Sequence[dict[str, Any]]) -> str:
                 + [f"{depth * taken.sent / 1e9:,.1f}", f"{depth * taken.computing:,.1f}"]
                 + [f"{taken.seconds / taken.computing:.2f}", f"{found['peak_bytes'] / 2**30:.1f}" if found else "–"]
             )
-    titles = ["sequences × devices", "tokens of each", "head groups", "way", "GB sent by a device"]
+    titles = ["sequences × devices of each", "tokens of a sequence", "head groups", "way", "GB sent by a device"]
     return table([*titles, "seconds of attention", "with transfers, ×", "GiB of a device"], rows)
 
 

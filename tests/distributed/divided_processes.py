@@ -219,6 +219,8 @@ def refusals(context: ContextParallel) -> list[str]:
         lambda: AutoregressiveWrapper(models[0])(tokens),
         lambda: dot_product_attention(q, q[:, :, :3], q[:, :, :3]),
         lambda: dot_product_attention(q, q, q, backend="naive"),
+        lambda: context.shard(torch.zeros(2, 100), torch.zeros(2, 99)),
+        lambda: context.shard(torch.zeros(4)),
     ]
     told = []
     for ask in asked:
@@ -228,6 +230,7 @@ def refusals(context: ContextParallel) -> list[str]:
             told.append("nothing")
         except (NotImplementedError, ValueError) as error:
             told.append(str(error))
+    assert context.num_tokens == TOKENS, "what was refused divides nothing"
     return told
 
 

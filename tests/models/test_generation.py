@@ -453,6 +453,10 @@ ERRORS = {
     "floats": ({"start_tokens": torch.zeros(2, 3)}, r"start_tokens: .*got torch.float32 \(2, 3\)"),
     "seq_len": ({"seq_len": -1}, "seq_len: expected an integer of at least 0, got -1"),
     "seq_len 1.5": ({"seq_len": 1.5}, "seq_len: expected an integer of at least 0, got 1.5"),
+    "complex tokens": (
+        {"start_tokens": torch.zeros(2, 3, dtype=torch.complex64)},
+        "start_tokens: .* got torch.c",
+    ),
     "temperature": ({"temperature": -0.1}, "temperature: expected a finite number of at least 0, got -0.1"),
     "temperature nan": ({"temperature": math.nan}, "temperature: .* got nan"),
     "temperature inf": ({"temperature": math.inf}, "temperature: .* got inf"),

@@ -5,6 +5,7 @@ from collections import OrderedDict
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
 from memory_efficient_attention_pytorch import Transformer, dot_product_attention
@@ -217,6 +218,29 @@ def test_attention_kept_of_every_group_and_block_counts(groups, autocast, width,
     kept = depth * tokens * heads * (8 * width + BYTES)  # the output of each head, 8 wide, and its log-sum-exp
     on_host = device != CPU and keep_attention == "cpu"
     assert short.breakdown(forward_ends)["attention"] == pytest.approx(0 if on_host else kept, abs=0.1 * kept)
+
+
+@pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_causality_hides_is_not_computed(device, dtype):
+    """Attention's two products in forward and five in backward, over all scores and over those below the diagonal."""
+    n, heads, width = 64, 2, 16
+
+    class Attends(nn.Module):
+        def __init__(self, causal):
+            super().__init__()
+            self.weight, self.causal = nn.Parameter(torch.ones(width)), causal
+
+        def forward(self, x):
+            x = x * self.weight
+            return F.scaled_dot_product_attention(x, x, x, is_causal=self.causal)
+
+    def flops(causal):
+        x = torch.zeros(1, heads, n, width, dtype=dtype)
+        return dry_run(Step(Attends(causal).to(dtype), lambda out: out.float().sum(), (x,)), plain(device)).flops
+
+    per_score = 7 * 2 * heads * width
+    assert (flops(False), flops(True)) == (per_score * n * n, per_score * n * (n + 1) // 2)
 
 
 def test_floating_point_operations_of_loops_cut_short_are_those_of_the_whole():

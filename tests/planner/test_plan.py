@@ -367,6 +367,8 @@ def test_inference_of_any_module():
         ({"device": "tpu9"}, "device: expected cpu, cuda"),
         ({"device": "meta"}, "device: expected a device with memory"),
         ({"optimizer": "lion"}, "optimizer: expected one of adamw"),
+        ({"threads": 0}, "threads: expected a positive integer, got 0"),
+        ({"example_inputs": torch.zeros(1, 2)}, "example_inputs: expected None beside a Transformer's keywords"),
     ],
 )
 def test_nonsense_is_refused(changes, message):
@@ -387,3 +389,20 @@ def test_nonsense_in_the_model_is_refused():
         plan(nn.Linear(2, 2), example_inputs=torch.zeros(3, 2))
     with pytest.raises(ValueError, match="budget: expected a size such as 8GiB"):
         planned().fits()
+
+
+@pytest.mark.parametrize("wrong", [{"kv_heads": 4}, {"kv_heads": 3}, {"heads": 0}, {"heads": 2.0}])
+def test_a_budget_does_not_hide_what_is_wrong(wrong):
+    """The numbers of pieces are computed from keywords."""
+    config = {**CONFIG, "heads": 2, **wrong}
+    said = []
+    for budget in (None, "1GiB"):
+        with pytest.raises(ValueError, match=r"heads: expected a (divisor|positive)") as raised:
+            planned(config, budget=budget)
+        said.append(str(raised.value))
+    assert said[0] == said[1]
+
+
+def test_the_longest_sequence_of_inputs_that_have_one_length():
+    with pytest.raises(ValueError, match=r"example_inputs: expected a function of .*, got Tensor"):
+        max_seq_len(nn.Linear(2, 2), budget="1GiB", example_inputs=torch.zeros(1, 2))

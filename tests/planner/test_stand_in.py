@@ -250,3 +250,19 @@ def test_without_a_private_part_a_plan_is_no_smaller(part):
 def test_without_fake_tensors_planning_is_refused():
     with taken_away("fake_tensors"), pytest.raises(NotImplementedError, match="fake tensors"):
         plan({"num_tokens": 8, "dim": 8, "depth": 1}, batch_size=1, seq_len=8, device="cpu")
+
+
+@pytest.mark.parametrize("p", [0.0, 0.1, 1.0])
+@pytest.mark.parametrize(
+    "drop",
+    [
+        lambda x, p: torch.dropout(x, p, True),
+        lambda x, p: torch.dropout(x, p, train=True),
+        lambda x, p: torch.dropout(input=x, p=p, train=True),
+        lambda x, p: F.dropout(x, p),
+        lambda x, p: nn.Dropout(p)(x),
+    ],
+)
+def test_dropout_by_any_of_its_names(drop, p):
+    made = run_dry(lambda x, weight: drop(x @ weight, p))
+    assert any("native_dropout" in operation.name for operation in made.operations) is (p == 0.1)

@@ -126,10 +126,11 @@ class ContextParallel:
         Raises ValueError for tensors of other shapes.
         """
         given = (x, labels, *others)
-        self._layout = Layout(x.shape[1], self.size)
+        require(x.dim() > 1, "x", "shape (b, n, …)", tuple(x.shape))
         for number, tensor in enumerate(given):
             fits = not isinstance(tensor, Tensor) or tensor.shape[:2] == x.shape[:2]
             require(fits, f"tensor {number}", f"shape {tuple(x.shape[:2])} + (…)", getattr(tensor, "shape", None))
+        self._layout = Layout(x.shape[1], self.size)
         fills = [ignore_index if number == 1 else 0 for number in range(len(given))]
         found = [self._own(t, fill) if isinstance(t, Tensor) else t for t, fill in zip(given, fills, strict=True)]
         return found[0] if labels is None and not others else tuple(found)
@@ -138,8 +139,7 @@ class ContextParallel:
         layout = self.layout
         own = x.new_full((x.shape[0], layout.local, *x.shape[2:]), fill)
         for chunk in layout.chunks(self.rank):
-            if chunk.start < chunk.stop:
-                own[:, layout.here(self.rank, chunk)] = x[:, chunk]
+            own[:, layout.here(self.rank, chunk)] = x[:, chunk]
         return own
 
     def gather(self, x: Tensor, dim: int = 1) -> Tensor:
@@ -158,9 +158,9 @@ class ContextParallel:
     def positions(self, device: torch.device | str = "cpu") -> Tensor:
         """Return the positions of this process's tokens in the whole, int64 ``(local,)``; the last one for padding."""
         layout = self.layout
-        chunks = (self.rank, 2 * self.size - 1 - self.rank)
-        starts = (torch.arange(c * layout.chunk, (c + 1) * layout.chunk, device=device) for c in chunks)
-        return torch.cat(list(starts)).clamp(max=layout.num_tokens - 1)
+        numbers = layout.numbers(self.rank)
+        found = [torch.arange(c * layout.chunk, (c + 1) * layout.chunk, device=device) for c in numbers]
+        return torch.cat(found).clamp(max=layout.num_tokens - 1)
 
     def reduce_gradients(self, parameters: nn.Module | Iterable[Tensor]) -> None:
         """Sum the parameters' gradients in place over the group, which gives those of all tokens' loss."""

@@ -56,21 +56,24 @@ class Layout(NamedTuple):
         """Tokens per process, padding included."""
         return 2 * self.chunk
 
-    def chunks(self, rank: int) -> tuple[slice, slice]:
-        """Return the places of a process's two chunks in the whole, without padding."""
-        starts = (rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk)
-        first, second = (slice(*(min(s, self.num_tokens) for s in (start, start + self.chunk))) for start in starts)
-        return first, second
+    def numbers(self, rank: int) -> tuple[int, int]:
+        """Return the numbers of a process's two chunks."""
+        return rank, 2 * self.size - 1 - rank
+
+    def chunks(self, rank: int) -> list[slice]:
+        """Return the places of a process's chunks in the whole, without padding and those of padding alone."""
+        starts = [number * self.chunk for number in self.numbers(rank)]
+        return [slice(start, min(start + self.chunk, self.num_tokens)) for start in starts if start < self.num_tokens]
 
     def here(self, rank: int, part: slice) -> slice:
         """Return the index, in a process's own tensors, of a part of one of its chunks."""
-        first, second = (rank * self.chunk, (2 * self.size - 1 - rank) * self.chunk)
+        first, second = (number * self.chunk for number in self.numbers(rank))
         shift = first if part.start < first + self.chunk else second - self.chunk
         return slice(part.start - shift, part.stop - shift)
 
     def places(self, device: torch.device) -> Tensor:
         """Return the index of each token, int64 ``(num_tokens,)``, in the concatenation of all processes' tensors."""
-        order = [chunk for rank in range(self.size) for chunk in (rank, 2 * self.size - 1 - rank)]
+        order = [number for rank in range(self.size) for number in self.numbers(rank)]
         where = torch.tensor(order, device=device).argsort()
         tokens = where[:, None] * self.chunk + torch.arange(self.chunk, device=device)
         return tokens.flatten()[: self.num_tokens]

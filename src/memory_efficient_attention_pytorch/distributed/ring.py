@@ -186,9 +186,9 @@ def turns(layout: Layout, rank: int, sides: Sides, bucket: int, most: int) -> li
     own = [Turn(0, part, None) for part in needed(layout, rank, rank, sides)]
     found = own or [Turn(0, None, None)]
     for step in range(1, layout.size):
-        each = [needed(layout, to, (to - step) % layout.size, sides) for to in range(layout.size)]
-        count = max(1, *(len(_slices(parts, most * bucket)) for parts in each))
-        got, given = (_spread(each[to], count, bucket) for to in (rank, (rank + step) % layout.size))
+        of_all = [needed(layout, to, (to - step) % layout.size, sides) for to in range(layout.size)]
+        count = max(1, *(len(_slices(parts, most * bucket)) for parts in of_all))
+        got, given = (_spread(of_all[to], count, bucket) for to in (rank, (rank + step) % layout.size))
         found += [Turn(step, *slices) for slices in zip(got, given, strict=True)]
     return found
 
@@ -233,8 +233,6 @@ def tokens_sent(layout: Layout, sides: Sides) -> int:
 
 def _seen(sides: Sides, queries: slice, keys: slice) -> slice:
     """Return the keys that some query may see, as a slice; none if it stops at or before its start."""
-    if queries.start >= queries.stop:
-        return slice(0, 0)
     left, right = sides
     low = keys.start if left is None else max(keys.start, queries.start - left)
     high = keys.stop if right is None else min(keys.stop, queries.stop + right)

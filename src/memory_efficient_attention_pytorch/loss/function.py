@@ -65,7 +65,8 @@ class LinearCrossEntropy(torch.autograd.Function):
         with nullcontext() if replay is None else replay.first():
             losses, gradients = over_chunks(settings, make, (labels, class_weights), inputs, needed, early)
         if settings.gradients_wait:
-            ctx.save_for_backward(labels, class_weights, *inputs, *(() if replay is None else replay.release()))
+            kept = () if replay is None else replay.release()
+            ctx.save_for_backward(share, labels, class_weights, *inputs, *kept)
         else:
             ctx.dtypes = [x if x is None else x.dtype for x in inputs]
             ctx.save_for_backward(late, *gradients)
@@ -74,22 +75,18 @@ class LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, cotangent: Tensor) -> tuple[Tensor | None, ...]:
-        first, *others = ctx.saved_tensors
-        needed = ctx.needs_input_grad[5:]
+        factor, *others = ctx.saved_tensors
+        needed, factor = ctx.needs_input_grad[5:], cotangent * factor
         if not ctx.settings.gradients_wait:
-            factor = cotangent * first
             # Unless the graph is retained the gradients are not used again: scaling in place spares a second (V, d).
             scale = torch.mul if torch.compiler.is_compiling() or graph_is_kept() else Tensor.mul_
             pairs = zip(others, ctx.dtypes, strict=True)
             return *[None] * 5, *(x if x is None else scale(x, factor).to(dtype) for x, dtype in pairs)
-        class_weights, *others = others
+        labels, class_weights, *others = others
         inputs, kept = others[: len(needed)], others[len(needed) :]
-        share = share_of_each(ctx.settings, first, class_weights, inputs[0].dtype)[0]
+        targets = labels, class_weights
         with nullcontext() if ctx.replay is None else ctx.replay.again(kept):
-            of_each = cotangent * share
-            _, gradients = over_chunks(
-                ctx.settings, ctx.make, (first, class_weights), inputs, needed, of_each, accumulator
-            )
+            _, gradients = over_chunks(ctx.settings, ctx.make, targets, inputs, needed, factor, accumulator)
         of_head = [g if g is None else left_to_add(x, g) for x, g in zip(inputs[:2], gradients[:2], strict=True)]
         return *[None] * 5, *of_head, *gradients[2:]
 

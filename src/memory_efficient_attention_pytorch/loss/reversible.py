@@ -49,7 +49,8 @@ class _NormedSum:
 
     def backward(self, chunk: slice, cotangent: Tensor) -> None:
         (found,) = self.of_norm.backward(self.normed, cotangent.to(self.normed.dtype), [self.sum])
-        if self.of_sum is not None and found is not None:
+        if self.of_sum is not None:
+            assert found is not None  # known norms depend on their input
             self.of_sum.flatten(0, -2)[chunk] = found
         del self.sum, self.normed
 

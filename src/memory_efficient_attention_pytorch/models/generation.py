@@ -286,7 +286,7 @@ def _evaluating(net: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _check_prompts(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Validate prompts; return them as int64 with the mask, None if it hides nothing."""
-    integers = not tokens.is_floating_point() and tokens.dtype != torch.bool
+    integers = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
     fits = tokens.dim() == 2 and tokens.shape[1] > 0 and integers
     expected = "integers of shape (batch, tokens) with at least one token"
     require(fits, "start_tokens", expected, f"{tokens.dtype} {tuple(tokens.shape)}")

@@ -17,6 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from ..common.errors import require_positive_int
+
 KIB, MIB = 2**10, 2**20
 PAGE = 4 * KIB
 
@@ -64,8 +66,10 @@ class Accounting:
 
 def accounting_for(device: torch.device, threads: int | None = None) -> Accounting:
     """Return the accounting of a device; ``threads``: those of the CPU's kernels, PyTorch's own number if None."""
+    threads = torch.get_num_threads() if threads is None else threads
+    require_positive_int("threads", threads)
     kinds = {"cpu": CpuAccounting, "cuda": CudaAccounting}
-    return kinds.get(device.type, Accounting)(device, threads or torch.get_num_threads())
+    return kinds.get(device.type, Accounting)(device, threads)
 
 
 @dataclass

@@ -21,6 +21,7 @@ _LONG = 4096
 def plan_step(workload: Workload, accounting: Accounting, budget: int | None) -> Plan:
     """Return the step's plan; for a configuration and a budget with the fastest settings that fit."""
     if budget is not None and isinstance(workload.subject, Mapping):
+        workload.transformer(1)  # refuses wrong keywords, before settings are computed from them
         return _fastest_within(budget, workload, accounting)
     made = _planned(workload, accounting, budget)
     if budget is None or made.fits():

@@ -82,7 +82,7 @@ def plan(
     types = _dtype(dtype, "dtype"), _dtype(autocast, "autocast")
     rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients, shards, context
     workload = Workload(model_or_config, batch_size, seq_len, *rest)
-    accounting = accounting_for(_device(device, model_or_config), threads)
+    accounting = accounting_for(chosen_device(device, model_or_config), threads)
     return plan_step(workload, accounting, None if budget is None else parse_size(budget))
 
 
@@ -116,13 +116,12 @@ def max_seq_len(
         >>> max_seq_len(config, budget="8GiB", device="cuda")  # learned positions: no more than there are
         1000
     """
-    require(
-        example_inputs is None or callable(example_inputs), "example_inputs", "a function of (batch, length)", "none"
-    )
+    fits = example_inputs is None or callable(example_inputs)
+    require(fits, "example_inputs", "a function of (batch_size, seq_len)", type(example_inputs).__name__)
     types = _dtype(dtype, "dtype"), _dtype(autocast, "autocast")
     rest = optimizer, *types, example_inputs, loss_fn, training, keep_gradients, shards, context
     workload = Workload(model_or_config, batch_size, 1, *rest)
-    accounting = accounting_for(_device(device, model_or_config), threads)
+    accounting = accounting_for(chosen_device(device, model_or_config), threads)
     return longest(workload, accounting, parse_size(budget))
 
 
@@ -134,7 +133,8 @@ def _dtype(value: torch.dtype | str | None, argument: str) -> torch.dtype | None
     return DTYPES[str(value)]
 
 
-def _device(device: torch.device | str | None, subject: Config | nn.Module) -> torch.device:
+def chosen_device(device: torch.device | str | None, subject: Config | nn.Module) -> torch.device:
+    """Return the device that is planned for: ``device``, by default the module's or the one at hand."""
     if device is None:
         tensor = None if isinstance(subject, Mapping) else next(subject.parameters(), None)
         if tensor is None or tensor.device.type == "meta":

@@ -93,7 +93,10 @@ class Plan:
 
     @property
     def flops(self) -> float:
-        """Floating-point operations of the step: two per multiply-add, recomputation included, causality ignored."""
+        """Floating-point operations of the step, two per multiply-add.
+
+        Recomputation is included; scores that causality or a window hides are not, but for those in tiles at its edge.
+        """
         return self.timeline.flops
 
     @property

@@ -56,8 +56,8 @@ class StandIn(TorchFunctionMode):
                 raise NotImplementedError(f"{name} cannot be planned: what cuDNN keeps of it for backward is not known")
             if func is F.scaled_dot_product_attention:
                 return _attention(*args, **kwargs)
-            if func in (F.dropout, torch.dropout):
-                return _dropout(func, *args, **kwargs)
+            if func is torch.dropout:  # F.dropout calls it
+                return _dropout(*args, **kwargs)
             cast = cast_on_cuda(name)
             if cast is not None and torch.is_autocast_enabled("cpu"):
                 with torch.autocast("cpu", enabled=False):
@@ -149,7 +149,7 @@ def _attention(
             attn_mask = torch.ones(scores.shape[-2:], dtype=torch.bool, device=query.device).tril()
         if attn_mask is not None:
             scores = scores + _additive(attn_mask, query)
-        return _dropout(F.dropout, scores.softmax(-1), dropout_p) @ value
+        return _dropout(scores.softmax(-1), dropout_p, True) @ value
 
 
 def _additive(mask: Tensor, query: Tensor) -> Tensor:
@@ -158,8 +158,6 @@ def _additive(mask: Tensor, query: Tensor) -> Tensor:
     return torch.zeros_like(mask, dtype=query.dtype).masked_fill_(~mask, float("-inf"))
 
 
-def _dropout(func: Any, tensor: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False) -> Tensor:
+def _dropout(input: Tensor, p: float, train: bool) -> Tensor:
     """Drop as CUDA's kernel does, which keeps a bool mask; the CPU's operators keep one in the tensor's dtype."""
-    if inplace or not training or not 0 < p < 1:
-        return tensor if not inplace and (not training or p == 0) else func(tensor, p, training, inplace)
-    return torch.native_dropout(tensor, p, True)[0]
+    return torch.native_dropout(input, p, True)[0] if train and 0 < p < 1 else torch.dropout(input, p, train)

@@ -48,6 +48,8 @@ class Workload:
         for name in ("batch_size", "seq_len"):
             if self.of_transformer or getattr(self, name) is not None:
                 require_positive_int(name, getattr(self, name))
+        given = isinstance(self.subject, Mapping) and self.example_inputs is not None
+        require(not given, "example_inputs", "None beside a Transformer's keywords", type(self.example_inputs).__name__)
         if not self.of_transformer:
             expected = "the inputs of this module's forward, or a function of (batch_size, seq_len) that makes them"
             require(self.example_inputs is not None, "example_inputs", expected, None)
