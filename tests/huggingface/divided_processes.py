@@ -70,12 +70,17 @@ def refusals(context: ContextParallel) -> list[str]:
     ids = context.shard(tokens(length=TOKENS))
     model = small_model("Llama")
     told = []
-    for options, given in (({"loss": False}, {}), ({"attention": False}, {}), ({}, {"use_cache": True})):
+    for options, given in (
+        ({"loss": False}, {"input_ids": ids}),
+        ({"attention": False}, {"input_ids": ids}),
+        ({}, {"input_ids": ids, "use_cache": True}),
+        ({}, {}),
+    ):
         model = small_model("Llama")
         make_memory_efficient(model, **options)
         try:
             with context:
-                model(input_ids=ids, labels=ids, **given)
+                model(labels=ids, **given)
             told.append("nothing")
         except (NotImplementedError, ValueError) as error:
             told.append(str(error).replace("\n", " "))

@@ -23,7 +23,7 @@ CLOSE = {torch.float64: 1e-6, torch.float32: 2e-5}
 
 @pytest.fixture(autouse=True)
 def chunks_of_a_few_tokens(monkeypatch):
-    monkeypatch.setattr(feed_forward, "feed_forward_chunks", lambda batch, tokens, *rest: min(3, tokens))
+    monkeypatch.setattr(feed_forward, "chunks_for", lambda x, hidden: min(3, x.shape[1]))
 
 
 def padded(side, ids):
@@ -548,3 +548,21 @@ def test_logits_that_a_model_makes_contiguous_stay_lazy():
     assert_same_step(step(model, ids, labels=ids), expected, 2e-5)
     logits = model(input_ids=ids, labels=ids).logits
     assert logits._made is None
+
+
+@pytest.mark.parametrize(
+    "of",
+    [
+        lambda x: x // 2,
+        lambda x: 2 // x,
+        lambda x: x % 2,
+        lambda x: 2 % x,
+        lambda x: +x,
+        lambda x: torch.tensor([100.0 in x, float(x[0, 0, 0]) in x]),
+    ],
+)
+def test_any_operator_makes_logits(of):
+    model, ids = small_model("Llama"), tokens()
+    expected = of(model(input_ids=ids, labels=ids).logits)
+    make_memory_efficient(model)
+    torch.testing.assert_close(of(model(input_ids=ids, labels=ids).logits), expected, check_dtype=False)

@@ -57,6 +57,7 @@ def test_what_would_mean_something_else_is_refused(found):
         "a model whose loss make_memory_efficient left unchanged",
         "LlamaForCausalLM, whose attention",
         "use_cache: expected",
+        "input_ids: expected tokens (b, n), or inputs_embeds",
     ]
     for rank in range(world):
         told = (directory / f"refusals-{world}-{rank}.txt").read_text().splitlines()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import torch
@@ -38,7 +39,7 @@ def memory_efficient_attention(
         NotImplementedError: attention weights or a paged cache are asked for, the mask is missing, softcap comes with a
             bias, or the model does not support tokens divided over processes.
     """
-    divided = mask.divided if isinstance(mask := attention_mask, Visible) else None
+    divided = attention_mask.divided if isinstance(attention_mask, Visible) else None
     if divided is None:
         refuse_divided(type(module).__name__)
     if others.get("output_attentions") or getattr(getattr(module, "config", None), "output_attentions", False):
@@ -54,18 +55,15 @@ def memory_efficient_attention(
         before = arguments.get("attn_bias")
         arguments["attn_bias"] = position_bias if before is None else position_bias + before
     options = {"dropout": float(dropout), "scale": scaling, **arguments}
-    if divided is not None:
-        if position_bias is not None:
-            raise _refusal(module, "position_bias: not supported where tokens are divided over processes")
-        # A checkpoint recomputes this in backward, perhaps outside the user's ``with``.
-        with within(divided):
+    if divided is not None and position_bias is not None:
+        raise _refusal(module, "position_bias: not supported where tokens are divided over processes")
+    # A checkpoint recomputes this in backward, perhaps outside the user's ``with``.
+    with nullcontext() if divided is None else within(divided):
+        if s_aux is None:
+            out = dot_product_attention(query, key, value, **options)
+        else:
             out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
-    elif s_aux is None:
-        out = dot_product_attention(query, key, value, **options)
-    else:
-        out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
-    if s_aux is not None:
-        out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
+            out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from ..layers.chunked import Chunked
-from ..layers.working_set import feed_forward_chunks
+from ..layers.working_set import chunks_for
 from ..torch_internals.tensors import are_plain
 
 
@@ -36,12 +36,7 @@ def chunked_forward(module: nn.Module, hidden_states: Tensor, *args: Any, **kwar
     """Compute an MLP's forward, in chunks where that saves memory. A forward that is not its class's is kept at OWN."""
     own = module.__dict__.get(OWN) or partial(type(module).forward, module)
     whole: Callable[[Tensor], Tensor] = partial(own, *args, **kwargs)
-    chunks = 1
-    if hidden_states.dim() == 3 and not torch.compiler.is_compiling():
-        batch, tokens, _ = hidden_states.shape
-        chunks = feed_forward_chunks(
-            batch, tokens, _widest(module), hidden_states.element_size(), hidden_states.device.type
-        )
+    chunks = chunks_for(hidden_states, _widest(module)) if hidden_states.dim() == 3 else 1
     if chunks == 1:
         return whole(hidden_states)
     result: Tensor = Chunked(_Whole(module, whole), chunks=chunks)(hidden_states)
@@ -83,7 +78,9 @@ def _widest(module: nn.Module) -> int:
 def _looks_like_mlp(module: nn.Module) -> bool:
     """Return True for a module of one input and no mask, of linear layers only, one wider than the input."""
     linears = _linears(module)
-    if len(linears) < 2 or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Linear) or _is_adapted(module):
+    if len(linears) < 2 or isinstance(module, nn.ModuleList | nn.ModuleDict | nn.Linear):
+        return False
+    if hasattr(module, "base_layer"):  # a linear layer with an adapter
         return False
     taken = inspect.signature(module.forward).parameters
     required = [
@@ -96,11 +93,6 @@ def _looks_like_mlp(module: nn.Module) -> bool:
     d, widest = _widths(linears[0])[0], max(_widths(linear)[1] for linear in linears)
     alone = len(required) == 1 and "attention_mask" not in taken
     return alone and known and widest > d and any(_widths(linear)[1] == d for linear in linears)
-
-
-def _is_adapted(module: nn.Module) -> bool:
-    """Return True if the module is a linear layer with an adapter."""
-    return hasattr(module, "base_layer")
 
 
 def _objection(module: nn.Module, tried: dict[object, str | None]) -> str | None:

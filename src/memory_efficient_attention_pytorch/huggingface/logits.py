@@ -18,6 +18,7 @@ from ..common.errors import require
 from ..common.precision import compute_dtype, full_precision
 from ..loss.linear_cross_entropy import linear_cross_entropy
 from ..torch_internals.tensors import without_contents
+from .model import input_of
 from .visibility import NAME, divided_tokens
 
 _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", default=None)
@@ -140,7 +141,8 @@ def _operator(name: str) -> Callable[..., Any]:
 
 for _name in (
     *("add", "radd", "sub", "rsub", "rtruediv", "pow", "rpow", "matmul", "rmatmul", "neg", "abs", "getitem", "setitem"),
-    *("len", "iter", "eq", "ne", "lt", "le", "gt", "ge", "bool", "float", "int", "array"),
+    *("floordiv", "rfloordiv", "mod", "rmod", "pos", "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "contains"),
+    *("bool", "float", "int", "array"),
 ):
     setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
 LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is element by element, as a tensor's
@@ -211,16 +213,14 @@ def head_forward(head: nn.Linear, hidden: Tensor) -> Any:
 
 def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
     """Return a model's forward, given its class's: with labels, its head returns lazy logits."""
-
     names = list(inspect.signature(own).parameters)[1:]
 
     @wraps(own)
     def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
+        given = {**dict(zip(names, args, strict=False)), **kwargs}
         if (divided := active()) is not None:
-            given = {**dict(zip(names, args, strict=False)), **kwargs}
             args, kwargs = (), of_divided(self, divided, given)
-        labels = {**dict(zip(names, args, strict=False)), **kwargs}.get("labels")
-        if labels is None or torch.compiler.is_compiling():  # a compiled model computes logits, as before
+        if given.get("labels") is None or torch.compiler.is_compiling():  # a compiled model computes logits, as before
             return own(self, *args, **kwargs)
         token = _HEAD_OF_A_LOSS.set(self.get_output_embeddings())
         try:
@@ -241,7 +241,7 @@ def of_divided(model: PreTrainedModel, divided: Divided, given: dict[str, Any]) 
         refuse_divided(f"{name}, whose attention is its own")
     require(given.get("past_key_values") is None, "past_key_values", "None where tokens are divided", "a cache")
     require(not given.get("use_cache"), "use_cache", "False where tokens are divided", True)
-    like = next(given[key] for key in ("input_ids", "inputs_embeds") if given.get(key) is not None)
+    like = input_of(given.get("input_ids"), given.get("inputs_embeds"))
     expected = f"{divided.local_tokens} tokens, each process's part of the sequence"
     require(like.shape[1] == divided.local_tokens, "input_ids", expected, like.shape[1])
     tokens, positions = divided_tokens(divided, given.get("attention_mask"), given.get("position_ids"), like)

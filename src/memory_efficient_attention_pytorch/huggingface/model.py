@@ -168,7 +168,7 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
         """
         refuse_divided("MemoryEfficientForCausalLM (not its net)")
         self._check_outputs(kwargs)
-        x = _input_of(input_ids, inputs_embeds)
+        x = input_of(input_ids, inputs_embeds)
         if inputs_embeds is not None:
             self.net.check_dtype("inputs_embeds", inputs_embeds)
         flat = attention_mask is None or attention_mask.dim() == 2
@@ -201,7 +201,7 @@ class MemoryEfficientForCausalLM(PreTrainedModel, GenerationMixin):
             require(not asked, name, "False: tokens come in, and logits or a loss go out", asked)
 
 
-def _input_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
+def input_of(input_ids: Tensor | None, inputs_embeds: Tensor | None) -> Tensor:
     expected = "tokens (b, n), or inputs_embeds (b, n, dim) in their place"
     require(input_ids is None or inputs_embeds is None, "input_ids", expected, "both")
     x = input_ids if inputs_embeds is None else inputs_embeds

@@ -118,12 +118,12 @@ def memory_efficient_mask(
     """Make a mask for ``AttentionMaskInterface``: query i is at ``i + q_offset``, key j at ``j + kv_offset``."""
     if isinstance(attention_mask, Visible):  # made before, as generation does for static caches
         return attention_mask
+    parts = None if use_vmap else _simple(mask_function)
     if isinstance(attention_mask, DividedTokens):
-        return _of_divided(attention_mask, q_length, kv_length, None if use_vmap else _simple(mask_function))
+        return _of_divided(attention_mask, q_length, kv_length, parts)
     refuse_divided("a model whose loss make_memory_efficient left unchanged")
     arguments: dict[str, Any] = {}
     padding = _padding(attention_mask, kv_length, kv_offset)
-    parts = None if use_vmap else _simple(mask_function)
     aligned = isinstance(q_offset, int) and q_offset - kv_offset == kv_length - q_length
     whole = parts is not None and parts.document_ids is not None and q_length != kv_length
     if parts is not None and not whole and (aligned or parts == _Simple()):
@@ -208,17 +208,16 @@ def _simple(function: IndexFunction) -> _Simple | None:
 
 
 def _both(parts: list[_Simple]) -> _Simple | None:
-    def least(values: list[int | None]) -> int | None:
-        given = [v for v in values if v is not None]
-        return min(given) if given else None
-
     documents = [p.document_ids for p in parts if p.document_ids is not None]
     chunks = [p.chunks for p in parts if p.chunks is not None]
     if len(documents) + len(chunks) > 1:
         return None
-    left, right = least([p.left for p in parts]), least([p.right for p in parts])
-    causal, last = any(p.causal for p in parts), [None]
-    return _Simple(causal, left, right, (documents + last)[0], (chunks + last)[0])
+    left, right = (
+        min((side for side in sides if side is not None), default=None)
+        for sides in ([p.left for p in parts], [p.right for p in parts])
+    )
+    causal = any(p.causal for p in parts)
+    return _Simple(causal, left, right, next(iter(documents), None), next(iter(chunks), None))
 
 
 def _vmapped(function: IndexFunction) -> IndexFunction:
