@@ -1,6 +1,6 @@
 """Every way of computing attention beside the one that ``auto`` takes, forward and backward, in turn in one process.
 
-    python benchmarks/attention.py                       16 shapes and masks, about half an hour on two cores
+    python benchmarks/attention.py                       28 shapes and masks, about half an hour on two cores
     python benchmarks/attention.py --lengths 4096 --widths 64 --cases causal window
 
 For each case: the median seconds of each way that serves it, of PyTorch's own attention (a mask that it needs is made

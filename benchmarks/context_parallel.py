@@ -1,6 +1,6 @@
 """One sequence over several processes: the memory of each, and the time, beside one process.
 
-    python benchmarks/context_parallel.py [--tokens 16384] [--processes 1 2 4] [--output FOLDER]
+    python benchmarks/context_parallel.py [--tokens 16384] [--processes 2 4] [--output FOLDER]
 
 A causal Transformer (dim 512, 2 layers, 8 heads, fp32), as constructed and with everything stored (reversible=False):
 one forward and backward with its loss, each process fresh and with one thread. Memory is the peak above the built model

@@ -1,8 +1,8 @@
-"""``mea train`` beside a plain PyTorch loop of the same model, batch and text, in turn, each in a fresh process.
+"""``mea train`` beside a plain PyTorch loop of the same size, batch and text, in turn, each in a fresh process.
 
     python benchmarks/training.py [--rounds 3] [--steps 40] [--threads 2] [--output FOLDER]
 
-The plain loop is what one writes by hand: a pre-norm Transformer with learned positions on
+The plain loop is what one writes by hand: a pre-norm Transformer of one stream with learned positions on
 ``F.scaled_dot_product_attention``, ``F.cross_entropy``, the same fused AdamW and clipping. Beside it ``mea train`` as
 it comes but for its positions, which are learned in all of them, with ``--no-reversible`` and with
 ``--reversible --no-keep-attention``. Tokens per second are of the median step after the first five, data included: of

@@ -6,6 +6,7 @@ from torch.nn import functional as F
 
 from memory_efficient_attention_pytorch.benchmarking.baselines import SdpaTransformer
 from memory_efficient_attention_pytorch.benchmarking.shape import Shape
+from memory_efficient_attention_pytorch.benchmarking.systems import find_systems
 
 SHAPE = Shape(seq_len=37, batch_size=2, dim=32, depth=3, heads=4, num_tokens=19)
 
@@ -55,3 +56,11 @@ def test_shape_refuses_what_cannot_be_built():
         Shape(dim=100, heads=8)
     with pytest.raises(ValueError, match="depth"):
         Shape(depth=0)
+
+
+@pytest.mark.parametrize("heads", [1, 3, 5, 8])
+def test_lean_systems_of_any_number_of_heads(heads):
+    shape = Shape(seq_len=16, dim=8 * heads, depth=1, heads=heads)
+    for name in ("ours-lean", "ours-window", "ours-bf16", "ours-kept"):
+        model, _ = find_systems([name])[0].build(shape)
+        assert sum(p.numel() for p in model.parameters()) > 0

@@ -29,7 +29,6 @@ def test_reads_what_the_step_adds_and_no_more():
     for measured, mib in ((small, 64), (large, 192)):
         assert abs(measured.held_bytes - mib * MIB) < 4 * MIB
         assert abs(measured.peak_bytes - mib * MIB) < 4 * MIB
-        assert measured.total_bytes == measured.held_bytes + measured.peak_bytes
     assert abs(large.peak_bytes - small.peak_bytes - 128 * MIB) < 2 * MIB
 
 

@@ -77,9 +77,10 @@ def test_nothing_is_started_beyond_the_limit(monkeypatch):
     assert (slow.outcome, slow.note) == ("too_slow", "a step would take about 6 s; the limit is 5 s")
 
 
-def test_a_device_that_cannot_be_measured_is_refused_before_anything_runs(tmp_path):
-    with pytest.raises(ValueError, match="device: expected cpu or cuda, got meta"):
-        compare(Settings(device="meta"), [], tmp_path / "r.json")
+@pytest.mark.parametrize("device", ["meta", "cpu:x", "tpu9"])
+def test_a_device_that_cannot_be_measured_is_refused_before_anything_runs(device, tmp_path):
+    with pytest.raises(ValueError, match=rf"device: expected .*cpu.*cuda.* got '?{device}"):
+        compare(Settings(device=device), [], tmp_path / "r.json")
 
 
 def test_the_command_measures_and_reports(tmp_path, capsys):

@@ -166,6 +166,12 @@ def test_budget_from_the_machine(capsys):
         ),
         (["--longest"], "mea plan: --longest needs a --budget"),
         (["--optimizer", "lion"], "mea plan: optimizer: expected one of adamw"),
+        (["--budget", "auto", "--device", "tpu9"], "mea plan: device: expected cpu, cuda or another device"),
+        (["--plot", ""], "mea plan: --plot: expected the name of a file, got ''"),
+        (
+            ["--heads", "2", "--kv-heads", "4", "--budget", "1GiB"],
+            "mea plan: kv_heads: expected a divisor",
+        ),
         (["--plot", "."], "mea plan: --plot: expected the name of a file, got '.'"),
         (["--plot", "/dev/null/memory.png"], "mea plan: --plot: cannot write to /dev/null/memory.png"),
         (["--budget", "auto", "--device", "xpu"], "mea plan: --budget: the free memory of device 'xpu' is not known"),

@@ -184,6 +184,7 @@ def test_options_from_toml_with_the_command_line_going_first(mea, text, here):
         (["--exact", "--no-reversible"], ["exact", "contradict"]),
         (["--resume", "folder"], ["folder is not a run directory"]),
         (["--resume"], ["no run in runs/"]),
+        (["--resume", ""], ["--resume: expected the name of a directory, got an empty one"]),
         (["--resume", "x", "--out", "y"], ["--resume and --out contradict"]),
         (["--out", "short.txt/run"], ["cannot write to short.txt/run: Not a directory", "--out"]),
         (["--precision", "fp16", "--device", "cpu"], ["fp16 needs an accelerator"]),

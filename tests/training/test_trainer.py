@@ -19,7 +19,7 @@ from memory_efficient_attention_pytorch.training.model import build_model
 from memory_efficient_attention_pytorch.training.optimizer import adamw, learning_rate
 from memory_efficient_attention_pytorch.training.run_directory import RunDirectory
 from memory_efficient_attention_pytorch.training.runs import resume_run, start_run
-from memory_efficient_attention_pytorch.training.tracking import Callback, Step
+from memory_efficient_attention_pytorch.training.tracking import Callback, Step, Validation, read_metrics
 
 TINY = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "seq_len": 16, "device": "cpu", "evaluation_windows": 4}
 
@@ -252,3 +252,37 @@ def test_what_a_callback_raises_ends_the_run_and_leaves_it_resumable(text, tmp_p
         train(text, tmp_path / "run", Failing(), batch_size=2, checkpoint_every=1)
     resumed = resume_run(tmp_path / "run", {}, lambda main: Callback())
     assert largest_difference(weights(resumed), weights(train(text, tmp_path / "whole", batch_size=2))) == 0
+
+
+def test_what_was_validated_before_the_first_step_is_not_validated_again(text, tmp_path):
+    class Closed(Callback):
+        def log(self, record):
+            if isinstance(record, Validation):
+                raise BrokenPipeError
+
+    with pytest.raises(BrokenPipeError):
+        train(text, tmp_path / "run", Closed(), batch_size=2)
+    resumed = resume_run(tmp_path / "run", {}, lambda main: Callback())
+    steps = [record["step"] for record in read_metrics(resumed.run.metrics) if "validation_loss" in record]
+    assert steps == [0, 4]
+
+
+@pytest.mark.parametrize(
+    ("options", "said"),
+    [
+        ({"reversible": False}, "off, activations are stored"),
+        ({"reversible": True}, "on, not exact, since fp32 rounds little"),
+        ({"reversible": True, "exact": True}, "exact"),
+        ({"reversible": True, "precision": "bf16"}, "exact, since bf16 would round"),
+        ({"reversible": True, "precision": "bf16", "exact": False}, "on, not exact"),
+    ],
+    ids=str,
+)
+def test_the_reason_for_exact_reversal_is_given_where_it_is_the_reason(options, said, text, tmp_path):
+    class Told(Callback):
+        def started(self, plan, *rest):
+            lines.extend(plan.splitlines())
+
+    lines: list[str] = []
+    train(text, tmp_path / "run", Told(), batch_size=2, steps=1, **options)
+    assert f"  reversal: {said}" in lines

@@ -41,10 +41,6 @@ class Measurement:
     seconds: float
     reserved_bytes: int = 0
 
-    @property
-    def total_bytes(self) -> int:
-        return self.held_bytes + self.peak_bytes
-
 
 def measure_peak(
     target: str,

@@ -16,6 +16,7 @@ import torch
 
 from ..common.errors import require
 from ..common.sizes import available_memory
+from ..planner.plan import chosen_device
 from .measure import Measurement, measure_peak
 from .results import Results, Run, begin
 from .schedule import Forecast, Job, Settings, schedule
@@ -116,7 +117,7 @@ def _measure(job: Job, settings: Settings) -> tuple[Measurement, dict[str, Any]]
 
 
 def _require_measurable(device: str) -> None:
-    kind = device.partition(":")[0]
+    kind = chosen_device(device, {}).type
     if kind == "cuda":
         require(torch.cuda.is_available(), "device", "an available device", f"{device} without a usable CUDA device")
     else:

@@ -53,8 +53,11 @@ def find_systems(names: Sequence[str] | None = None, among: Sequence[System] | N
 
 
 def _lean(shape: Shape) -> dict[str, Any]:
-    """Return groups of two heads and a chunked feed-forward, whose working memory is small beside the streams'."""
-    return {"head_chunks": max(1, shape.heads // 2), "ff_chunks": FF_CHUNKS}
+    """Return groups of two heads (of one, if their number is odd) and a chunked feed-forward.
+
+    Their working memory is small beside the streams'.
+    """
+    return {"head_chunks": shape.heads // (1 if shape.heads % 2 else 2), "ff_chunks": FF_CHUNKS}
 
 
 def _ours(lean: bool = False, **settings: Any) -> Build:

@@ -18,7 +18,7 @@ The exit status is 1 if the step does not fit in the budget.
 
 import argparse
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -97,10 +97,10 @@ def _run(args: argparse.Namespace, step: dict[str, Any]) -> int:
     config, size = _config(args), _given(args, _STEP)
     check_sizes({**config, **size, "shards": args.shards, "context": args.context})
     step |= {"batch_size": size["batch_size"], "dtype": args.dtype or "fp32", "training": not args.generate}
-    budget = _budget(args, lambda: plan({**config, "depth": 1}, **{**step, "seq_len": 16}).device)
+    budget = _budget(args)
     made = plan(config, seq_len=size["seq_len"], budget=budget, **step)
     longest = max_seq_len({**config, **made.settings}, budget=budget, **step) if args.longest else None
-    picture = _draw(made, args.plot) if args.plot else None
+    picture = None if args.plot is None else _draw(made, args.plot)
     if args.json:
         print(json.dumps({"config": config, **made.as_dict(), "longest": longest}, indent=2))
     else:
@@ -112,9 +112,10 @@ def _run(args: argparse.Namespace, step: dict[str, Any]) -> int:
 
 def _run_model(args: argparse.Namespace, step: dict[str, Any]) -> int:
     """Plan a transformers model, before and after make_memory_efficient."""
-    import torch
-
-    given = [*given_options(args, (*_MODEL, *_OWN, *SETTINGS)), *(name for name in _ALONE if getattr(args, name))]
+    given = [
+        *given_options(args, (*_MODEL, *_OWN, *SETTINGS)),
+        *(name for name in _ALONE if getattr(args, name) not in (None, False)),
+    ]
     if given:
         raise ValueError(f"--{given[0].replace('_', '-')} does not go together with --model: it is for our Transformer")
     size = {"batch_size": 1} | given_options(args, _STEP)
@@ -128,7 +129,7 @@ def _run_model(args: argparse.Namespace, step: dict[str, Any]) -> int:
         log_no_refusals()
     model = load_on_meta(args.model)
     report = make_memory_efficient(model)
-    budget = _budget(args, lambda: "cuda" if torch.cuda.is_available() else "cpu")
+    budget = _budget(args)
     try:
         steps = report.plan(**size, **step, dtype=args.dtype, budget=budget)
     except NotImplementedError as error:
@@ -141,13 +142,14 @@ def _run_model(args: argparse.Namespace, step: dict[str, Any]) -> int:
     return 1 if budget is not None and not steps.after.fits() else 0
 
 
-def _budget(args: argparse.Namespace, device: Callable[[], Any]) -> Any:
+def _budget(args: argparse.Namespace) -> Any:
     from ..planner import available_memory
+    from ..planner.plan import chosen_device
 
     if args.budget != "auto":
         return args.budget
     try:
-        return available_memory(args.device or device())
+        return available_memory(chosen_device(args.device, {}))
     except NotImplementedError as error:
         raise ValueError(f"--budget: {error}") from error
 

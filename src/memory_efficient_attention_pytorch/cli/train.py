@@ -29,7 +29,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--resume",
         metavar="RUN",
         nargs="?",
-        const="",
+        const=True,
         help="resume a run from its last checkpoint (default RUN: --out, or else the latest under runs/)",
     )
     run.add_argument("--quiet", action="store_true", help="print only errors and warnings")
@@ -38,13 +38,15 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    if args.out == "":
-        raise ValueError("--out: expected the name of a directory, got an empty one")
+    for option in ("out", "resume"):
+        if getattr(args, option) == "":
+            raise ValueError(f"--{option}: expected the name of a directory, got an empty one")
+    named = args.resume if isinstance(args.resume, str) else None
     options = (read_values(args.config) if args.config else {}) | given_options(args, known_keys())
     if args.resume is None:
         config = TrainConfig(**options)
-    elif args.resume and args.out and os.path.realpath(args.resume) != os.path.realpath(args.out):
-        raise ValueError(f"--resume and --out contradict each other: {args.resume} and {args.out} are different places")
+    elif named and args.out and os.path.realpath(named) != os.path.realpath(args.out):
+        raise ValueError(f"--resume and --out contradict each other: {named} and {args.out} are different places")
 
     # These imports take seconds, so they come after the options were checked.
     from ..training.interruption import Interrupted
@@ -53,7 +55,7 @@ def run(args: argparse.Namespace) -> int:
     display = make_display(quiet=args.quiet)
     try:
         if args.resume is not None:
-            outcome = resume_run(args.resume or args.out or latest_run(), options, display)
+            outcome = resume_run(named or args.out or latest_run(), options, display)
         else:
             outcome = start_run(config, args.out, display)
     except Interrupted as interrupted:

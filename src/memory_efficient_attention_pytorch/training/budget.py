@@ -13,9 +13,10 @@ from ..models.config import SETTINGS
 from ..planner import Option, Plan, plan
 from ..planner.candidates import candidates, leanest
 from .config import TrainConfig
+from .files import png
 from .model import build_model, model_keywords
 from .optimizer import adamw
-from .plot import drawn
+from .plot import picture
 from .resources import memory_now, memory_peak, pick_precision, resolve, return_freed_blocks, trim_heap, warm_up
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def prepare(device: torch.device) -> None:
     warm_up(str(device))
     plan({"num_tokens": 2, "dim": 2, "depth": 1, "heads": 1, "dim_head": 2}, batch_size=1, seq_len=2, device=device)
     with contextlib.suppress(ImportError):  # reported when there is something to plot
-        drawn([])
+        png(picture([]))
     trim_heap()
 
 

@@ -69,12 +69,10 @@ class Checkpoints:
     def __init__(self, root: Path):
         self.root = root
 
-    def save(
-        self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState, *, main: bool = True
-    ) -> Checkpoint:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Checkpoint:
         """Write a checkpoint. If that is cut short, earlier ones are untouched and none looks half written.
 
-        If the model is sharded, this is a collective and each process writes its part; else only the main one writes.
+        If the model is sharded, this is a collective and each process writes its part; else it is for the main one.
         """
         path = self._path(state.step)
         averages = _optimizer_tensors(model, optimizer)
@@ -88,7 +86,7 @@ class Checkpoints:
             from .parts import save_parts
 
             save_parts(path, {"model": model.state_dict(), "optimizer": averages}, finish)
-        elif main:
+        else:
             with directory_written_atomically(path) as directory:
                 save_model(model, str(directory / "model.safetensors"))
                 save_file(averages, directory / "optimizer.safetensors")

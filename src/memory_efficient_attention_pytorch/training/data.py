@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import random
+import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -15,8 +16,6 @@ from .config import TrainConfig
 from .documents import Document, naming
 from .files import directory_written_atomically
 from .tokenizers import Tokenizer
-
-_COPY = 1 << 20
 
 Numbers = npt.NDArray[np.uint64]
 
@@ -140,8 +139,7 @@ def _tokens_of(document: Document, tokenizer: Tokenizer) -> Iterator[np.ndarray]
 def _move_tail(source: BinaryIO, target: BinaryIO, size: int) -> None:
     """Move the last `size` bytes of `source` to the end of `target`."""
     start = source.seek(-size, 1)
-    while piece := source.read(_COPY):
-        target.write(piece)
+    shutil.copyfileobj(source, target)
     source.seek(start)
     source.truncate()
 

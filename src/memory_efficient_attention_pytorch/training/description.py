@@ -41,9 +41,9 @@ def describe(
     if not config.reversible:
         reversal = "off, activations are stored"
     elif config.exact:
-        reversal = f"exact, since {config.precision} would round"
+        reversal = "exact" + ("" if config.precision == "fp32" else f", since {config.precision} would round")
     else:
-        reversal = f"on, not exact, since {config.precision} rounds little"
+        reversal = "on, not exact" + (", since fp32 rounds little" if config.precision == "fp32" else "")
     kept = {True: ", kept for backward", "cpu": ", kept for backward in host memory"}.get(
         config.keep_attention or "", ""
     )

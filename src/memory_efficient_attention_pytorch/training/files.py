@@ -47,11 +47,16 @@ def write_atomically(path: Path, content: str | bytes) -> None:
 
 def write_figure(path: Path, figure: Any) -> Path:
     """Write a figure of matplotlib's as PNG, making its folder, and return the path."""
-    png = io.BytesIO()
-    figure.savefig(png, dpi=130, format="png", metadata={"Software": None})
     path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(path, png.getvalue())
+    write_atomically(path, png(figure))
     return path
+
+
+def png(figure: Any) -> bytes:
+    """Return a figure of matplotlib's as PNG."""
+    found = io.BytesIO()
+    figure.savefig(found, dpi=130, format="png", metadata={"Software": None})
+    return found.getvalue()
 
 
 @contextlib.contextmanager

@@ -1,11 +1,10 @@
 """Plot a run's loss against tokens."""
 
-import io
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from .files import write_atomically
+from .files import write_figure
 from .tracking import read_metrics
 
 UNITS = ((10**9, " B"), (10**6, " M"), (10**3, " k"), (1, ""))
@@ -15,19 +14,9 @@ VALIDATION = {"label": "validation", "color": "tab:orange", "markersize": 4, "cl
 BEHIND = {"facecolor": "white", "edgecolor": "none", "alpha": 0.8, "pad": 1}
 
 
-def plot_losses(metrics: Path, picture: Path) -> None:
+def plot_losses(metrics: Path, path: Path) -> None:
     """Draw training and validation bits per byte against tokens from `metrics.jsonl` into a PNG."""
-    write_atomically(picture, drawn(read_metrics(metrics)))
-
-
-def drawn(records: Sequence[Mapping[str, Any]]) -> bytes:
-    """Return a plot of the records, as PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-
-    png = io.BytesIO()
-    canvas: Any = FigureCanvasAgg(picture(records))
-    canvas.print_png(png)
-    return png.getvalue()
+    write_figure(path, picture(read_metrics(metrics)))
 
 
 def picture(records: Sequence[Mapping[str, Any]]) -> Any:
@@ -39,7 +28,7 @@ def picture(records: Sequence[Mapping[str, Any]]) -> Any:
         [(record["tokens"], record[name]) for record in records if record.get(name) is not None]
         for name in ("bits_per_byte", "validation_bits_per_byte")
     )
-    figure = Figure(figsize=(8, 4.5), dpi=120, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), layout="constrained")
     axes: Any = figure.add_subplot()
     if train:
         alone = "o" if len(train) == 1 else ""

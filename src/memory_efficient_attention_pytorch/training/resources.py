@@ -112,7 +112,7 @@ def memory_peak(device: torch.device) -> int:
     return max(memory_now(device), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit)
 
 
-def warm_up(device: str = "cpu") -> None:
+def warm_up(device: str) -> None:
     """Run a tiny step, so that modules, threads and handles loaded on first use do not count as the model's."""
     for dtype in (torch.float32, torch.bfloat16):
         x = torch.ones(1, 4, 64, 64, device=device, dtype=dtype, requires_grad=True)

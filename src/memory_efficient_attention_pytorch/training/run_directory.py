@@ -41,6 +41,10 @@ class LoadedRun(NamedTuple):
     config: TrainConfig
 
 
+class BusyError(ValueError):
+    """Raised when another process is training in a run directory, whose files are that run's."""
+
+
 class RunDirectory:
     """The paths in a run directory."""
 
@@ -66,10 +70,10 @@ class RunDirectory:
             if not made and any(path.iterdir()):
                 resume = f"go on with it, mea train --resume {run.quoted}, or" if run.config.exists() else "please"
                 raise ValueError(f"out: {path} is not empty: {resume} choose another --out")
-            path.mkdir(parents=True, exist_ok=True)
+            path.mkdir(parents=True, exist_ok=not made)
             write_atomically(run.config, dump_config(config))
         except OSError as error:
-            run.unmake(made)
+            _remove_empty(made)
             raise ValueError(
                 f"out: cannot write to {path}: {error.strerror}; choose another place with --out"
             ) from error
@@ -81,15 +85,13 @@ class RunDirectory:
         for path in (self.path / name for name in left):
             with contextlib.suppress(OSError):
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
-        for folder in made:
-            with contextlib.suppress(OSError):  # missing, or someone else's files are in it
-                folder.rmdir()
+        _remove_empty(made)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
         """Lock the directory, so that no second process trains in it; the system unlocks it when the process ends.
 
-        Raises ValueError if another process holds it.
+        Raises BusyError if another process holds it.
         """
         from filelock import FileLock, Timeout
 
@@ -99,7 +101,7 @@ class RunDirectory:
                     stack.enter_context(FileLock(self.path / ".lock", timeout=0))
                 except Timeout as error:
                     message = f"another process is training in {self.path}: wait for it or stop it"
-                    raise ValueError(message) from error
+                    raise BusyError(message) from error
             yield
 
     @contextlib.contextmanager
@@ -131,6 +133,12 @@ class RunDirectory:
     def load_tokenizer(self) -> Tokenizer:
         """Load the run's tokenizer: its tokenizer.json, or bytes if there is none."""
         return SubwordTokenizer(self.tokenizer) if self.tokenizer.is_file() else ByteTokenizer()
+
+
+def _remove_empty(folders: list[Path]) -> None:
+    for folder in folders:
+        with contextlib.suppress(OSError):  # missing, or someone's files are in it
+            folder.rmdir()
 
 
 def load_run(path: Path | str, *, checkpoint: str = "best", device: str | torch.device = "cpu") -> LoadedRun:

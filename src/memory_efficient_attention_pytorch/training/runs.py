@@ -21,7 +21,7 @@ from .model import build_model
 from .optimizer import learning_rate
 from .processes import ProcessMesh, check_division
 from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
-from .run_directory import RunDirectory
+from .run_directory import BusyError, RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
 from .tracking import Callback, MetricsFile, TensorBoardFile
@@ -75,8 +75,7 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
         config, memory, fit = _settle(accelerator, config, _num_tokens(config))
         path = Path(out) if out is not None else _on_main(accelerator, _next_number)
         run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
-        options: dict[str, Any] = {"fit": fit, "refused": lambda: run.unmake(made)}
-        return _train(accelerator, run, config, memory, make_display, **options)
+        return _train(accelerator, run, config, memory, make_display, fit=fit, refused=lambda: run.unmake(made))
 
 
 def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Callable[[bool], Callback]) -> Outcome:
@@ -96,7 +95,8 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
                 f"{key} is {getattr(before, key)!r} in {run.path} and cannot change within a run: start a new one"
             )
     with _joined(config, make_display) as accelerator:
-        num_tokens = run.load_tokenizer().num_tokens if config.memory_budget else 0
+        # A run that was killed before it had read its text may have no tokenizer yet.
+        num_tokens = run.load_tokenizer().num_tokens if run.data.is_dir() else _num_tokens(config)
         config, memory, _ = _settle(accelerator, config, num_tokens, settled=True)
         return _train(accelerator, run, config, memory, make_display, before=before)
 
@@ -179,8 +179,8 @@ def _train(
             display = make_display(main)
             stack.callback(display.close)
             trainer = _make_trainer(stack, accelerator, processes, run, config, display, before)
-        except (RunError, BrokenPipeError):
-            raise  # the run can be resumed
+        except (RunError, BusyError, BrokenPipeError):
+            raise  # the run can be resumed, or is another process's
         except Exception:
             if main:
                 refused()

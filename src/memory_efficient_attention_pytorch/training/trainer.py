@@ -84,7 +84,7 @@ class Trainer:
         """
         try:
             with Interruption() as interruption:
-                if self.state.step == 0:
+                if self.saved_step is None:  # there was no checkpoint
                     self._validate()
                 while self.state.step < self.config.steps:
                     self._step(interruption)
@@ -254,11 +254,11 @@ class Trainer:
         """Write a checkpoint of this step, unless there is one, and remove those that are not kept."""
         if self.saved_step == self.state.step:
             return
-        if self.accelerator.is_main_process and self.accelerator.scaler is not None:
-            self.state = dataclasses.replace(self.state, scaler=self.accelerator.scaler.state_dict())
         main = self.accelerator.is_main_process
+        if main and self.accelerator.scaler is not None:
+            self.state = dataclasses.replace(self.state, scaler=self.accelerator.scaler.state_dict())
         if main or self.config.shard:
-            self.run.checkpoints.save(self.model, self.optimizer.optimizer, self.state, main=main)
+            self.run.checkpoints.save(self.model, self.optimizer.optimizer, self.state)
         if main:
             self.run.checkpoints.prune(self.config.keep)
         self.saved_step = self.state.step
