@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, dot_product_attention
-from memory_efficient_attention_pytorch.attention import cuda_kernel
+from memory_efficient_attention_pytorch.attention import cuda_kernel, tiles
 from memory_efficient_attention_pytorch.attention.decision import Decision, decide
 from memory_efficient_attention_pytorch.common.dry_run import STAND_IN, watched_by
 from memory_efficient_attention_pytorch.torch_internals import attention_kernels
@@ -60,6 +60,8 @@ def backward(
     scale=None,
 ):
     """As ``aten::_scaled_dot_product_efficient_attention_backward``."""
+    assert out.dtype == query.dtype
+    assert out.transpose(1, 2).is_contiguous(), "read as rows of all heads, whatever its strides"
     assert logsumexp.shape[2] % 32 == 0
     assert logsumexp.shape[2] - query.shape[2] < 32
     _check(attn_bias, query, key)
@@ -103,9 +105,11 @@ CASES = {
 }
 
 
+@pytest.mark.parametrize("heads_at_once", [2, 4])
 @pytest.mark.parametrize("kv", [1, 2, 4])
 @pytest.mark.parametrize("case", CASES)
-def test_tiles_by_the_kernel_are_right(stand_in, case, kv):
+def test_tiles_by_the_kernel_are_right(stand_in, case, kv, heads_at_once, monkeypatch):
+    monkeypatch.setattr(tiles, "ELEMENTS_ON_A_CPU", heads_at_once * cuda_kernel.QUERIES * cuda_kernel.KEYS)
     torch.manual_seed(0)
     q, k, v = torch.randn(2, 4, N, 16), torch.randn(2, kv, M, 16), torch.randn(2, kv, M, 16)
 

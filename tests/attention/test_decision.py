@@ -7,6 +7,8 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, dot_product_attention, select_backend
+from memory_efficient_attention_pytorch.attention import sdpa
+from memory_efficient_attention_pytorch.attention.cpu_kernel import unit_stride
 from memory_efficient_attention_pytorch.attention.decision import WAYS, decide
 from memory_efficient_attention_pytorch.attention.request import build_request
 from memory_efficient_attention_pytorch.attention.sdpa import not_whole, whole_mask
@@ -209,3 +211,21 @@ def test_a_single_querys_bias_is_laid_out_as_cudas_kernels_read_it(bias, dtype):
     assert (added.shape, added.dtype) == ((1, 2, 1, 13), dtype)
     assert added.stride(-1) == 1
     assert added.stride(-2) % 8 == 0
+
+
+@pytest.mark.parametrize("masked", [{}, {"mask": torch.rand(1, 13) > 0.2}, {"attn_bias": torch.randn(1, 2, 13, 13)}])
+def test_cudnns_kernel_gets_no_mask(masked, monkeypatch):
+    q, _, _ = qkv(n=13, h=2, kv=2, d=16)
+    request = replace(build_request(q, q, q, **masked), device_type="cuda")
+    for kernels, serves in (({"efficient", "cudnn"}, not masked), ({"efficient"}, True), ({"cudnn"}, False)):
+        monkeypatch.setattr(sdpa, "fused_kernels", lambda *_, kernels=kernels: kernels)
+        assert (sdpa.Sdpa().objection(request, q, q, q) is None) is serves
+
+
+def test_rows_that_cudas_kernels_could_not_read_are_copied():
+    """On a GPU they begin at multiples of 16 bytes."""
+    for device in ("meta", "cpu"):
+        buffer = torch.empty(1, 2, 9, 80, dtype=torch.bfloat16, device=device)
+        for part, apart in ((buffer[..., :64], False), (buffer[..., 8:72], False), (buffer[..., 4:68], True)):
+            (found,) = unit_stride(part)
+            assert (found is not part) is (apart and device != "cpu")

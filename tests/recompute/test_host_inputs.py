@@ -1,6 +1,7 @@
 """Inputs of checkpoints wait on the host: gradients are those of a plain checkpoint, however late copies are made."""
 
 import copy
+import gc
 import weakref
 
 import pytest
@@ -16,6 +17,7 @@ class LateLane(Lane):
     queue: list = []  # noqa: RUF012
     sources: list = []  # noqa: RUF012
     targets: list = []  # noqa: RUF012
+    abandoned: list = []  # noqa: RUF012
 
     def __init__(self, device):
         self.device, self.pinned = device, False
@@ -40,10 +42,13 @@ class LateLane(Lane):
                     target.data.copy_(source)
                 self.queue[number] = None
 
+    def abandon(self, tensor):
+        self.abandoned.append(tensor.shape)
+
 
 @pytest.fixture
 def late():
-    LateLane.queue, LateLane.sources, LateLane.targets = [], [], []
+    LateLane.queue, LateLane.sources, LateLane.targets, LateLane.abandoned = [], [], [], []
     return InputsOnHost(checkpoint, LateLane)
 
 
@@ -158,3 +163,13 @@ def test_a_copy_has_inputs_of_its_own(late):
     late(torch.sin, torch.randn(2, requires_grad=True), use_reentrant=False)
     other = copy.deepcopy(late)
     assert (other.checkpoint, other.lane, other.lanes) == (checkpoint, LateLane, {})
+
+
+def test_memory_is_free_as_soon_as_the_computing_stream_has_waited(late):
+    """The allocator is asked to watch a copy only where nobody waited for it."""
+    x = torch.randn(4, 8, requires_grad=True)
+    stacked(late, x, "plain")[0].sum().backward()
+    assert LateLane.abandoned == []
+    stacked(late, x, "plain")  # of the last layer, what is dropped with it
+    gc.collect()
+    assert LateLane.abandoned

@@ -95,11 +95,17 @@ class CpuKernel(Tiled):
 
 
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Copy tensors that PyTorch's kernels do not expect: the last dimension strided, or rows or heads that overlap."""
+    """Copy tensors that PyTorch's kernels do not expect.
+
+    The last dimension is strided, rows or heads overlap, or on a GPU rows do not begin at multiples of 16 bytes.
+    """
     return tuple(t if _is_expected(t) else t.contiguous() for t in tensors)
 
 
 def _is_expected(heads: Tensor) -> bool:
     *strides, last = heads.stride()
-    apart = all(stride != 1 for stride, size in zip(strides, heads.shape, strict=False) if size > 1)
-    return last == 1 and strides[-1] >= heads.shape[-1] and apart
+    between = [stride for stride, size in zip(strides, heads.shape, strict=False) if size > 1]
+    apart = all(stride != 1 for stride in between)
+    begins = () if heads.device.type == "cpu" else (heads.storage_offset(), *between)
+    aligned = all(begin * heads.element_size() % 16 == 0 for begin in begins)
+    return last == 1 and strides[-1] >= heads.shape[-1] and apart and aligned

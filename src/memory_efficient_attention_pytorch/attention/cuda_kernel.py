@@ -1,4 +1,4 @@
-"""Apply CUDA's memory-efficient kernel per tile, for masks, windows, documents and biases no kernel supports whole."""
+"""Apply CUDA's memory-efficient kernel per tile, for what PyTorch's function would need an n × m mask for."""
 
 from __future__ import annotations
 
@@ -11,14 +11,14 @@ from torch import Tensor
 
 from ..torch_internals import attention_kernels
 from ..torch_internals.attention_kernels import Kernel
-from ..torch_internals.tensors import are_plain
+from ..torch_internals.tensors import are_plain, is_fake
 from .cpu_kernel import unit_stride
 from .log_sum_exp import LogSumExp
 from .products import Products
 from .request import AttentionRequest
 from .tiles import Found, Part, QueryBucket, Scores, Tiled, TileGradients
 from .way import OF_SCORE, BackwardInputs
-from .whole_kernels import ALIGNMENT, laid_out
+from .whole_kernels import ALIGNMENT, laid_out, token_major
 
 # Least sides of a tile: each tile is a launch, which must fill the device.
 QUERIES, KEYS = 2048, 4096
@@ -47,6 +47,8 @@ class CudaKernel(Tiled):
             return f"q and v must have one width, a multiple of {ALIGNMENT}, not {request.d} and {request.e}"
         if not are_plain(q, k, v):
             return "tensor subclasses and torch.func's transforms support only PyTorch's public functions"
+        if request.dtype == torch.bfloat16 and not has_bfloat16(q):
+            return "this GPU's kernels do not take bfloat16"
         return "this PyTorch does not have it" if attention_kernels.efficient_kernel() is None else None
 
     def rows(
@@ -84,12 +86,18 @@ class CudaKernel(Tiled):
         seed = offset = torch.zeros((), dtype=torch.int64, device=q.device)
         wanted = bucket.bias_gradient.wanted
         options = (0.0, [True, True, True, wanted], False)
-        results = (bias, *unit_stride(bucket.out), lse, seed, offset)
+        results = (bias, token_major(bucket.out.to(q.dtype)), lse, seed, offset)
         found = _kernel().backward(*heads, *results, *options, scale=scores.request.scale)
         grad_q, grad_k, grad_v, grad_scores = found
         kv = k.shape[1]
         of_keys = (x.unflatten(1, (kv, -1)).sum(2, dtype=torch.float32) for x in (grad_k, grad_v))
         return grad_q, *of_keys, grad_scores if wanted else None
+
+
+def has_bfloat16(q: Tensor) -> bool:
+    """Return whether kernels for q's GPU take bfloat16: from compute capability 8.0 on; True where no GPU is asked."""
+    asked = q.is_cuda and not is_fake(q) and torch.cuda.is_available()
+    return not asked or torch.cuda.get_device_capability(q.device) >= (8, 0)
 
 
 def _kernel() -> Kernel:

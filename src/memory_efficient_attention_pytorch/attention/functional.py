@@ -114,11 +114,11 @@ def dot_product_attention(
 
     Scores, softmax and accumulators are fp32, or fp64 for fp64. A bias over a whole row may be of any finite size: the
     largest value that a row sees is subtracted first, unless even fp64 would round the scores away beside it (2**56
-    and above, such as finfo.min: the scores then count as equal). Hidden keys and values, if finite, affect neither
-    output nor gradients. On a CPU the magnitudes of q, k and v are checked first, and where scores may exceed 2**16
-    another way of computing is chosen, which rounds differently. Other devices, compiled code and tensor subclasses
-    skip the check, and PyTorch's kernels then lose scores above 2**16 in the log-sum-exp and return NaN for hidden
-    products beyond fp32's range; ``backend="products"`` does not.
+    and above, such as finfo.min: the scores then count as equal, but for CUDA's kernels). Hidden keys and values, if
+    finite, affect neither output nor gradients. On a CPU the magnitudes of q, k and v are checked first, and where
+    scores may exceed 2**16 another way of computing is chosen, which rounds differently. Other devices, compiled code
+    and tensor subclasses skip the check, and PyTorch's kernels then lose scores above 2**16 in the log-sum-exp and
+    return NaN for hidden products beyond fp32's range; ``backend="products"`` does not.
 
     Under autocast q, k and v are cast as for PyTorch's own attention. Differentiable once (the tiled backend raises on
     a second derivative). Sources: Rabe & Staats 2021 (arXiv:2112.05682), Dao et al. 2022 (arXiv:2205.14135).

@@ -33,8 +33,13 @@ class Sdpa(Fused):
 
     def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
         reason = not_whole(request)
-        if reason is not None or fused_kernels(request, q, k, v):
+        if reason is not None:
             return reason
+        kernels = fused_kernels(request, q, k, v)
+        if "cudnn" in kernels and (request.bias is not None or request.visibility.mask is not None):
+            return "PyTorch may take cuDNN's kernel, whose gradients beside a mask may be NaN (pytorch issue 196678)"
+        if kernels - {"cudnn"}:
+            return None
         if request.device_type == "cuda":
             return f"no CUDA kernel takes {request.dtype}, width {request.d} with these arguments"
         return f"no fused kernel with a backward pass is known for device type {request.device_type!r}"
@@ -107,18 +112,24 @@ def _bias_and_mask(request: AttentionRequest) -> Tensor:
 
 
 def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> set[str]:
-    """Return PyTorch's fused kernels that take the whole request: ``"cpu"``, or some of ``"flash"``, ``"efficient"``.
+    """Return PyTorch's fused kernels that take the whole request: ``"cpu"``, or some of ``"flash"``, ``"efficient"``,
+    ``"cudnn"``.
 
     On CUDA PyTorch decides, which knows the device; without a device (in a dry run) :func:`cuda_kernels` does.
     """
     if request.device_type != "cuda":
         return {"cpu"} & {request.device_type}
-    mask, grouped = whole_mask(request), request.h != request.kv
+    # Of a mask only shape and dtype count, and those of a bias for many queries are the tensor's own.
+    of_many = request.bias if request.n > 1 else None
+    mask, grouped = whole_mask(request) if of_many is None else of_many.tensor, request.h != request.kv
     if q.is_cuda and torch.cuda.is_available() and not is_fake(q):
         params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, request.visibility.plain_causal, grouped)
-        flash = torch.backends.cuda.can_use_flash_attention(params)
-        efficient = torch.backends.cuda.can_use_efficient_attention(params)
-        return {name for name, serves in (("flash", flash), ("efficient", efficient)) if serves}
+        found = {
+            "flash": torch.backends.cuda.can_use_flash_attention(params),
+            "efficient": torch.backends.cuda.can_use_efficient_attention(params),
+            "cudnn": torch.backends.cuda.can_use_cudnn_attention(params),
+        }
+        return {name for name, serves in found.items() if serves}
     return cuda_kernels(request.dtype, (request.d, request.e), mask is not None, grouped)
 
 

@@ -87,13 +87,18 @@ class Efficient(WholeKernel):
     name = "efficient"
     find = staticmethod(attention_kernels.efficient_kernel)
 
+    def objection(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> str | None:
+        reason = super().objection(request, q, k, v)
+        # PyTorch's function may take shared heads by repeating them before it calls the kernel.
+        return "it needs as many key as query heads" if reason is None and request.h != request.kv else reason
+
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
         options = (_added(request), True, 0.0, request.visibility.plain_causal)
         return self.kernel.forward(*unit_stride(q, k, v), *options, scale=request.scale)
 
     def backward(self, request: AttentionRequest, given: BackwardInputs) -> tuple[Tensor, ...]:
         heads = unit_stride(given.grad_out, given.q, given.k, given.v)
-        results = (_added(request), given.out, given.lse, *given.state)
+        results = (_added(request), token_major(given.out), given.lse, *given.state)
         options = (0.0, [True, True, True, False], request.visibility.plain_causal)
         return self.kernel.backward(*heads, *results, *options, scale=request.scale)[:3]
 
@@ -106,6 +111,14 @@ def _added(request: AttentionRequest) -> Tensor | None:
     if added is None or request.device_type == "cpu":
         return added
     return laid_out(added, request.dtype, request.score_shape)
+
+
+def token_major(out: Tensor) -> Tensor:
+    """Return ``out (b, h, n, e)`` with a token's heads beside one another and nothing between two tokens.
+
+    The backward kernel of CUDA's memory-efficient attention reads it so, whatever its strides.
+    """
+    return out.transpose(1, 2).contiguous().transpose(1, 2)
 
 
 def laid_out(added: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:

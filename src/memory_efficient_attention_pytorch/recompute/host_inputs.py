@@ -35,13 +35,17 @@ class Lane:
         self.stream.wait_stream(torch.accelerator.current_stream(self.device))
         with self.stream:
             target.copy_(source, non_blocking=True)
-        (source if target.device.type == "cpu" else target).record_stream(self.stream)
         return self.stream.record_event()
 
     def wait(self, copied: Any) -> None:
         """Make all work queued on the device from now on wait for a copy."""
         if self.stream is not None:
             torch.accelerator.current_stream(self.device).wait_event(copied)
+
+    def abandon(self, tensor: Tensor) -> None:
+        """Let go of a tensor on the device for whose copy nobody will wait."""
+        if self.stream is not None:
+            tensor.record_stream(self.stream)
 
 
 class InputsOnHost:
@@ -127,10 +131,10 @@ class _Input:
     """A tensor in transit to the host, on the host, or in transit back."""
 
     def __init__(self, tensor: Tensor, lane: Lane) -> None:
+        self.on_device: Tensor | None = None
         self.lane, self.version, self.device = lane, version(tensor), tensor.device
-        self.on_device: Tensor | None = tensor
         self.on_host = torch.empty_like(tensor, device="cpu", pin_memory=lane.pinned)
-        self.copied = lane.copy(self.on_host, tensor)
+        self.copied, self.on_device = lane.copy(self.on_host, tensor), tensor
 
     def arrive(self) -> Tensor:
         """Return the tensor on the device, whose contents may be in transit until :meth:`leave`."""
@@ -147,3 +151,8 @@ class _Input:
             if version(self.on_device) != self.version:
                 raise RuntimeError("an input of a checkpoint has been modified by an inplace operation")
             self.on_device = None
+
+    def __del__(self) -> None:
+        # A graph that is dropped; elsewhere the computing stream has waited, so that the memory is free at once.
+        if self.on_device is not None:
+            self.lane.abandon(self.on_device)

@@ -320,7 +320,8 @@ def _refuse_other_engines() -> None:
 def _prefer_deterministic_kernels() -> None:
     """Choose deterministic CUDA kernels, so that the same seed gives the same weights.
 
-    PyTorch warns where it has none. CPU kernels are deterministic anyway.
+    PyTorch warns where it has none, and where it leaves out those that it has, as attention's backward does unless
+    everything has to be deterministic. CPU kernels are deterministic anyway.
     """
     if torch.cuda.is_available():
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
