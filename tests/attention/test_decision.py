@@ -4,6 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.func import functional_call
 from torch.utils.flop_counter import FlopCounterMode
 
 from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, dot_product_attention, select_backend
@@ -229,3 +230,82 @@ def test_rows_that_cudas_kernels_could_not_read_are_copied():
         for part, apart in ((buffer[..., :64], False), (buffer[..., 8:72], False), (buffer[..., 4:68], True)):
             (found,) = unit_stride(part)
             assert (found is not part) is (apart and device != "cpu")
+
+
+class Scaled(torch.nn.Module):
+    """A score function with a parameter."""
+
+    def __init__(self):
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.ones(2))
+
+    def forward(self, score, batch, head, query, key):
+        return score * self.weight[head]
+
+
+@pytest.mark.parametrize("way", ["products", "onednn", "cpu_kernel", "naive", "auto"])
+@pytest.mark.parametrize("make", [PerSequence, Scaled, lambda: RelativePositionBias(2, 8, 16)])
+def test_a_bias_modules_parameters_are_those_that_forward_saw(make, way):
+    """functional_call lends a module others for one call."""
+    skip_unless_usable(way)
+    holder = torch.nn.ModuleDict({"bias": make()})
+    q = torch.randn(2, 2, 70, 32)
+    if way in ("onednn", "cpu_kernel") and isinstance(holder["bias"], Scaled):
+        pytest.skip("it takes no function of the score")
+
+    class Attends(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.held = holder
+
+        def forward(self, q):
+            return dot_product_attention(q, q, q, attn_bias=self.held["bias"], causal=True, backend=way)
+
+    net = Attends()
+    lent = {name: (p.detach() * 3 + 0.5).requires_grad_() for name, p in net.named_parameters()}
+    out = functional_call(net, lent, (q,))
+    found = gradients(out, lent.values())
+    net.load_state_dict({name: p.detach() for name, p in lent.items()})
+    own = net(q)
+    assert_same((out, *found), (own, *gradients(own, net.parameters())), 1e-6)
+
+
+@pytest.mark.parametrize("scale", [0.0, -0.0, -0.3])
+@pytest.mark.parametrize("backend", ["auto", "tiled", "naive"])
+def test_causality_with_a_scale_that_is_not_positive(scale, backend):
+    q = torch.randn(1, 2, 33, 8, requires_grad=True)
+    scores = (q @ q.mT * scale).masked_fill(torch.ones(33, 33).triu(1).bool(), -torch.inf)
+    truth = scores.softmax(-1) @ q
+    out = dot_product_attention(q, q, q, causal=True, scale=scale, backend=backend)
+    assert_same((out, *gradients(out, [q])), (truth, *gradients(truth, [q])), 1e-5)
+
+
+@pytest.mark.parametrize("height", [1e4, 1e6, -1e9])
+def test_a_large_bias_over_whole_rows_is_right_when_compiled(height):
+    bias = torch.full((2, 33, 33), height)
+    q, k, v = (torch.randn(1, 2, 33, 8, requires_grad=True) for _ in range(3))
+    attend = torch.compile(lambda q, k, v: dot_product_attention(q, k, v, attn_bias=bias), backend="eager")
+    truth = ((q @ k.mT) * 8**-0.5).softmax(-1) @ v
+    out = attend(q, k, v)
+    assert_same((out, *gradients(out, [q, k, v])), (truth, *gradients(truth, [q, k, v])), 1e-5)
+
+
+@pytest.mark.filterwarnings("ignore:The .grad attribute of a Tensor that is not a leaf:UserWarning")  # Dynamo's own
+@pytest.mark.parametrize("make", [Scaled, lambda: Scaled().forward])
+def test_a_score_function_that_is_trained_is_compiled(make):
+    q, score = torch.randn(1, 2, 9, 4, requires_grad=True), make()
+    attend = torch.compile(lambda q: dot_product_attention(q, q, q, attn_bias=score), backend="eager")
+    torch.testing.assert_close(attend(q), dot_product_attention(q, q, q, attn_bias=score))
+
+
+def test_no_queries_have_no_bias():
+    k = torch.randn(1, 2, 3, 8)
+    for backend in ("naive", "tiled"):
+        bias = RelativePositionBias(2)
+        assert dot_product_attention(k[:, :, :0], k, k, attn_bias=bias, backend=backend).shape == (1, 2, 0, 8)
+
+
+def test_eight_bits_are_too_few():
+    q = torch.zeros(1, 1, 2, 16).to(torch.float8_e4m3fn)
+    with pytest.raises(ValueError, match=r"q: expected a floating-point dtype of 16 bits or more, got torch\.float8"):
+        dot_product_attention(q, q, q)

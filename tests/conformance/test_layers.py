@@ -159,3 +159,11 @@ def test_tokens_of_zeros_have_no_direction(kind, dtype):
     out.sum().backward()
     assert out.isfinite().all()
     assert x.grad[:, [0, 1, 4, 5]].isfinite().all()
+
+
+@pytest.mark.parametrize("groups", [1, 2])
+@pytest.mark.parametrize("table", [(1, 8), (8, 1), (8, 2), (3, 8, 4), (8,)], ids=str)
+def test_rotary_positions_of_other_tokens_are_refused(table, groups):
+    net = Attention(dim=16, heads=2, dim_head=8, head_chunks=groups)
+    with pytest.raises(ValueError, match="rotary: expected cosines and sines of shape"):
+        net(torch.randn(2, 8, 16), rotary=(torch.zeros(table), torch.zeros(table)))

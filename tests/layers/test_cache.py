@@ -246,3 +246,12 @@ def test_modes_without_gradients_may_follow_one_another():
             with mode():
                 found.append(model(part, cache=cache).clone())
         torch.testing.assert_close(torch.cat(found, dim=1), whole)
+
+
+@pytest.mark.parametrize("argument", ["mask", "document_ids"])
+def test_what_covers_other_tokens_than_there_are_is_refused(argument):
+    """A mask of the longest length that there may be, say, of which the end would be taken."""
+    layer, x = Attention(dim=16, heads=2, dim_head=8, causal=True).eval(), torch.randn(1, 6, 16)
+    longer = torch.zeros(1, 10, dtype=torch.bool if argument == "mask" else torch.long)
+    with torch.no_grad(), pytest.raises(ValueError, match=f"{argument}: expected a last dimension of 6, the cache's"):
+        layer(x, cache=KVCache(), **{argument: longer})

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from memory_efficient_attention_pytorch import FeedForward, PreNorm, ReversibleSequence
+from memory_efficient_attention_pytorch import Chunked, FeedForward, PreNorm, ReversibleSequence
 from tests import reference
 from tests.agreement import assert_same, gradients
 
@@ -63,3 +63,32 @@ def test_a_feed_forward_in_chunks_in_bfloat16(autocast):
     for ours, naive, true in zip(run(low), run(low.net), truth, strict=True):
         assert ours.dtype == naive.dtype
         reference.assert_as_accurate("parameter", ours.bfloat16(), naive.bfloat16(), true)
+
+
+def test_a_mixer_of_tokens_in_chunks_of_features_is_normalised_whole():
+    """MLP-Mixer's: independent along the features, over which the norm before it goes."""
+
+    class Mixes(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.inner = nn.Linear(16, 16)
+
+        def forward(self, x):
+            return self.inner(x.mT).mT
+
+    net, x = PreNorm(8, Chunked(Mixes(), chunks=2, dim=2)), torch.randn(2, 16, 8)
+    blocks = [(net, PreNorm(8, FeedForward(8)))]
+    torch.testing.assert_close(
+        ReversibleSequence(blocks)(x.requires_grad_()), ReversibleSequence(blocks, reversible=False)(x)
+    )
+
+
+@pytest.mark.parametrize(
+    ("module", "x"),
+    [
+        (nn.Embedding(10, 16), torch.randint(0, 10, (2, 8))),
+        (nn.Sequential(nn.Linear(16, 1), nn.Flatten(1)), torch.randn(2, 8, 16)),
+    ],
+)
+def test_chunks_of_a_module_that_changes_the_rank(module, x):
+    torch.testing.assert_close(Chunked(module, chunks=2)(x), module(x))

@@ -222,25 +222,27 @@ def test_attention_kept_of_every_group_and_block_counts(groups, autocast, width,
 
 @pytest.mark.parametrize("device", [CPU, CUDA], ids=str)
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_what_causality_hides_is_not_computed(device, dtype):
+@pytest.mark.parametrize(("n", "m"), [(64, 64), (64, 96), (96, 64)])
+def test_what_causality_hides_is_not_computed(n, m, device, dtype):
     """Attention's two products in forward and five in backward, over all scores and over those below the diagonal."""
-    n, heads, width = 64, 2, 16
+    heads, width = 2, 16
 
     class Attends(nn.Module):
         def __init__(self, causal):
             super().__init__()
             self.weight, self.causal = nn.Parameter(torch.ones(width)), causal
 
-        def forward(self, x):
-            x = x * self.weight
-            return F.scaled_dot_product_attention(x, x, x, is_causal=self.causal)
+        def forward(self, q, k):
+            q, k = q * self.weight, k * self.weight
+            return F.scaled_dot_product_attention(q, k, k, is_causal=self.causal)
 
     def flops(causal):
-        x = torch.zeros(1, heads, n, width, dtype=dtype)
-        return dry_run(Step(Attends(causal).to(dtype), lambda out: out.float().sum(), (x,)), plain(device)).flops
+        q, k = (torch.zeros(1, heads, tokens, width, dtype=dtype) for tokens in (n, m))
+        return dry_run(Step(Attends(causal).to(dtype), lambda out: out.float().sum(), (q, k)), plain(device)).flops
 
     per_score = 7 * 2 * heads * width
-    assert (flops(False), flops(True)) == (per_score * n * n, per_score * n * (n + 1) // 2)
+    below = sum(min(i + 1, m) for i in range(n))
+    assert (flops(False), flops(True)) == (per_score * n * m, per_score * below)
 
 
 def test_floating_point_operations_of_loops_cut_short_are_those_of_the_whole():

@@ -406,3 +406,8 @@ def test_a_budget_does_not_hide_what_is_wrong(wrong):
 def test_the_longest_sequence_of_inputs_that_have_one_length():
     with pytest.raises(ValueError, match=r"example_inputs: expected a function of .*, got Tensor"):
         max_seq_len(nn.Linear(2, 2), budget="1GiB", example_inputs=torch.zeros(1, 2))
+
+
+def test_a_backend_that_keeps_for_itself_is_planned_without_keeping():
+    config = {**CONFIG, "backend": "sdpa", "depth": 6}
+    assert not planned(config, budget="1MiB").settings.get("keep_attention")

@@ -210,3 +210,44 @@ def test_one_that_says_nothing_is_refused_in_words(reversible):
     net = ReversibleSequence([(nn.Linear(DIM, DIM), Silent())], reversible=reversible)
     with pytest.raises(ValueError, match="Silent: expected a branch that leaves its input unchanged"):
         net(tokens())
+
+
+class Multiplies(nn.Module):
+    """By a buffer too large to be kept in any case."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("table", torch.randn(DIM, 2**17 // DIM))
+
+    def forward(self, x):
+        return x * self.table.sum(1)
+
+
+@pytest.mark.parametrize("around", [lambda net: Chunked(net, chunks=2), lambda net: ReversibleSequence([(net, net)])])
+def test_a_large_buffer_that_changes_before_backward_is_told(around):
+    """As autograd tells it: it was not copied, and the gradient would be another's."""
+    net, x = Multiplies(), torch.randn(2, 6, DIM, requires_grad=True)
+    out = around(net)(x)
+    net.table.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        out.sum().backward()
+
+
+class Constant(nn.Module):
+    """A buffer that is a parameter by class: what is not to be trained, but follows the module."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(DIM, DIM)
+        self.register_buffer("constant", nn.Parameter(torch.ones(DIM), requires_grad=False))
+
+    def forward(self, x):
+        return self.inner(x) * self.constant
+
+
+@pytest.mark.parametrize("around", [lambda net: Chunked(net, chunks=2), lambda net: ReversibleSequence([(net, net)])])
+def test_a_buffer_stays_one(around):
+    net = Constant()
+    around(net)(torch.randn(2, 6, DIM, requires_grad=True)).sum().backward()
+    assert [name for name, _ in net.named_parameters()] == ["inner.weight", "inner.bias"]
+    assert [name for name, _ in net.named_buffers()] == ["constant"]

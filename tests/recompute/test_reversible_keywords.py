@@ -1,5 +1,7 @@
 """Keywords of a reversible sequence: who gets them, and the gradients of what is in them."""
 
+import dataclasses
+
 import pytest
 import torch
 from torch import nn
@@ -74,3 +76,46 @@ def test_a_keyword_that_goes_nowhere_or_is_left_out():
     x, blocks = tokens(), plain()
     net = ReversibleSequence(blocks, routes)
     assert net(x, context=tokens()).equal(net(x))
+
+
+@dataclasses.dataclass(frozen=True)
+class Context:
+    """Keywords in one object."""
+
+    factor: torch.Tensor
+    name: str = "context"
+
+
+class TimesContext(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(4, 4)
+
+    def forward(self, x, context):
+        return self.inner(x) * context.factor
+
+
+def test_tensors_in_a_dataclass_receive_gradients():
+    net, found = TimesContext(), []
+    for reversible in (True, False):
+        factor = torch.ones(4, requires_grad=True)
+        sequence = ReversibleSequence([(net, nn.Identity())], {"context": [(True, False)]}, reversible=reversible)
+        sequence(torch.ones(1, 2, 4, requires_grad=True), context=Context(factor)).sum().backward()
+        found.append(factor.grad)
+    torch.testing.assert_close(*found)
+
+
+def test_some_of_the_blocks_keep_their_routes():
+    blocks = [(nn.Linear(4, 4), nn.Linear(4, 4)) for _ in range(4)]
+    routes = {"context": [(number % 2 == 0, False) for number in range(4)]}
+    net = ReversibleSequence(blocks, routes, exact=True, grid=2**-12)
+    part = net[1:]
+    assert all(a is b for a, b in zip(part.parameters(), list(net.parameters())[4:], strict=True))
+    assert (part.args_route["context"], part.exact, part.grid.step) == (routes["context"][1:], True, 2**-12)
+    del net[0]
+    assert net.args_route["context"] == routes["context"][1:]
+    assert net.pop(-1) is not None
+    assert net.args_route["context"] == routes["context"][1:-1]
+    for add in (net.append, net.extend, lambda block: net.insert(0, block), lambda block: net + block):
+        with pytest.raises(NotImplementedError, match="build another ReversibleSequence"):
+            add(blocks[0])

@@ -1,11 +1,11 @@
-"""A run directory belongs to one run: what others have in it stays, whatever goes wrong."""
+"""A run directory belongs to one run: a start that fails leaves nothing in it, and what others have there."""
 
 import contextlib
 import os
 
 import pytest
 
-from memory_efficient_attention_pytorch.training import runs
+from memory_efficient_attention_pytorch.training import run_directory, runs
 from memory_efficient_attention_pytorch.training.config import TrainConfig
 from memory_efficient_attention_pytorch.training.run_directory import RunDirectory
 from memory_efficient_attention_pytorch.training.tracking import Callback
@@ -80,3 +80,32 @@ def test_a_run_killed_before_it_had_a_tokenizer_is_planned_for_the_vocabulary_to
     with pytest.raises(ValueError, match="no more of it"):
         runs.resume_run(run.path, {}, lambda main: Callback())
     assert planned == [300]
+
+
+def test_a_start_whose_configuration_cannot_be_written_leaves_nothing(tmp_path, monkeypatch):
+    def written_and_not_flushed(path, content):
+        path.write_text(content)
+        raise OSError(5, "Input/output error", str(path.parent))
+
+    monkeypatch.setattr(run_directory, "write_atomically", written_and_not_flushed)
+    (tmp_path / "empty").mkdir()
+    for path in (tmp_path / "a" / "b", tmp_path / "empty"):
+        with pytest.raises(ValueError, match=r"out: cannot write to .*Input/output error"):
+            RunDirectory.make(path, TrainConfig())
+    assert [file.name for file in tmp_path.rglob("*")] == ["empty"]
+
+
+def test_of_two_starts_in_one_empty_directory_the_second_changes_nothing(tmp_path, monkeypatch):
+    """Both have found it empty."""
+    first, second = TrainConfig(dim=64), TrainConfig(dim=128)
+    with monkeypatch.context() as meanwhile:
+
+        def once(path):
+            meanwhile.setattr(type(tmp_path), "iterdir", lambda path: ())
+            RunDirectory.make(path, first)
+            return ()
+
+        meanwhile.setattr(type(tmp_path), "iterdir", once)
+        with pytest.raises(ValueError, match=r"out: cannot write to .*File exists"):
+            RunDirectory.make(tmp_path, second)
+    assert RunDirectory(tmp_path).load_config().dim == 64

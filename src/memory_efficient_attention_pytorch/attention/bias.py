@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import TypeGuard
@@ -34,9 +35,11 @@ class Bias:
 
     values: a tensor of four dimensions or a module; None while the tensor is kept elsewhere.
 
-    wants_gradient: for a tensor, whatever the grad mode, since a forward pass without gradients and its repetition with
-    gradients must do the same; for a module, only with gradients on. of_score: values is a function of the score;
-    ``captured`` are the tensors with gradients that it uses besides its parameters.
+    seen, parameters: where a module held which parameters in forward; backward differentiates those, whatever it holds
+    by then (``torch.func.functional_call``). wants_gradient: for a tensor, whatever the grad mode, since a forward pass
+    without gradients and its repetition with gradients must do the same; for a module, only with gradients on.
+    of_score: values is a function of the score; ``captured`` are the tensors with gradients that it uses besides its
+    parameters.
     """
 
     values: Tensor | BiasModule | None
@@ -44,6 +47,8 @@ class Bias:
     wants_gradient: bool
     of_score: bool = False
     captured: tuple[Tensor, ...] = ()
+    seen: SeenParameters | None = None
+    parameters: tuple[Tensor, ...] = ()
 
     @staticmethod
     def of(values: Tensor | BiasModule, shape: tuple[int, int, int, int], q: Tensor) -> Bias:
@@ -57,16 +62,18 @@ class Bias:
         require(callable(values), "attn_bias", expected, type(values).__name__)
         expected = "a module that computes the same again, as backward does (attention has a dropout of its own)"
         require(not _drops(values), "attn_bias", expected, "a dropout in training")
+        seen = SeenParameters([values], attributes=False) if isinstance(values, nn.Module) else None
+        parameters = () if seen is None else seen.take()
         if is_score_mod(values):
             captured = () if 0 in shape else captured_by(values, q.device, full_dtype(q.dtype))
-            return Bias(values, shape, False, of_score=True, captured=captured)
-        trained = isinstance(values, nn.Module) and any(p.requires_grad for p in values.parameters())
+            return Bias(values, shape, False, True, captured, seen, parameters)
+        trained = any(p.requires_grad for p in parameters)
         position = torch.zeros(1, dtype=torch.long, device=q.device)
         at_one = values(position, position)
         canonical_broadcast(at_one, (*shape[:2], 1, 1), "attn_bias module's output")
         expected = "a module that holds what needs a gradient as parameters"
         require(trained or not at_one.requires_grad, "attn_bias", expected, "a captured tensor")
-        return Bias(values, shape, trained and torch.is_grad_enabled())
+        return Bias(values, shape, trained and torch.is_grad_enabled(), seen=seen, parameters=parameters)
 
     @property
     def tensor(self) -> Tensor | None:
@@ -81,13 +88,14 @@ class Bias:
     @property
     def leaves(self) -> tuple[Tensor, ...]:
         """The tensors that receive gradients: the bias tensor, a module's parameters, or what a function captures."""
-        if isinstance(self.values, nn.Module):
-            return *self.values.parameters(), *self.captured
-        return self.captured if self.tensor is None else (self.tensor,)
+        return (*self.parameters, *self.captured) if self.tensor is None else (self.tensor,)
 
-    def with_tensor(self, tensor: Tensor | None) -> Bias:
-        """Return the same bias with another tensor in place of its own; a module is kept."""
-        return replace(self, values=tensor) if self.values is None or self.tensor is not None else self
+    def with_tensors(self, *tensors: Tensor | None) -> Bias:
+        """Return the same bias with these tensors, in the order of :attr:`leaves`, or without any; a module is kept."""
+        if self.values is None or self.tensor is not None:
+            return replace(self, values=next(iter(tensors), None))
+        count = len(tensors) - len(self.captured)
+        return replace(self, parameters=tuple(t for t in tensors[:count] if t is not None) if tensors else ())
 
     def tile(self, tile: Tile, batch: slice, heads: slice, device: torch.device) -> Tensor:
         """Return the bias of one tile, broadcastable to ``(b, h, i, j)`` of a part of the batch and the heads."""
@@ -120,10 +128,10 @@ class BiasGradient:
 
     def __init__(self, bias: Bias | None, needed: Sequence[bool], dtype: torch.dtype) -> None:
         self.bias = bias
-        module = None if bias is None or not isinstance(bias.values, nn.Module) else bias.values
-        # Stand-ins for parameters with hooks, which must run once, on the whole gradient.
-        self._seen = SeenParameters([] if module is None else [module], attributes=False)
-        self._leaves = [] if module is None else self._seen.leaves(self._seen.take(), needed)
+        # With stand-ins for parameters with hooks, which must run once, on the whole gradient.
+        self._seen = SeenParameters([]) if bias is None or bias.seen is None else bias.seen
+        of_module = () if bias is None else bias.parameters
+        self._leaves = self._seen.leaves(of_module, needed[: len(of_module)])
         self._stand_ins = stand_ins(() if bias is None else bias.captured)
         of_tensor = () if bias is None or bias.tensor is None else (bias.tensor,)
         leaves = [*of_tensor, *self._leaves, *self._stand_ins.values()]
@@ -131,16 +139,20 @@ class BiasGradient:
         self._sums = GradientSums(leaves, needed, total)
         self.wanted = bool(self._sums.wanted)
 
+    def held(self) -> AbstractContextManager[None]:
+        """Put a module's parameters of the forward pass in place; everything else happens inside."""
+        return self._seen.held(self._leaves)
+
     def add(self, tile: Tile, batch: slice, heads: slice, grad_scores: Tensor) -> None:
         """Accumulate the contribution of one tile, given the gradient of its scores ``(b, h, i, j)``."""
         assert self.bias is not None
         if self.bias.tensor is not None:
             total = self._sums.total(self.bias.tensor)
             assert total is not None
-            target = self.bias.with_tensor(total).tile(tile, batch, heads, total.device)
+            target = self.bias.with_tensors(total).tile(tile, batch, heads, total.device)
             target += grad_scores.sum_to_size(target.shape)
             return
-        with self._seen.held(self._leaves), torch.enable_grad():
+        with torch.enable_grad():
             values = self.bias.tile(tile, batch, heads, grad_scores.device)
         self._sums.backward(values, grad_scores.sum_to_size(values.shape).to(values.dtype))
 
@@ -148,7 +160,7 @@ class BiasGradient:
         """Call :meth:`Bias.modified`, recording a graph for :meth:`through`."""
         assert self.bias is not None
         known = {*self._leaves, *self._stand_ins.values(), scores.requires_grad_()}
-        with self._seen.held(self._leaves), exchanged(self._stand_ins, known), torch.enable_grad():
+        with exchanged(self._stand_ins, known), torch.enable_grad():
             return self.bias.modified(tile, batch, heads, scores)
 
     def through(self, value: Tensor, scores: Tensor, gradient: Tensor) -> Tensor:

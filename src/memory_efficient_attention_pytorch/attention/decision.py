@@ -34,6 +34,9 @@ WAYS: tuple[Way, ...] = (OneDnn(), Sdpa(), Cpu(), Flash(), Efficient(), CudaKern
 BACKENDS = tuple(dict.fromkeys(("naive", "tiled", "fused", "auto", *(way.name for way in WAYS))))
 """What a caller may ask for: a kind of way, ``"auto"`` for any, or a way by its own name."""
 
+KEEPS_FOR_ITSELF = tuple(way.name for way in WAYS if way.by_autograd)
+"""Those whose results cannot be kept for a repetition, since autograd keeps them."""
+
 
 @dataclass(frozen=True)
 class Decision:
@@ -154,7 +157,7 @@ class _Attention(torch.autograd.Function):
         grad_out = torch.zeros_like(out) if grad_out is None else grad_out
         bias_gradient = BiasGradient(request.bias, ctx.needs_input_grad[7:], request.compute_dtype)
         given = BackwardInputs(q, k, v, out, lse, rest[ctx.others :], grad_out, grad_lse, bias_gradient)
-        with full_precision(q.device):
+        with full_precision(q.device), bias_gradient.held():
             found = ctx.decision.way.backward(request, given)
         of_heads = (gradient.to(x.dtype) for gradient, x in zip(found, (q, k, v), strict=True))
         return None, None, *of_heads, None, None, *bias_gradient.results

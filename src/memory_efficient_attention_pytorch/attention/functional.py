@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ..common.compiled import eagerly
 from ..common.errors import require
-from .bias import BiasModule
+from .bias import BiasModule, is_score_function
 from .decision import WAYS, decide
 from .request import build_request
 from .visibility import Mask, Window
@@ -166,7 +166,8 @@ def _compiled(q: Tensor, k: Tensor, v: Tensor, arguments: dict[str, Any]) -> Ten
     Tiles depend on lengths and on what tensors hold, so each length would have a graph of its own.
     """
     # A decision with dropout draws a seed, and there must be one draw.
-    if arguments["backend"] in ("auto", "fused", "sdpa") and not arguments["dropout"]:
+    in_graph = arguments["backend"] in ("auto", "fused", "sdpa") and not is_score_function(arguments["attn_bias"])
+    if in_graph and not arguments["dropout"]:
         try:
             decision, q, k, v = decide(q, k, v, **{**arguments, "backend": "sdpa"})
         except NotImplementedError:

@@ -32,7 +32,7 @@ class Naive(Way):
             keys, values = (t.to(dtype).repeat_interleave(group, dim=1) for t in (k, v))
             scores = q.to(dtype) @ keys.mT * request.scale
             everything = Scores.all_of(request)
-            bias, visible = everything.bias if request.m else None, everything.visible
+            bias, visible = everything.bias if request.n and request.m else None, everything.visible
             level = None
             if bias is not None:
                 # Scores relative to the largest bias a row sees, beside which fp32 would round them away; beyond

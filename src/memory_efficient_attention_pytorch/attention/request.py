@@ -11,7 +11,7 @@ from torch import Tensor
 from ..common.divided import Divided, active
 from ..common.dry_run import device_type
 from ..common.errors import require, require_positive_int, require_probability
-from ..common.precision import full_dtype
+from ..common.precision import COMPUTED, full_dtype
 from ..torch_internals.tensors import are_plain, is_fake
 from .bias import Bias, BiasModule
 from .visibility import Block, Mask, Visibility, Window
@@ -86,9 +86,10 @@ class AttentionRequest:
 
     def with_tensors(self, *tensors: Tensor | None) -> AttentionRequest:
         """Return the same request with these tensors, in the order of :attr:`tensors`, or without any."""
-        mask, document_ids, of_bias, *_ = *tensors, None, None, None
+        mask, document_ids, *of_bias = tensors or (None, None)
         visibility = replace(self.visibility, mask=mask, document_ids=document_ids)
-        return replace(self, visibility=visibility, bias=None if self.bias is None else self.bias.with_tensor(of_bias))
+        bias = None if self.bias is None else self.bias.with_tensors(*of_bias)
+        return replace(self, visibility=visibility, bias=bias)
 
 
 def build_request(
@@ -143,7 +144,7 @@ def _dimensions(q: Tensor, k: Tensor, v: Tensor) -> tuple[int, int, int, int, in
     for name, tensor in (("q", q), ("k", k), ("v", v)):
         require(isinstance(tensor, Tensor), name, "a tensor", type(tensor).__name__)
         require(tensor.dim() == 4, name, "shape (batch, heads, tokens, width)", tuple(tensor.shape))
-        require(tensor.is_floating_point(), name, "a floating-point dtype", tensor.dtype)
+        require(tensor.dtype in COMPUTED, name, "a floating-point dtype of 16 bits or more", tensor.dtype)
         require(tensor.dtype == q.dtype, name, f"dtype {q.dtype}, that of q", tensor.dtype)
         require(tensor.device == q.device, name, f"device {q.device}, that of q", tensor.device)
     b, h, n, d = q.shape

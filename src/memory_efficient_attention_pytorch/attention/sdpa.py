@@ -66,6 +66,8 @@ def not_whole(request: AttentionRequest) -> str | None:
         return "a mask function would have to be evaluated for all n × m positions at once"
     if visibility.document_ids is not None:
         return "document_ids need a mask of n × m"
+    if request.device_type == "cpu" and visibility.plain_causal and not request.scale > 0:
+        return "PyTorch's CPU kernel multiplies hidden scores, −∞, by the scale, which is not positive"
     if not (visibility.structurally_trivial or visibility.plain_causal):
         return "the window, or causality together with a mask or with unequal lengths, needs a mask of n × m"
     if bias is not None:
@@ -97,12 +99,12 @@ def whole_mask(request: AttentionRequest) -> Tensor | None:
     if request.bias is None:
         return request.visibility.mask
     added = _bias_and_mask(request)
-    # The kernels keep a row's log-sum-exp in fp32, and with it the level of its biases. A CPU checks the level first;
-    # elsewhere the host would have to wait for it, and the kernels read a mask as being of q's dtype.
-    if request.device_type != "cpu":
-        return less_level(added)[0].to(request.dtype)
-    unknown = is_fake(added) or torch.compiler.is_compiling()
-    return added if unknown or bool((added.amax(-1).abs() <= LARGEST_BIAS).all()) else less_level(added)[0]
+    # The kernels keep a row's log-sum-exp in fp32, and with it the level of its biases. A CPU checks the level first,
+    # if values are known; elsewhere the host would have to wait, and the kernels read a mask as being of q's dtype.
+    known = request.device_type == "cpu" and not is_fake(added) and not torch.compiler.is_compiling()
+    if known and bool((added.amax(-1).abs() <= LARGEST_BIAS).all()):
+        return added
+    return less_level(added)[0].to(request.dtype if request.device_type != "cpu" else added.dtype)
 
 
 def _bias_and_mask(request: AttentionRequest) -> Tensor:

@@ -122,7 +122,7 @@ def token_major(out: Tensor) -> Tensor:
 
 
 def laid_out(added: Tensor, dtype: torch.dtype, shape: Sequence[int]) -> Tensor:
-    """Return an additive mask as CUDA's kernel requires it: of q's dtype and the scores' shape, its rows aligned."""
+    """Return an additive mask as CUDA's kernel requires it: q's dtype, the scores' shape, several rows aligned."""
     keys = shape[-1]
     rows = F.pad(added.to(dtype).expand(*added.shape[:-1], keys), (0, -keys % ALIGNMENT)).contiguous()
     return rows[..., :keys].expand(*shape)

@@ -9,7 +9,7 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from ..torch_internals.engine import version, version_attribute
-from ..torch_internals.hooks import has_pre_hooks, put_parameter, tensor_has_hooks
+from ..torch_internals.hooks import get_buffer, has_pre_hooks, put_buffer, put_parameter, tensor_has_hooks
 
 
 class SeenParameters:
@@ -108,6 +108,7 @@ class SeenBuffers:
             for name, buffer in part.named_buffers(recurse=False, remove_duplicate=False):
                 self._places.setdefault(buffer, []).append((part, name))
         self._before: dict[Tensor, Tensor] = {}
+        self._unchanged: dict[Tensor, int] = {}
 
     @contextmanager
     def watched(self) -> Iterator[None]:
@@ -119,14 +120,21 @@ class SeenBuffers:
         yield
         small = math.inf if version_attribute() is None else _SMALL
         self._before = {b: copy for b, number, copy in before if b.numel() <= small or version(b) != number}
+        self._unchanged = {b: number for b, number, _ in before if b not in self._before}
 
     @contextmanager
     def held(self) -> Iterator[None]:
-        """Run the recomputation inside, with the buffers as they were before forward."""
+        """Run the recomputation inside, with the buffers as they were before forward.
+
+        Raises RuntimeError, as autograd does, if one that forward left unchanged, too large for a copy, changed since.
+        """
+        for buffer, number in self._unchanged.items():
+            if version(buffer) != number:
+                raise RuntimeError("a buffer needed for gradient computation has been modified by an inplace operation")
         with ExitStack() as stack:
             for buffer, places in self._places.items():
                 value = self._before[buffer].clone() if buffer in self._before else buffer
                 for module, name in places:
-                    stack.callback(setattr, module, name, getattr(module, name, None))
-                    setattr(module, name, value)
+                    stack.callback(put_buffer, module, name, get_buffer(module, name))
+                    put_buffer(module, name, value)
             yield

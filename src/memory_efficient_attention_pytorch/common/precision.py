@@ -10,6 +10,9 @@ from torch import Tensor
 
 from .errors import require
 
+COMPUTED = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+"""The floating-point dtypes that PyTorch multiplies and sums in."""
+
 
 def full_dtype(dtype: torch.dtype) -> torch.dtype:
     """Return the dtype of sums, softmax and norms: at least fp32."""
@@ -30,10 +33,10 @@ def compute_dtype(tokens: Tensor) -> torch.dtype:
     return tokens.dtype if tokens.dtype == torch.float64 else autocast_dtype(tokens.device) or tokens.dtype
 
 
-def require_dtype_of(weight: Tensor, x: Tensor) -> None:
-    """Raise ValueError where a linear layer would refuse x: autocast is off and the dtypes differ."""
+def require_dtype_of(weight: Tensor, argument: str, x: Tensor) -> None:
+    """Raise ValueError for tokens of another dtype than a layer's weights, unless autocast casts both."""
     fits = x.dtype == weight.dtype or autocast_dtype(x.device) is not None
-    require(fits, "x", f"dtype {weight.dtype}, that of the weights", x.dtype)
+    require(fits, argument, f"dtype {weight.dtype}, that of the weights", x.dtype)
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:

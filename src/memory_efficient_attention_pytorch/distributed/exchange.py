@@ -61,7 +61,7 @@ class Layout(NamedTuple):
         return rank, 2 * self.size - 1 - rank
 
     def chunks(self, rank: int) -> list[slice]:
-        """Return the places of a process's chunks in the whole, without padding and those of padding alone."""
+        """Return the places of a process's chunks in the whole, without padding; one of padding alone is left out."""
         starts = [number * self.chunk for number in self.numbers(rank)]
         return [slice(start, min(start + self.chunk, self.num_tokens)) for start in starts if start < self.num_tokens]
 

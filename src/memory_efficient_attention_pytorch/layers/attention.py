@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from ..attention.bias import BiasModule, bias_of_heads, is_score_function, refuse_captured
-from ..attention.decision import BACKENDS, Decision, decide
+from ..attention.decision import BACKENDS, KEEPS_FOR_ITSELF, Decision, decide
 from ..attention.functional import dot_product_attention
 from ..attention.mask_function import mask_function
 from ..attention.visibility import Mask, window_sides
@@ -91,8 +91,8 @@ class Attention(nn.Module):
         window_sides(window)
         known = isinstance(keep_attention, bool) or keep_attention == "cpu"
         require(known, "keep_attention", "False, True or 'cpu'", repr(keep_attention))
-        fits = not keep_attention or backend not in ("naive", "sdpa")
-        expected = f"False with backend {backend!r}, which leaves nothing that could be kept for backward"
+        fits = not keep_attention or backend not in KEEPS_FOR_ITSELF
+        expected = f"False with backend {backend!r}, which keeps what its backward needs by itself"
         require(fits, "keep_attention", expected, repr(keep_attention))
         self.keep_attention = keep_attention
         self.dim, self.heads, self.kv_heads, self.dim_head = dim, heads, kv_heads, dim_head
@@ -191,7 +191,9 @@ class Attention(nn.Module):
             q, k = rotate(q, rotary), rotate(k, rotary)
         if cache is not None:
             k, v = cache.extend(self, k, v, window_sides(self.window)[0])
-            given |= {name: _last_keys(given[name], k.shape[2]) for name in ("mask", "document_ids") if name in given}
+            for name in ("mask", "document_ids"):
+                if name in given:
+                    given[name] = _last_keys(name, given[name], cache.length + q.shape[2], k.shape[2])
         if group is not None:
             given |= {
                 name: _of_heads(name, given[name], group.heads) for name in ("mask", "attn_bias") if name in given
@@ -232,6 +234,10 @@ class Attention(nn.Module):
         if context is not None:
             require(len(context) == len(x), "context", f"batch {len(x)}, that of x", len(context))
             require(rotary is None and cache is None, "context", "none beside rotary or cache", "both")
+        for table in rotary or ():
+            shape = (x.shape[1], self.dim_head // 2)
+            fits = tuple(table.shape) in (shape, (1, *shape), (len(x), *shape))
+            require(fits, "rotary", f"cosines and sines of shape {shape}, or of each row of x", tuple(table.shape))
         whole = cache is None or active() is None
         require(whole, "cache", "none where tokens are divided over processes", "one")
         # Indices are counted from 0, and a cache drops keys.
@@ -248,7 +254,10 @@ def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
     return given
 
 
-def _last_keys(tensor: Tensor, keys: int) -> Tensor:
+def _last_keys(argument: str, tensor: Tensor, seen: int, keys: int) -> Tensor:
+    """Restrict what covers all tokens ``seen`` to the last ``keys``, those that the cache still has."""
+    fits = tensor.shape[-1] in (1, seen)
+    require(fits, argument, f"a last dimension of {seen}, the cache's tokens and the new ones", tensor.shape[-1])
     return tensor if tensor.shape[-1] == 1 else tensor[..., -keys:]
 
 

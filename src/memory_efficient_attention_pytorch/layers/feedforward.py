@@ -16,6 +16,7 @@ from ..common.products import Scratch
 from ..recompute.by_hand import reason_against
 from ..recompute.normed import Normed, is_norm_of_tokens
 from ..recompute.pieces import Add, Branch, ChunkBranch, Repetition, branch_of, in_pieces
+from .chunked import Chunked
 from .working_set import chunks_for
 
 
@@ -94,7 +95,7 @@ class _Cast:
 
     def __init__(self, net: Any, x: Tensor) -> None:
         inner, self.activation, outer = net
-        require_dtype_of(inner.weight, x)
+        require_dtype_of(inner.weight, "x", x)
         dtype = compute_dtype(x)
         self.inner, self.outer = ((layer.weight.to(dtype), layer.bias.to(dtype)) for layer in (inner, outer))
         self.scratch = Scratch(dtype, x.device)
@@ -141,7 +142,9 @@ class PreNorm(nn.Module):
         self.norm = nn.LayerNorm(dim)
 
     def as_branch(self, x: Tensor, kwargs: Mapping[str, Any], norm: nn.Module | None = None) -> Branch:
-        fuses = norm is None and is_norm_of_tokens(self.norm)
+        # Slices of the features cannot be normalised by themselves.
+        of_features = isinstance(self.fn, Chunked) and self.fn.dim % x.dim() == x.dim() - 1
+        fuses = norm is None and is_norm_of_tokens(self.norm) and not of_features
         return branch_of(self.fn, x, kwargs, self.norm) if fuses else Branch(self, kwargs, norm)
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:

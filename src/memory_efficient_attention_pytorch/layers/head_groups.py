@@ -78,7 +78,9 @@ class HeadGroupBranch(Branch):
 
     def compute(self, x: Tensor, kwargs: dict[str, Any], add: Add) -> None:
         self.module.check(x, **kwargs)
-        require_dtype_of(self.module.to_q.weight, x)
+        for argument, tokens in (("x", x), ("context", kwargs.get("context"))):
+            if tokens is not None:
+                require_dtype_of(self.module.to_q.weight, argument, tokens)
         for part in self._parts(x, kwargs.pop("context", None)):
             heads = part.project()
             out = _tokens(self.module.attend(*heads, group=part.group, **kwargs))

@@ -59,8 +59,8 @@ class ReversibleSequence(nn.Sequential):
     Args:
         blocks: pairs (f, g) of modules that map ``(…, d)`` to the same shape.
         args_route: for each keyword of ``forward``, per block a pair of booleans: whether it goes to f, and to g.
-            Tensors among the keywords (also nested in tuples, lists and dictionaries) and parameters of modules passed
-            as keywords receive gradients.
+            Tensors among the keywords (also nested in tuples, lists, dictionaries and dataclasses) and parameters of
+            modules passed as keywords receive gradients.
         exact: streams in fp32 (at least) on a grid: the input and everything added to a stream is rounded to a multiple
             of ``grid``, with gradient 1. While every stream stays below ``2**24 · grid`` the rebuilt values equal the
             original ones bit for bit, whatever precision f and g compute in, provided they are deterministic. A stream
@@ -112,6 +112,28 @@ class ReversibleSequence(nn.Sequential):
     @property
     def blocks(self) -> tuple[nn.Module, ...]:
         return tuple(self)
+
+    def __getitem__(self, index: Any) -> Any:
+        """Return a block, or for a slice a sequence of some of the blocks, with their routes, that shares them."""
+        if not isinstance(index, slice):
+            return super().__getitem__(index)
+        routes = {keyword: list(routes)[index] for keyword, routes in self.args_route.items()}
+        pairs = [list(block.children()) for block in self.blocks[index]]
+        options: dict[str, Any] = {"exact": self.exact, "grid": self.grid.step, "reversible": self.reversible}
+        return ReversibleSequence(pairs, routes, **options)
+
+    def __delitem__(self, index: Any) -> None:
+        super().__delitem__(index)
+        for keyword, routes in self.args_route.items():
+            left = list(routes)
+            del left[index]
+            self.args_route[keyword] = left
+
+    def insert(self, *_: Any) -> Any:  # type: ignore[override]
+        """Raise NotImplementedError: what a new block is given would not be known; build another sequence."""
+        raise NotImplementedError("blocks cannot be added: build another ReversibleSequence of pairs, with its routes")
+
+    append = extend = __add__ = __iadd__ = __mul__ = __rmul__ = __imul__ = insert  # type: ignore[assignment]
 
     def forward(self, x: Tensor, **kwargs: Any) -> Tensor:  # type: ignore[override]
         """Map x ``(…, d)`` to ``(…, d)``, in x's dtype."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..common.dry_run import device_type
 from ..common.errors import require, require_positive_int
-from ..common.precision import autocast_dtype
+from ..common.precision import COMPUTED, autocast_dtype
 from .chunk import Settings
 from .function import chunked_loss
 from .rows import RowSource, WholeRows
@@ -128,7 +128,7 @@ def default_chunk_size(vocabulary: int, device: torch.device) -> int:
 def _check_tensors(hidden: RowSource, weight: Tensor, labels: Tensor, bias: Tensor | None) -> torch.dtype:
     """Validate the tensors of :func:`linear_cross_entropy`; return the dtype of their matrix products."""
     require(len(hidden.shape) >= 1, "hidden", "shape (..., width)", tuple(hidden.shape))
-    require(hidden.dtype.is_floating_point, "hidden", "a floating-point dtype", hidden.dtype)
+    require(hidden.dtype in COMPUTED, "hidden", "a floating-point dtype of 16 bits or more", hidden.dtype)
     width = hidden.shape[-1]
     require(weight.dim() == 2 and weight.shape[1] == width, "weight", f"shape (V, {width})", tuple(weight.shape))
     require(weight.shape[0] > 0, "weight", "at least one row", tuple(weight.shape))

@@ -6,6 +6,7 @@ from collections.abc import Iterable, Mapping
 from types import MappingProxyType
 from typing import Any, NamedTuple
 
+from ..attention.decision import KEEPS_FOR_ITSELF
 from ..layers.working_set import splits
 from ..models.config import TransformerConfig
 
@@ -45,7 +46,8 @@ def candidates(
 
     tokens = batch_size * seq_len
     reversible = config.get("reversible", False)
-    kept = bool(config.get("reversible", True) and config.get("keep_attention", config.get("backend") != "naive"))
+    may_keep = config.get("backend") not in KEEPS_FOR_ITSELF
+    kept = bool(config.get("reversible", True) and config.get("keep_attention", may_keep))
     how = {"reversible": reversible, "exact": reversible and mixed_precision, "keep_attention": reversible and kept}
     first = "reversible, in one piece" if reversible else "store everything"
     offer(first, **how, ff_chunks=1, head_chunks=1, loss_chunk_size=tokens)

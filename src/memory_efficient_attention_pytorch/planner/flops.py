@@ -24,7 +24,8 @@ def count_flops(operation: Any, arguments: tuple[Any, ...], keywords: dict[str, 
         q, k, v = arguments[backward : backward + 3]
         (b, h, n, d), m = map(int, q.shape), int(k.shape[2])
         causal = len(arguments) > _ATTENTION[kernel] and arguments[_ATTENTION[kernel]]
-        seen = n * (n + 1) // 2 if causal and n == m else n * m
+        square = min(n, m) if causal else 0  # the kernels count from the first query and key
+        seen = square * (square + 1) // 2 + (n - square) * m
         return 2 * b * h * seen * (of_query * d + of_value * int(v.shape[3]))
     formula = flop_registry.get(_OUT_OF_PLACE.get(operation.overloadpacket, operation.overloadpacket))
     return 0 if formula is None else int(formula(*arguments, **keywords, out_val=result))

@@ -95,7 +95,7 @@ class Plan:
     def flops(self) -> float:
         """Floating-point operations of the step, two per multiply-add.
 
-        Recomputation is included; scores that causality or a window hides are not, but for those in tiles at its edge.
+        Recomputation is included; scores that a kernel skips, or that are in no tile, are not.
         """
         return self.timeline.flops
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
 import torch
@@ -95,10 +95,7 @@ class Branch:
 
     def kwargs(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
         """Return the keyword arguments, with tensors from ``inputs``."""
-        found: dict[str, Any] = _map_leaves(
-            lambda leaf: inputs[leaf.number] if isinstance(leaf, _Place) else leaf, self._kwargs
-        )
-        return found
+        return dict(_map_leaves(lambda leaf: inputs[leaf.number] if isinstance(leaf, _Place) else leaf, self._kwargs))
 
     def slices(self, x: Tensor) -> Sequence[Index]:
         """The slices of x, and of the output, that the pieces read and add to: tuples that index it."""
@@ -189,16 +186,24 @@ class _Place:
 
 
 def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply ``function`` to every leaf of nested tuples, lists and dictionaries."""
+    """Apply ``function`` to every leaf of nested tuples, lists, dictionaries and dataclasses; what stays is no copy."""
     if isinstance(value, dict):
-        mapped = copy.copy(value)
-        mapped.update({key: _map_leaves(function, item) for key, item in value.items()})
-        return mapped
-    if isinstance(value, tuple) and hasattr(value, "_fields"):
-        return type(value)(*(_map_leaves(function, item) for item in value))
-    if isinstance(value, list | tuple):
-        return type(value)(_map_leaves(function, item) for item in value)
-    return function(value)
+        items = dict(value)
+    elif isinstance(value, tuple | list):
+        items = dict(enumerate(value))
+    elif is_dataclass(value) and not isinstance(value, _Place | type):
+        items = {field.name: getattr(value, field.name) for field in fields(value)}
+    else:
+        return function(value)
+    found = {key: _map_leaves(function, item) for key, item in items.items()}
+    if all(found[key] is item for key, item in items.items()):
+        return value
+    if isinstance(value, tuple | list):
+        return type(value)(*found.values()) if hasattr(value, "_fields") else type(value)(found.values())
+    changed: Any = copy.copy(value)
+    for key, item in found.items():
+        changed.__setitem__(key, item) if isinstance(value, dict) else object.__setattr__(changed, key, item)
+    return changed
 
 
 def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
@@ -344,8 +349,8 @@ class ChunkBranch(Branch):
     def allocate(self, x: Tensor, value: Tensor) -> Tensor:
         dim = self.dim % x.dim()
         size = min(self._size(x), x.shape[dim])
-        same_rank = value.dim() == x.dim() and value.shape[dim] == size
-        require(same_rank, "module", f"a token-wise module, one that keeps dimension {dim}", tuple(value.shape))
+        kept = value.dim() > dim and value.shape[dim] == size and (self.dim >= 0 or value.dim() == x.dim())
+        require(kept, "module", f"a token-wise module, one that keeps dimension {self.dim}", tuple(value.shape))
         return value.new_empty(*value.shape[:dim], x.shape[dim], *value.shape[dim + 1 :])
 
     def _size(self, x: Tensor) -> int:

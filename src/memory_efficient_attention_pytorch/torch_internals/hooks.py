@@ -1,4 +1,4 @@
-"""Hooks of modules, tensors and graph nodes; and a module's parameters."""
+"""Hooks of modules, tensors and graph nodes; and a module's parameters and buffers."""
 
 from __future__ import annotations
 
@@ -72,3 +72,13 @@ def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace the module's parameter (or plain attribute) by ``tensor``, of any class, as ``functional_call`` does."""
     places: dict[str, Any] = module._parameters if name in module._parameters else vars(module)
     places[name] = tensor
+
+
+def get_buffer(module: nn.Module, name: str) -> Tensor | None:
+    """The module's buffer of this name, or None."""
+    return module._buffers.get(name)
+
+
+def put_buffer(module: nn.Module, name: str, tensor: Tensor | None) -> None:
+    """Replace the module's buffer of this name. Not as an attribute: an ``nn.Parameter`` would become a parameter."""
+    module._buffers[name] = tensor

@@ -66,13 +66,18 @@ class RunDirectory:
         Raises ValueError if it is not empty or cannot be written.
         """
         run, made = cls(path), [folder for folder in (path, *path.parents) if not os.path.lexists(folder)]
+        begun = False
         try:
             if not made and any(path.iterdir()):
                 resume = f"go on with it, mea train --resume {run.quoted}, or" if run.config.exists() else "please"
                 raise ValueError(f"out: {path} is not empty: {resume} choose another --out")
             path.mkdir(parents=True, exist_ok=not made)
+            run.config.touch(exist_ok=False)  # of two starts in one directory the second ends here
+            begun = True
             write_atomically(run.config, dump_config(config))
         except OSError as error:
+            if begun:
+                run.config.unlink(missing_ok=True)
             _remove_empty(made)
             raise ValueError(
                 f"out: cannot write to {path}: {error.strerror}; choose another place with --out"
