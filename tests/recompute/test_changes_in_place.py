@@ -251,3 +251,23 @@ def test_a_buffer_stays_one(around):
     around(net)(torch.randn(2, 6, DIM, requires_grad=True)).sum().backward()
     assert [name for name, _ in net.named_parameters()] == ["inner.weight", "inner.bias"]
     assert [name for name, _ in net.named_buffers()] == ["constant"]
+
+
+@pytest.mark.parametrize("around", [lambda net: Chunked(net, chunks=1), lambda net: ReversibleSequence([(net, net)])])
+def test_a_hook_for_one_pass_is_there_in_its_repetition(around):
+    """peft says by such hooks where an adapter applies; its own are gone when backward begins."""
+    net, x, found = nn.Linear(DIM, DIM), tokens(2, 6, DIM), []
+    for run in (around(net), ReversibleSequence([(net, net)], reversible=False)):
+        if isinstance(run, ReversibleSequence) and not isinstance(around(net), ReversibleSequence):
+            run = net
+        handles = [
+            net.register_forward_pre_hook(lambda module, args, kwargs: ((args[0] * 3,), kwargs), with_kwargs=True),
+            net.register_forward_hook(lambda module, args, out: out.sin()),
+        ]
+        out = run(x)
+        for handle in handles:
+            handle.remove()
+        found.append(gradients(out, [x, *net.parameters()]))
+        assert not net._forward_hooks
+        assert not net._forward_pre_hooks_with_kwargs
+    assert_same(*found, 1e-5)

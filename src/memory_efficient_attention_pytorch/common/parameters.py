@@ -1,4 +1,4 @@
-"""The parameters, buffers and modes that a forward pass saw, for its recomputation."""
+"""The parameters, buffers, modes and hooks that a forward pass saw, for its recomputation."""
 
 from __future__ import annotations
 
@@ -9,7 +9,15 @@ from contextlib import ExitStack, contextmanager
 from torch import Tensor, nn
 
 from ..torch_internals.engine import version, version_attribute
-from ..torch_internals.hooks import get_buffer, has_pre_hooks, put_buffer, put_parameter, tensor_has_hooks
+from ..torch_internals.hooks import (
+    forward_hooks,
+    get_buffer,
+    has_pre_hooks,
+    put_buffer,
+    put_forward_hooks,
+    put_parameter,
+    tensor_has_hooks,
+)
 
 
 class SeenParameters:
@@ -89,6 +97,25 @@ class SeenModes:
                 if part.training is not training:
                     stack.callback(setattr, part, "training", part.training)
                     part.training = training
+            yield
+
+
+class SeenHooks:
+    """Records hooks around modules' forward: some are there for one pass only, as peft's that say where to adapt."""
+
+    def __init__(self, modules: Iterable[nn.Module]) -> None:
+        parts = dict.fromkeys(part for module in modules for part in module.modules())
+        self._hooks = [(part, forward_hooks(part)) for part in parts]
+
+    @contextmanager
+    def held(self) -> Iterator[None]:
+        """Run the recomputation inside, with these hooks and no others."""
+        with ExitStack() as stack:
+            for part, hooks in self._hooks:
+                now = forward_hooks(part)
+                if [list(kind) for kind in now] != [list(kind) for kind in hooks]:
+                    stack.callback(put_forward_hooks, part, now)
+                    put_forward_hooks(part, hooks)
             yield
 
 

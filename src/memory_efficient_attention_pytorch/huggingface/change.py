@@ -6,7 +6,7 @@ import sys
 import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
-from types import MethodType
+from functools import partial
 from typing import Any
 
 from torch import nn
@@ -15,10 +15,10 @@ from transformers import PreTrainedModel, masking_utils
 from ..common.errors import require
 from . import attention as own_attention
 from . import feed_forward, logits, visibility
-from .checkpoints import enable_checkpoints, is_checkpointed
+from .checkpoints import enable_checkpoints, enable_on_host, is_checkpointed
 from .model import MemoryEfficientForCausalLM
 from .planning import StepPlans, plan_step
-from .undoing import HOOKS, RECORD, Record, find_model, restore
+from .undoing import HOOKS, OUR_HOOKS, RECORD, Bound, Record, find_model, restore
 
 
 @dataclass
@@ -101,9 +101,14 @@ def make_memory_efficient(
         changed  layers: checkpointed
     """
     base = find_model(model)
-    require(RECORD not in base.__dict__, "model", "an unchanged one: call restore(model) first", "one changed already")
+    marks = {RECORD, feed_forward.OWN}  # also of a part, or of a whole that this is a part of
+    unchanged = not any(marks & vars(module).keys() for module in base.modules())
+    require(unchanged, "model", "an unchanged one: call restore(model) first", "one changed already")
     require(checkpoint in (True, False, "cpu"), "checkpoint", 'True, False or "cpu"', repr(checkpoint))
     report, record = Report(weakref.ref(model)), Record()
+    for name, other in model.named_modules():
+        if isinstance(other, PreTrainedModel) and not _is_within(other, base):
+            report.left.append((name, "another model: call make_memory_efficient on it"))
     base.__dict__[RECORD] = record.entries
     if isinstance(base, MemoryEfficientForCausalLM):
         attention = mlp = loss = checkpoint = False
@@ -121,6 +126,10 @@ def make_memory_efficient(
         restore(model)
         raise
     return report
+
+
+def _is_within(part: nn.Module, whole: nn.Module) -> bool:
+    return any(module is part for module in whole.modules())
 
 
 def _configs(model: PreTrainedModel) -> Iterator[Any]:
@@ -150,8 +159,13 @@ def _change_attention(model: PreTrainedModel, record: Record, report: Report) ->
     if model.config.output_attentions:
         report.left.append((part, "its configuration asks for attention weights"))
         return
+    if any(type(module).__name__.endswith("Indexer") for module in model.modules()):
+        report.left.append((part, f"{type(model).__name__} chooses keys by an indexer, which reads its mask"))
+        return
     own_attention.register()
     before = model.config._attn_implementation
+    expected = "a configuration of the model's own: copy.deepcopy(config) for each model"
+    require(before != visibility.NAME, "model.config", expected, "that of a model which is changed already")
     for config in _configs(model):
         record.note(config, "_attn_implementation_internal")
         record.note(config, "_attn_was_changed")
@@ -166,7 +180,7 @@ def _change_mlps(model: PreTrainedModel, record: Record, report: Report) -> None
             report.left.append((name, why_not))
             continue
         record.set(module, feed_forward.OWN, module.__dict__.get("forward"))
-        record.set(module, "forward", MethodType(feed_forward.chunked_forward, module))
+        record.set(module, "forward", Bound(feed_forward.chunked_forward, module))
         changed.append(name)
     if changed:
         report.changed.append((f"{len(changed)} MLPs", f"in chunks of tokens ({changed[0]} … {changed[-1]})"))
@@ -182,8 +196,8 @@ def _change_loss(model: PreTrainedModel, record: Record, report: Report) -> None
         report.left.append(("loss", why_not))
         return
     head = model.get_output_embeddings()
-    record.set(head, "forward", MethodType(logits.head_forward, head))
-    record.set(model, "forward", MethodType(logits.forward_with_lazy_logits(type(model).forward), model))
+    record.set(head, "forward", Bound(logits.head_forward, head))
+    record.set(model, "forward", Bound(logits.forward_with_lazy_logits, model, type(model).forward))
     record.set(model, "_loss_function", logits.causal_lm_loss)
     report.changed.append(("loss", "without logits; outputs.logits are made when touched"))
 
@@ -208,8 +222,21 @@ def _change_checkpoints(
     for module in model.modules():
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             record.note(module, name)
-    if not model.__dict__.get(HOOKS):
+    before = {name: model.__dict__[name] for name in (HOOKS, "_require_grads_hook") if name in model.__dict__}
+    if not before.get(HOOKS):
         record.note(model, HOOKS)
         record.note(model, "_require_grads_hook")
     enable_checkpoints(model, offload)
+    hooks = model.__dict__.get(HOOKS)
+    if before.get(HOOKS) and hooks is not before[HOOKS]:
+        for hook in hooks or ():  # a second set, in place of the only list of the first
+            hook.remove()
+        model.__dict__.update(before)
+    elif hooks and not before.get(HOOKS):
+        record.note(model, OUR_HOOKS, hooks)
+    if offload:
+        # Trainer turns checkpointing on again where its arguments ask for it.
+        for name in ("gradient_checkpointing_enable", "activation_checkpointing_enable"):
+            if hasattr(model, name):
+                record.set(model, name, Bound(partial(enable_on_host, name), model))
     report.changed.append((part, "checkpointed" + (", their inputs in pinned host memory" if offload else "")))

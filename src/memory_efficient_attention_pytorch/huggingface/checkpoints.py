@@ -18,10 +18,22 @@ def enable_checkpoints(model: PreTrainedModel, offload: bool = False) -> None:
     """Turn on checkpointing. offload: the layers' inputs wait in host memory (:class:`InputsOnHost`)."""
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable({"use_reentrant": False})
+    if offload:
+        _keep_on_host(model)
+
+
+def enable_on_host(name: str, model: PreTrainedModel, *args: Any, **kwargs: Any) -> None:
+    """Turn checkpointing on by the class's method of this name, inputs on the host."""
+    getattr(type(model), name)(model, *args, **kwargs)
+    _keep_on_host(model)
+
+
+def _keep_on_host(model: PreTrainedModel) -> None:
     own: dict[int, Any] = {}
-    for module in model.modules() if offload else ():
+    for module in model.modules():
         function = module.__dict__.get(_FUNCTION)
-        if function is not None:  # layers that share one keep sharing: it knows the order of inputs
+        # Layers that share one keep sharing: it knows the order of inputs.
+        if function is not None and not isinstance(function, InputsOnHost):
             module.__dict__[_FUNCTION] = own.setdefault(id(function), InputsOnHost(function))
 
 

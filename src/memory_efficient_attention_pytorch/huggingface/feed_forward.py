@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 from ..layers.chunked import Chunked
 from ..layers.working_set import chunks_for
+from ..torch_internals.hooks import module_has_hooks
 from ..torch_internals.tensors import are_plain
 
 
@@ -33,10 +34,14 @@ def candidates(
 
 
 def chunked_forward(module: nn.Module, hidden_states: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """Compute an MLP's forward, in chunks where that saves memory. A forward that is not its class's is kept at OWN."""
+    """Compute an MLP's forward, in chunks where that saves memory. A forward that is not its class's is kept at OWN.
+
+    Hooks of its layers may look at any tokens, so with these it is computed whole.
+    """
     own = module.__dict__.get(OWN) or partial(type(module).forward, module)
     whole: Callable[[Tensor], Tensor] = partial(own, *args, **kwargs)
-    chunks = chunks_for(hidden_states, _widest(module)) if hidden_states.dim() == 3 else 1
+    hooked = any(module_has_hooks(part) for part in module.modules() if part is not module)
+    chunks = 1 if hooked or hidden_states.dim() != 3 else chunks_for(hidden_states, _widest(module))
     if chunks == 1:
         return whole(hidden_states)
     result: Tensor = Chunked(_Whole(module, whole), chunks=chunks)(hidden_states)
@@ -118,8 +123,8 @@ def _objection(module: nn.Module, tried: dict[object, str | None]) -> str | None
             x = torch.linspace(-1, 1, 4 * _widths(_linears(module)[0])[0], device=first.device, dtype=first.dtype)
             x = x.view(1, 4, -1)
             before, after = module(x), module(torch.cat((x[:, :1], x[:, 1:2] + 1, x[:, 2:]), 1))
-    except (RuntimeError, TypeError, ValueError) as error:
-        return f"a trial run failed: {error}"
+    except Exception as error:  # a module of another kind, which may want anything
+        return f"a trial run failed: {error!r}"
     finally:
         for m, training in modes:
             m.training = training

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from collections.abc import Callable
 from contextvars import ContextVar
-from functools import wraps
+from functools import cache
 from typing import Any
 
 import torch
@@ -17,8 +18,10 @@ from ..common.divided import Divided, active, refuse_divided
 from ..common.errors import require
 from ..common.precision import compute_dtype, full_precision
 from ..loss.linear_cross_entropy import linear_cross_entropy
+from ..torch_internals.engine import version
 from ..torch_internals.tensors import without_contents
 from .model import input_of
+from .undoing import RECORD
 from .visibility import NAME, divided_tokens
 
 _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", default=None)
@@ -43,6 +46,8 @@ class LazyLogits:
         computed_in: torch.dtype | None = None,
     ) -> None:
         self._head, self._hidden, self._steps = head, hidden, steps
+        # Those of the model's forward: an optimizer may change them before the logits are used.
+        self._weights = [(tensor, version(tensor)) for tensor in (head.weight, head.bias) if tensor is not None]
         # Autocast, too, is that of the model's forward.
         self._computed_in = computed_in or compute_dtype(hidden)
         self._made: Tensor | None = None
@@ -60,12 +65,19 @@ class LazyLogits:
         return self._hidden.device
 
     def materialize(self) -> Tensor:
-        """Return the logits ``(…, V)``, differentiable if gradients were enabled in the model's forward."""
+        """Return the logits ``(…, V)``, differentiable if gradients were enabled in the model's forward.
+
+        Raises RuntimeError if the head's weights have changed since.
+        """
         if self._made is None:
+            if any(version(tensor) != number for tensor, number in self._weights):
+                raise RuntimeError(
+                    "logits: expected to be used before the head's weight changes, as in optimizer.step(), since they "
+                    "are computed when used; read them first, or call make_memory_efficient(model, loss=False)"
+                )
+            tensors = [tensor for tensor, _ in self._weights]
             with full_precision(self._hidden.device), torch.set_grad_enabled(self._with_gradients):
-                bias = None if self._head.bias is None else self._head.bias.to(self._computed_in)
-                weight = self._head.weight.to(self._computed_in)
-                logits = nn.functional.linear(self._hidden.to(self._computed_in), weight, bias)
+                logits = nn.functional.linear(*(t.to(self._computed_in) for t in (self._hidden, *tensors)))
                 for name, number in self._steps:
                     logits = _STEPS[name](logits, number)
             self._made = logits
@@ -120,6 +132,9 @@ class LazyLogits:
             raise AttributeError(name)
         return getattr(self.materialize(), name)
 
+    def __reduce__(self) -> Any:
+        return torch.clone, (self.materialize().detach(),)
+
     def __repr__(self) -> str:
         return f"LazyLogits(shape={(*self.shape,)})"
 
@@ -133,8 +148,8 @@ _STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
 
 
 def _operator(name: str) -> Callable[..., Any]:
-    def operate(self: LazyLogits, *args: Any) -> Any:
-        return getattr(self.materialize(), name)(*_touched(args))
+    def operate(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
+        return getattr(self.materialize(), name)(*_touched(args), **_touched(kwargs))
 
     return operate
 
@@ -142,7 +157,7 @@ def _operator(name: str) -> Callable[..., Any]:
 for _name in (
     *("add", "radd", "sub", "rsub", "rtruediv", "pow", "rpow", "matmul", "rmatmul", "neg", "abs", "getitem", "setitem"),
     *("floordiv", "rfloordiv", "mod", "rmod", "pos", "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "contains"),
-    *("bool", "float", "int", "array"),
+    *("reversed", "bool", "float", "int", "array"),
 ):
     setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
 LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is element by element, as a tensor's
@@ -211,24 +226,30 @@ def head_forward(head: nn.Linear, hidden: Tensor) -> Any:
     return nn.Linear.forward(head, hidden)
 
 
-def forward_with_lazy_logits(own: Callable[..., Any]) -> Callable[..., Any]:
-    """Return a model's forward, given its class's: with labels, its head returns lazy logits."""
-    names = list(inspect.signature(own).parameters)[1:]
+def forward_with_lazy_logits(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute a model's forward by its class's; with labels, its head returns lazy logits."""
+    own = type(model).forward
+    if RECORD not in vars(model):  # restored, and called by what somebody put around this
+        return own(model, *args, **kwargs)
+    given = {**dict(zip(_names(own), args, strict=False)), **kwargs}
+    if (divided := active()) is not None:
+        args, kwargs = (), of_divided(model, divided, given)
+    if given.get("labels") is None or torch.compiler.is_compiling():  # a compiled model computes logits, as before
+        return own(model, *args, **kwargs)
+    head = model.get_output_embeddings()
+    if type(head) is nn.Linear and "forward" not in vars(head):
+        told = "its head was replaced since make_memory_efficient (resize_token_embeddings?), so logits are computed"
+        warnings.warn(f"{type(model).__name__}: {told}; restore(model), and call it again", stacklevel=2)
+    token = _HEAD_OF_A_LOSS.set(head)
+    try:
+        return own(model, *args, **kwargs)
+    finally:
+        _HEAD_OF_A_LOSS.reset(token)
 
-    @wraps(own)
-    def forward(self: Any, *args: Any, **kwargs: Any) -> Any:
-        given = {**dict(zip(names, args, strict=False)), **kwargs}
-        if (divided := active()) is not None:
-            args, kwargs = (), of_divided(self, divided, given)
-        if given.get("labels") is None or torch.compiler.is_compiling():  # a compiled model computes logits, as before
-            return own(self, *args, **kwargs)
-        token = _HEAD_OF_A_LOSS.set(self.get_output_embeddings())
-        try:
-            return own(self, *args, **kwargs)
-        finally:
-            _HEAD_OF_A_LOSS.reset(token)
 
-    return forward
+@cache
+def _names(forward: Callable[..., Any]) -> list[str]:
+    return list(inspect.signature(forward).parameters)[1:]
 
 
 def of_divided(model: PreTrainedModel, divided: Divided, given: dict[str, Any]) -> dict[str, Any]:

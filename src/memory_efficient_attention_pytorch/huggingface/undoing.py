@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import inspect
+from collections.abc import Callable
 from typing import Any
 
 from torch import nn
@@ -11,6 +13,7 @@ from ..common.errors import require
 
 RECORD = "_memory_efficient_changes"
 HOOKS = "_require_grads_hooks"  # set by transformers: checkpointing makes embeddings require gradients
+OUR_HOOKS = "_memory_efficient_hooks"
 
 
 def find_model(model: nn.Module) -> PreTrainedModel:
@@ -25,14 +28,31 @@ class Record:
     """The previous contents of objects' ``__dict__``. When copied with a model, it refers to the copy."""
 
     def __init__(self) -> None:
-        self.entries: list[tuple[Any, str, Any, bool]] = []
+        self.entries: list[tuple[Any, str, Any, bool, Any]] = []
 
-    def note(self, holder: Any, name: str) -> None:
-        self.entries.append((holder, name, holder.__dict__.get(name), name in holder.__dict__))
+    def note(self, holder: Any, name: str, value: Any = ...) -> None:
+        """Remember an attribute that is about to be set, to ``value`` if that is known."""
+        self.entries.append((holder, name, holder.__dict__.get(name), name in holder.__dict__, value))
 
     def set(self, holder: Any, name: str, value: Any) -> None:
-        self.note(holder, name)
+        self.note(holder, name, value)
         holder.__dict__[name] = value
+
+
+class Bound:
+    """``function(module, …)`` as a module's forward: copied and pickled with the module, as a method of its class is.
+
+    signature: of which function, without its first parameter, it has the signature.
+    """
+
+    def __init__(self, function: Callable[..., Any], module: nn.Module, signature: Callable[..., Any] | None = None):
+        self.function, self.module = function, module
+        if signature is not None:
+            whole = inspect.signature(signature)
+            self.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self.function(self.module, *args, **kwargs)
 
 
 def restore(model: nn.Module) -> None:
@@ -52,10 +72,15 @@ def restore(model: nn.Module) -> None:
     base = find_model(model)
     require(RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "an unchanged one")
     record = base.__dict__.pop(RECORD)
-    if any(name == HOOKS and not value for _, name, value, _ in record):
+    if any(name == HOOKS and not value for _, name, value, *_ in record):
         base.disable_input_require_grads()
-    for holder, name, value, was_there in reversed(record):
-        if was_there:
+    for holder, name, value, was_there, made in reversed(record):
+        if name == OUR_HOOKS:
+            for hook in made:
+                hook.remove()
+        elif made is not ... and holder.__dict__.get(name) is not made:
+            continue  # somebody's by now, as accelerate's around it, which goes on to what is restored
+        elif was_there:
             holder.__dict__[name] = value
         else:
             holder.__dict__.pop(name, None)

@@ -49,10 +49,19 @@ class Visible:
     def __getattr__(self, name: str) -> Any:
         if name.startswith("_"):
             raise AttributeError(name)
-        raise AttributeError(
-            f"attention_mask: the model itself asks for its mask's {name!r}, but make_memory_efficient keeps no tensor "
-            "of it; restore(model) brings back the model's own attention"
-        )
+        raise AttributeError(_no_tensor(repr(name)))
+
+    def __getitem__(self, *_: Any) -> Any:
+        raise TypeError(_no_tensor("values"))
+
+    __len__ = __iter__ = __add__ = __radd__ = __mul__ = __rmul__ = __invert__ = __getitem__
+
+
+def _no_tensor(wanted: str) -> str:
+    return (
+        f"attention_mask: the model itself asks for its mask's {wanted}, but make_memory_efficient keeps no tensor "
+        "of it; restore(model) brings back the model's own attention, which attention=False leaves"
+    )
 
 
 @dataclass(frozen=True)

@@ -129,7 +129,7 @@ class ReversibleSequence(nn.Sequential):
             del left[index]
             self.args_route[keyword] = left
 
-    def insert(self, *_: Any) -> Any:  # type: ignore[override]
+    def insert(self, *_: Any) -> Any:
         """Raise NotImplementedError: what a new block is given would not be known; build another sequence."""
         raise NotImplementedError("blocks cannot be added: build another ReversibleSequence of pairs, with its routes")
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
+from contextlib import AbstractContextManager, ExitStack
 from dataclasses import dataclass, fields, is_dataclass
 from typing import Any, NamedTuple
 
@@ -20,7 +20,7 @@ from ..common.autograd import once_differentiable
 from ..common.dry_run import each, working_on
 from ..common.errors import require
 from ..common.gradients import GradientSums
-from ..common.parameters import SeenBuffers, SeenModes, SeenParameters
+from ..common.parameters import SeenBuffers, SeenHooks, SeenModes, SeenParameters
 from ..torch_internals.engine import version
 from .by_hand import reason_against
 from .replay import Replay
@@ -86,7 +86,7 @@ class Branch:
         self._parameters = SeenParameters(holders)
         # Without gradients there is no repetition.
         repeated = holders if torch.is_grad_enabled() else ()
-        self._buffers, self._modes = SeenBuffers(repeated), SeenModes(repeated)
+        self._buffers, self._modes, self._hooks = SeenBuffers(repeated), SeenModes(repeated), SeenHooks(repeated)
 
     def bound(self) -> tuple[Tensor, ...]:
         """Return ``inputs`` and release them."""
@@ -132,8 +132,15 @@ class Branch:
         cut = [t.detach().requires_grad_(need) for t, need in zip(inputs[:count], needed[:count], strict=True)]
         parameters = self._parameters.leaves(inputs[count:], needed[count:])
         sums = GradientSums([*cut, *parameters], needed)
-        seen = self._parameters.held(parameters), self._buffers.held(), self._modes.held()
-        with self._working(inputs), seen[0], seen[1], seen[2]:
+        with ExitStack() as seen:
+            seen.enter_context(self._working(inputs))
+            for held in (
+                self._parameters.held(parameters),
+                self._buffers.held(),
+                self._modes.held(),
+                self._hooks.held(),
+            ):
+                seen.enter_context(held)
             self.compute_again(x, self.kwargs(cut), Repetition(cotangent, sums, add, add_gradient))
             return sums.results
 

@@ -11,6 +11,10 @@ from torch.autograd.graph import Node
 
 from .capabilities import capability
 
+_AROUND_FORWARD = (
+    *("_forward_pre_hooks", "_forward_pre_hooks_with_kwargs", "_forward_hooks", "_forward_hooks_with_kwargs"),
+    "_forward_hooks_always_called",
+)
 _KINDS = ("forward_pre_hooks", "forward_hooks", "backward_pre_hooks", "backward_hooks")
 
 
@@ -37,6 +41,20 @@ def module_has_hooks(module: nn.Module) -> bool:
     """True if the module has hooks, or if PyTorch cannot tell."""
     names = hooks_of_modules()
     return names is None or any(getattr(module, name) for name in names)
+
+
+def forward_hooks(module: nn.Module) -> list[dict[int, Any]]:
+    """The hooks that run around the module's forward, and their flags, as copies; none if PyTorch cannot tell."""
+    return [dict(vars(module).get(name, ())) for name in _AROUND_FORWARD]
+
+
+def put_forward_hooks(module: nn.Module, hooks: list[dict[int, Any]]) -> None:
+    """Put these hooks in place of the module's."""
+    for name, wanted in zip(_AROUND_FORWARD, hooks, strict=True):
+        held = vars(module).get(name)
+        if held is not None:
+            held.clear()
+            held.update(wanted)
 
 
 def has_pre_hooks(module: nn.Module) -> bool:
