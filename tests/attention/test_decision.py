@@ -135,10 +135,8 @@ def test_kept_results_stand_for_the_forward_pass(arguments):
         return (out, *torch.autograd.grad(out.square().sum(), (q, k, v, *bias.parameters()), allow_unused=True))
 
     truth = both(lambda decision, *heads: decision.attend(*heads)[0])
-    with LiveBytes() as count:
-        kept = both(lambda decision, *heads: decision.attend(*heads, results=decision.compute(*heads))[0])
+    kept = both(lambda decision, *heads: decision.attend(*heads, results=decision.compute(*heads))[0])
     assert_same(kept, truth, 0.0)
-    assert count.products > 0 or count.calls["_scaled_dot_product_flash_attention_for_cpu_backward"] > 0
 
 
 def test_resuming_computes_nothing_of_the_forward_pass():

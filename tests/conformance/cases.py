@@ -128,7 +128,7 @@ def make_inputs(case: Case) -> Inputs:
     shapes = {"q": (b, h, n, d), "k": (b, kv, m, d), "v": (b, kv, m, e)}
     size = {"q": case.magnitude, "k": case.magnitude, "v": 1.0}
     leaves = {
-        name: laid_out(torch.randn(shape) * size[name], case.layout).to(case.dtype).detach().requires_grad_()
+        name: laid_out((torch.randn(shape) * size[name]).to(case.dtype), case.layout).detach().requires_grad_()
         for name, shape in shapes.items()
     }
     module = None

@@ -192,8 +192,8 @@ def test_layers_refuse_wrong_inputs(kind):
     layer = kind(**LAYER)
     x = torch.zeros(2, 5, 16)
     for wrong, word in (
-        ({"x": torch.zeros(2, 5, 15)}, "x"),
-        ({"x": torch.zeros(5, 16)}, "x"),
+        ({"x": torch.zeros(2, 5, 15)}, "^x: expected"),
+        ({"x": torch.zeros(5, 16)}, "^x: expected"),
         ({"x": x, "context": torch.zeros(2, 5, 15)}, "context"),
         ({"x": x, "context": torch.zeros(3, 5, 16)}, "context"),
         ({"x": x, "mask": torch.ones(2, 6) > 0}, "mask"),
@@ -275,8 +275,8 @@ def test_transformer_refuses_wrong_inputs():
     tokens = torch.zeros(2, 5, dtype=torch.int64)
     for wrong, word in (
         ({"x": torch.zeros(2, 9, dtype=torch.int64)}, "max_seq_len"),
-        ({"x": torch.zeros(5, dtype=torch.int64)}, "x"),
-        ({"x": torch.zeros(2, 5)}, "x"),
+        ({"x": torch.zeros(5, dtype=torch.int64)}, "^x: expected"),
+        ({"x": torch.zeros(2, 5)}, "^x: expected"),
         ({"x": tokens, "labels": torch.zeros(2, 4, dtype=torch.int64)}, "labels"),
         ({"x": tokens, "mask": torch.ones(2, 4) > 0}, "mask"),
         ({"x": tokens, "mask": torch.ones(2, 5)}, "mask"),

@@ -62,7 +62,8 @@ def test_a_huge_bias_over_a_whole_row(way, height, n, m):
 def test_the_gradient_of_a_huge_bias_and_what_else_is_hidden(height, arguments):
     q, k, v = heads(128)
     bias = bias_of(height, 128, 128)
-    rows = arguments.pop("n_of_loss", None) if "n_of_loss" in arguments else None
+    arguments = dict(arguments)
+    rows = arguments.pop("n_of_loss", None)
     kept = {name: value for name, value in arguments.items() if name != "k_bucket_size"}
 
     def ours(q, k, v, bias):
