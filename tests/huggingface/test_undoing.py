@@ -1,5 +1,6 @@
 """A changed model among others' hands: accelerate, Trainer, pickle, other models; and what restore brings back."""
 
+import copy
 import pickle
 
 import pytest
@@ -35,8 +36,10 @@ def test_logits_are_those_of_the_weights_that_forward_saw():
         if read_first:
             assert torch.equal(outputs.logits.materialize(), before)
         else:
-            with pytest.raises(RuntimeError, match="logits: expected to be used before the head's weight changes"):
-                outputs.logits.argmax(-1)
+            uses = (lambda x: x.argmax(-1), lambda x: torch.softmax(x / 0.7, -1), lambda x: x.float() + 1, torch.exp)
+            for use in uses:
+                with pytest.raises(RuntimeError, match="logits: expected to be used before the head's weight changes"):
+                    use(outputs.logits)
 
 
 def test_an_mlp_whose_layers_have_hooks_is_computed_whole():
@@ -56,20 +59,24 @@ def test_a_part_and_a_whole_are_changed_once(first):
     model = small_model("Llama")
     made, other = (model.model, model) if first == "part" else (model, model.model)
     make_memory_efficient(made)
-    with pytest.raises(ValueError, match=r"one changed already|a configuration of the model's own"):
+    with pytest.raises(ValueError, match="one changed already"):
         make_memory_efficient(other)
     model(input_ids=tokens(), labels=tokens()).loss.backward()
     restore(made)
 
 
-def test_models_that_share_a_configuration_are_told():
+@pytest.mark.parametrize("first", [0, 1])
+def test_models_that_share_a_configuration_get_it_back(first):
     one = small_model("Llama")
     other = type(one)(one.config)
-    make_memory_efficient(one)
-    with pytest.raises(ValueError, match=r"model.config: expected a configuration of the model's own"):
-        make_memory_efficient(other)
-    restore(one)
-    assert other.config._attn_implementation == "sdpa"
+    before = one.config._attn_implementation
+    for model in (one, other):
+        make_memory_efficient(model)
+    for model in (one, other)[:: 1 - 2 * first]:
+        restore(model)
+    assert one.config._attn_implementation == before
+    copied = type(one)(copy.deepcopy(one.config))
+    make_memory_efficient(copied)
 
 
 def test_a_changed_model_is_pickled_with_its_changes():
@@ -100,6 +107,18 @@ def test_what_accelerate_put_around_a_model_stays():
     assert seen == [torch.bfloat16]
 
 
+def test_what_accelerate_unwraps_is_the_changed_model():
+    from accelerate import Accelerator
+
+    model, ids = small_model("Llama", torch.float32), tokens()
+    make_memory_efficient(model)
+    accelerator = Accelerator(mixed_precision="bf16", cpu=True)
+    unwrapped = accelerator.unwrap_model(accelerator.prepare(model), keep_fp32_wrapper=False)
+    assert type(unwrapped(input_ids=ids, labels=ids).logits) is LazyLogits
+    restore(unwrapped)
+    assert type(unwrapped(input_ids=ids, labels=ids).logits) is torch.Tensor
+
+
 def test_hooks_on_the_embedding_are_as_before():
     model = small_model("Llama")
     embedding = model.get_input_embeddings()
@@ -113,8 +132,10 @@ def test_hooks_on_the_embedding_are_as_before():
     model.disable_input_require_grads()
     assert not embedding._forward_hooks
     make_memory_efficient(model)
-    model.gradient_checkpointing_enable()
+    model.enable_input_require_grads()  # by somebody else
     restore(model)
+    assert len(embedding._forward_hooks) == 1
+    model.disable_input_require_grads()
     assert not embedding._forward_hooks
 
 

@@ -245,6 +245,29 @@ class Constant(nn.Module):
         return self.inner(x) * self.constant
 
 
+class Initialises(nn.Module):
+    """At its first call, by a hook that removes itself."""
+
+    def __init__(self):
+        super().__init__()
+        self.inner = nn.Linear(DIM, DIM)
+        self.handle = self.register_forward_pre_hook(self.initialise)
+
+    @staticmethod
+    def initialise(module, args):
+        module.handle.remove()
+        del module.handle
+
+    def forward(self, x):
+        return self.inner(x)
+
+
+def test_a_hook_that_removes_itself_runs_once():
+    net = Initialises()
+    ReversibleSequence([(net, nn.Identity())])(tokens(2, 6, DIM)).sum().backward()
+    assert not net._forward_pre_hooks
+
+
 @pytest.mark.parametrize("around", [lambda net: Chunked(net, chunks=2), lambda net: ReversibleSequence([(net, net)])])
 def test_a_buffer_stays_one(around):
     net = Constant()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
+from typing import TypeGuard
 
 from torch import Tensor, nn
 
@@ -18,6 +19,7 @@ from ..torch_internals.hooks import (
     put_parameter,
     tensor_has_hooks,
 )
+from ..torch_internals.tensors import are_plain, is_fake
 
 
 class SeenParameters:
@@ -51,12 +53,14 @@ class SeenParameters:
         Each is the parameter itself, or a stand-in if the modules hold another by now or if it has hooks, which must
         run once, on the whole gradient.
         """
-        return [
-            tensor
-            if all(getattr(module, name, None) is tensor for module, name in places) and not tensor_has_hooks(tensor)
-            else nn.Parameter(tensor.detach(), requires_grad=need)
-            for places, tensor, need in zip(self._places, tensors, needed, strict=True)
-        ]
+        found = []
+        for places, saved, need in zip(self._places, tensors, needed, strict=True):
+            held = [getattr(module, name, None) for module, name in places]
+            # A checkpoint returns another object for the same memory: threads that share the module must see its own.
+            tensor = held[0] if held and _is_same(held[0], saved) else saved
+            own = all(each is tensor for each in held) and not tensor_has_hooks(tensor)
+            found.append(tensor if own else nn.Parameter(tensor.detach(), requires_grad=need))
+        return found
 
     @contextmanager
     def held(self, leaves: Sequence[Tensor]) -> Iterator[None]:
@@ -69,6 +73,14 @@ class SeenParameters:
                         stack.callback(*(put_parameter, module, name, before) if there else (delattr, module, name))
                         put_parameter(module, name, leaf)
             yield
+
+
+def _is_same(held: object, saved: Tensor) -> TypeGuard[Tensor]:
+    """Return True if both are one tensor, or share its memory and layout."""
+    if held is saved or type(held) not in (Tensor, nn.Parameter) or not are_plain(saved) or is_fake(saved):
+        return held is saved
+    assert isinstance(held, Tensor)
+    return held.is_set_to(saved)
 
 
 def _plain_attributes(module: nn.Module) -> list[tuple[str, Tensor]]:
@@ -101,11 +113,29 @@ class SeenModes:
 
 
 class SeenHooks:
-    """Records hooks around modules' forward: some are there for one pass only, as peft's that say where to adapt."""
+    """Records hooks around modules' forward: some are there for one pass only, as peft's that say where to adapt.
+
+    Those that come or go within the pass itself, as one that initialises at the first call, are not put back.
+    """
 
     def __init__(self, modules: Iterable[nn.Module]) -> None:
         parts = dict.fromkeys(part for module in modules for part in module.modules())
         self._hooks = [(part, forward_hooks(part)) for part in parts]
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Run the forward pass inside."""
+        yield
+        self._hooks = [
+            (
+                part,
+                [
+                    {key: hook for key, hook in before.items() if key in after}
+                    for before, after in zip(hooks, forward_hooks(part), strict=True)
+                ],
+            )
+            for part, hooks in self._hooks
+        ]
 
     @contextmanager
     def held(self) -> Iterator[None]:
@@ -157,7 +187,11 @@ class SeenBuffers:
         """
         for buffer, number in self._unchanged.items():
             if version(buffer) != number:
-                raise RuntimeError("a buffer needed for gradient computation has been modified by an inplace operation")
+                module, name = self._places[buffer][0]
+                raise RuntimeError(
+                    f"{type(module).__name__}.{name}: a buffer that backward may need has been modified by an inplace "
+                    "operation since forward"
+                )
         with ExitStack() as stack:
             for buffer, places in self._places.items():
                 value = self._before[buffer].clone() if buffer in self._before else buffer

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -143,6 +143,9 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
             ahead += [getattr(config, key, None) for key in config.sub_configs]
 
 
+_OWNERS: dict[int, Callable[[], PreTrainedModel | None]] = {}
+"""By a configuration's id, the model that was last changed with it."""
+
 _MAKERS = {name for name in vars(masking_utils) if name.startswith("create_") and name.endswith(("_mask", "_masks"))}
 
 
@@ -164,11 +167,15 @@ def _change_attention(model: PreTrainedModel, record: Record, report: Report) ->
         return
     own_attention.register()
     before = model.config._attn_implementation
-    expected = "a configuration of the model's own: copy.deepcopy(config) for each model"
-    require(before != visibility.NAME, "model.config", expected, "that of a model which is changed already")
     for config in _configs(model):
-        record.note(config, "_attn_implementation_internal")
-        record.note(config, "_attn_was_changed")
+        # Of a configuration that another model has, too, and that was changed with it: as it was before that.
+        owner = _OWNERS.get(id(config), lambda: None)()
+        known = [] if owner is None else [entry for entry in vars(owner).get(RECORD, ()) if entry[0] is config]
+        record.entries += known
+        if not known:
+            record.note(config, "_attn_implementation_internal")
+            record.note(config, "_attn_was_changed")
+        _OWNERS[id(config)] = weakref.ref(model)
     model.set_attn_implementation(visibility.NAME)
     report.changed.append((part, f"in tiles, instead of {before}"))
 
@@ -223,9 +230,6 @@ def _change_checkpoints(
         for name in ("gradient_checkpointing", "_gradient_checkpointing_func"):
             record.note(module, name)
     before = {name: model.__dict__[name] for name in (HOOKS, "_require_grads_hook") if name in model.__dict__}
-    if not before.get(HOOKS):
-        record.note(model, HOOKS)
-        record.note(model, "_require_grads_hook")
     enable_checkpoints(model, offload)
     hooks = model.__dict__.get(HOOKS)
     if before.get(HOOKS) and hooks is not before[HOOKS]:
@@ -233,6 +237,8 @@ def _change_checkpoints(
             hook.remove()
         model.__dict__.update(before)
     elif hooks and not before.get(HOOKS):
+        for name in (HOOKS, "_require_grads_hook"):
+            record.entries.append((model, name, before.get(name), name in before, model.__dict__.get(name)))
         record.note(model, OUR_HOOKS, hooks)
     if offload:
         # Trainer turns checkpointing on again where its arguments ask for it.

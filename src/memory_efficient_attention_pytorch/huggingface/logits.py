@@ -100,7 +100,9 @@ class LazyLogits:
     def _then(self, name: str, number: float = 1.0) -> Any:
         if self._made is not None or (name == "tanh" and (name, number) in self._steps):
             return _STEPS[name](self.materialize(), number)
-        return type(self)(self._head, self._hidden, (*self._steps, (name, number)), self._computed_in)
+        made = type(self)(self._head, self._hidden, (*self._steps, (name, number)), self._computed_in)
+        made._weights = self._weights
+        return made
 
     @classmethod
     def __torch_function__(
@@ -229,7 +231,8 @@ def head_forward(head: nn.Linear, hidden: Tensor) -> Any:
 def forward_with_lazy_logits(model: Any, *args: Any, **kwargs: Any) -> Any:
     """Compute a model's forward by its class's; with labels, its head returns lazy logits."""
     own = type(model).forward
-    if RECORD not in vars(model):  # restored, and called by what somebody put around this
+    # A compiled model computes logits, as before; a restored one is called by what somebody put around this.
+    if RECORD not in vars(model) or (torch.compiler.is_compiling() and active() is None):
         return own(model, *args, **kwargs)
     given = {**dict(zip(_names(own), args, strict=False)), **kwargs}
     if (divided := active()) is not None:

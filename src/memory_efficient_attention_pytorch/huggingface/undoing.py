@@ -52,7 +52,9 @@ class Bound:
             self.__signature__ = whole.replace(parameters=list(whole.parameters.values())[1:])
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.module, *args, **kwargs)
+        # accelerate makes a method of whatever forward it unwraps.
+        given = args[1:] if args and args[0] is self.module else args
+        return self.function(self.module, *given, **kwargs)
 
 
 def restore(model: nn.Module) -> None:
@@ -72,8 +74,6 @@ def restore(model: nn.Module) -> None:
     base = find_model(model)
     require(RECORD in base.__dict__, "model", "one that make_memory_efficient changed", "an unchanged one")
     record = base.__dict__.pop(RECORD)
-    if any(name == HOOKS and not value for _, name, value, *_ in record):
-        base.disable_input_require_grads()
     for holder, name, value, was_there, made in reversed(record):
         if name == OUR_HOOKS:
             for hook in made:

@@ -235,8 +235,8 @@ class Attention(nn.Module):
             require(len(context) == len(x), "context", f"batch {len(x)}, that of x", len(context))
             require(rotary is None and cache is None, "context", "none beside rotary or cache", "both")
         for table in rotary or ():
-            shape = (x.shape[1], self.dim_head // 2)
-            fits = tuple(table.shape) in (shape, (1, *shape), (len(x), *shape))
+            shape, rows = (x.shape[1], self.dim_head // 2), (1, len(x))
+            fits = tuple(table.shape) in (shape, *((b, *shape) for b in rows), *((b, 1, *shape) for b in rows))
             require(fits, "rotary", f"cosines and sines of shape {shape}, or of each row of x", tuple(table.shape))
         whole = cache is None or active() is None
         require(whole, "cache", "none where tokens are divided over processes", "one")
@@ -256,7 +256,7 @@ def _shared_by_groups(given: dict[str, Any]) -> dict[str, Any]:
 
 def _last_keys(argument: str, tensor: Tensor, seen: int, keys: int) -> Tensor:
     """Restrict what covers all tokens ``seen`` to the last ``keys``, those that the cache still has."""
-    fits = tensor.shape[-1] in (1, seen)
+    fits = tensor.shape[-1] in (1, seen, keys)
     require(fits, argument, f"a last dimension of {seen}, the cache's tokens and the new ones", tensor.shape[-1])
     return tensor if tensor.shape[-1] == 1 else tensor[..., -keys:]
 

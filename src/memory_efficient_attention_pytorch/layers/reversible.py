@@ -117,10 +117,13 @@ class ReversibleSequence(nn.Sequential):
         """Return a block, or for a slice a sequence of some of the blocks, with their routes, that shares them."""
         if not isinstance(index, slice):
             return super().__getitem__(index)
-        routes = {keyword: list(routes)[index] for keyword, routes in self.args_route.items()}
-        pairs = [list(block.children()) for block in self.blocks[index]]
+        routes: dict[str, Any] = {keyword: list(routes)[index] for keyword, routes in self.args_route.items()}
         options: dict[str, Any] = {"exact": self.exact, "grid": self.grid.step, "reversible": self.reversible}
-        return ReversibleSequence(pairs, routes, **options)
+        part = ReversibleSequence([], {keyword: [] for keyword in routes}, **options)
+        for number, block in enumerate(self.blocks[index]):
+            part.add_module(str(number), block)
+        part.args_route, part.training = routes, self.training
+        return part
 
     def __delitem__(self, index: Any) -> None:
         super().__delitem__(index)

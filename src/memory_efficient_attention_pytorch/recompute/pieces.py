@@ -112,7 +112,7 @@ class Branch:
 
     def run(self, x: Tensor, inputs: Sequence[Tensor], add: Add) -> None:
         """Compute every piece once and pass it to ``add(index, value)``."""
-        with self._working(inputs), self._buffers.watched():
+        with self._working(inputs), self._buffers.watched(), self._hooks.watched():
             self.compute(x, self.kwargs(inputs), add)
 
     def differentiate(
@@ -193,24 +193,24 @@ class _Place:
 
 
 def _map_leaves(function: Callable[[Any], Any], value: Any) -> Any:
-    """Apply ``function`` to every leaf of nested tuples, lists, dictionaries and dataclasses; what stays is no copy."""
+    """Apply ``function`` to every leaf of nested tuples, lists and dictionaries, and of dataclasses with gradients."""
     if isinstance(value, dict):
-        items = dict(value)
-    elif isinstance(value, tuple | list):
-        items = dict(enumerate(value))
-    elif is_dataclass(value) and not isinstance(value, _Place | type):
-        items = {field.name: getattr(value, field.name) for field in fields(value)}
-    else:
-        return function(value)
-    found = {key: _map_leaves(function, item) for key, item in items.items()}
-    if all(found[key] is item for key, item in items.items()):
-        return value
-    if isinstance(value, tuple | list):
-        return type(value)(*found.values()) if hasattr(value, "_fields") else type(value)(found.values())
-    changed: Any = copy.copy(value)
-    for key, item in found.items():
-        changed.__setitem__(key, item) if isinstance(value, dict) else object.__setattr__(changed, key, item)
-    return changed
+        mapped = copy.copy(value)
+        mapped.update({key: _map_leaves(function, item) for key, item in value.items()})
+        return mapped
+    if isinstance(value, tuple) and hasattr(value, "_fields"):
+        return type(value)(*(_map_leaves(function, item) for item in value))
+    if isinstance(value, list | tuple):
+        return type(value)(_map_leaves(function, item) for item in value)
+    if is_dataclass(value) and not isinstance(value, nn.Module | _Place | type):
+        items = {field.name: getattr(value, field.name, None) for field in fields(value)}
+        trained = {k: x for k, x in items.items() if isinstance(x, _Place) or getattr(x, "requires_grad", False)}
+        if trained:
+            changed: Any = copy.copy(value)
+            for name, item in trained.items():
+                object.__setattr__(changed, name, _map_leaves(function, item))
+            return changed
+    return function(value)
 
 
 def value_of(module: nn.Module, x: Tensor, kwargs: Mapping[str, Any]) -> Tensor:
