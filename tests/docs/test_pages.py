@@ -14,7 +14,8 @@ from memory_efficient_attention_pytorch.common import products
 
 DOCS = Path(__file__).parents[2] / "docs"
 MIGRATION = [f"migrate/from-{name}.md" for name in ("0.1", "sdpa", "flash-attn", "flex-attention")]
-PAGES = ("masks.md", "choose-settings.md", "extending.md", *MIGRATION)
+PAGES = ("masks.md", "extending.md", *MIGRATION)
+PLANS = [pytest.param(page, marks=pytest.mark.slow) for page in ("planner.md", "choose-settings.md")]
 # A block of code and, where one without a language follows at once, the output that it stands for.
 BLOCK = re.compile(r"^```python\n(?P<code>.*?)^```\n(?:\n?^```\n(?P<output>.*?)^```$)?", re.DOTALL | re.MULTILINE)
 
@@ -40,7 +41,7 @@ def run(monkeypatch):
     return run
 
 
-@pytest.mark.parametrize("page", [*PAGES, pytest.param("planner.md", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("page", [*PAGES, *PLANS])
 @pytest.mark.filterwarnings("ignore:flex_attention called without torch.compile")
 def test_a_page_runs_as_it_is_written(page, run):
     assert run((DOCS / page).read_text(), page)

@@ -37,6 +37,7 @@ def test_packed_documents_are_as_each_by_itself(capsys):
     assert "3 documents in a row of 185 tokens" in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_the_notebook_runs_and_shows_its_pictures(monkeypatch, tmp_path):
     plt = pytest.importorskip("matplotlib.pyplot")
     plt.switch_backend("agg")

@@ -41,10 +41,10 @@ def test_results_are_those_of_checkpoints_on_the_device(kind, monkeypatch):
 
 
 def test_inputs_in_host_memory_are_not_planned_on_a_device():
-    length, peaks = 2048, []
+    length, peaks = 1024, []
     for checkpoint in (True, "cpu"):
-        model = small_model("Llama", torch.float32, max_position_embeddings=length, num_hidden_layers=12)
+        model = small_model("Llama", torch.float32, max_position_embeddings=length, num_hidden_layers=6)
         make_memory_efficient(model, checkpoint=checkpoint)
         peaks.append(plan_step(model, seq_len=length, optimizer=None, device="cuda").plans[EFFICIENT].peak_bytes)
     layer = length * 32 * 4
-    assert 9 * layer <= peaks[0] - peaks[1] <= 11 * layer
+    assert 3 * layer <= peaks[0] - peaks[1] <= 5 * layer
