@@ -82,15 +82,15 @@ class Branch:
             return _Place(len(self._tensors) - 1)
 
         self._kwargs = _map_leaves(note, dict(kwargs))
-        self._count = len(self._tensors)
-        self._parameters = SeenParameters(holders)
-        # Without gradients there is no repetition.
-        repeated = holders if torch.is_grad_enabled() else ()
-        self._buffers, self._modes, self._hooks = SeenBuffers(repeated), SeenModes(repeated), SeenHooks(repeated)
+        self._count, self._holders = len(self._tensors), holders
 
     def bound(self) -> tuple[Tensor, ...]:
-        """Return ``inputs`` and release them."""
+        """Record the state that :meth:`run` will see next, and return ``inputs``, which are released."""
         tensors, self._tensors = self._tensors, []
+        self._parameters = SeenParameters(self._holders)
+        # Without gradients there is no repetition.
+        repeated = self._holders if torch.is_grad_enabled() else ()
+        self._buffers, self._modes, self._hooks = SeenBuffers(repeated), SeenModes(repeated), SeenHooks(repeated)
         return *tensors, *self._parameters.take()
 
     def kwargs(self, inputs: Sequence[Tensor]) -> dict[str, Any]:
