@@ -33,6 +33,14 @@ def _seeded():
     torch.manual_seed(0)
 
 
+@pytest.fixture
+def two_threads():
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(autouse=True)
 def _accelerate_anew():
     """accelerate keeps the first choice of precision for as long as a process lives; not imported where no test did."""

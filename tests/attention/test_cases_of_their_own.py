@@ -133,14 +133,6 @@ def test_a_function_of_the_score_may_return_a_view_of_what_it_captures():
     torch.testing.assert_close(out, before.softmax(-1) @ v)
 
 
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
-
 def test_query_heads_that_add_to_the_same_gradient_are_differentiated_in_one_thread(two_threads, monkeypatch):
 
     threads, differentiate = {}, onednn._differentiate

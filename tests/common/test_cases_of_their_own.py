@@ -4,19 +4,9 @@ from threading import Barrier
 from time import sleep
 
 import pytest
-import torch
 
 from memory_efficient_attention_pytorch.common import sizes
 from memory_efficient_attention_pytorch.common.threads import in_threads
-
-
-@pytest.fixture
-def two_threads():
-    before = torch.get_num_threads()
-    torch.set_num_threads(2)
-    yield
-    torch.set_num_threads(before)
-
 
 V2, V1 = (
     ("memory.max", "memory.current", "inactive_file"),

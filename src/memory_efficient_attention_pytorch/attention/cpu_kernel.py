@@ -98,7 +98,8 @@ class CpuKernel(Tiled):
 def unit_stride(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Copy tensors that PyTorch's kernels do not expect.
 
-    The last dimension is strided, rows or heads overlap, or on a GPU rows do not begin at multiples of 16 bytes.
+    These are strided in the last dimension, have rows or heads that overlap, or, on a GPU, rows that do not begin at
+    multiples of 16 bytes.
     """
     return tuple(t if _is_expected(t) else t.contiguous() for t in tensors)
 

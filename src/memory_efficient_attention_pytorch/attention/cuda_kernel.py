@@ -47,7 +47,7 @@ class CudaKernel(Tiled):
             return f"q and v must have one width, a multiple of {ALIGNMENT}, not {request.d} and {request.e}"
         if not are_plain(q, k, v):
             return "tensor subclasses and torch.func's transforms support only PyTorch's public functions"
-        if request.dtype == torch.bfloat16 and not has_bfloat16(q):
+        if request.dtype == torch.bfloat16 and not _has_bfloat16(q):
             return "this GPU's kernels do not take bfloat16"
         return "this PyTorch does not have it" if attention_kernels.efficient_kernel() is None else None
 
@@ -94,7 +94,7 @@ class CudaKernel(Tiled):
         return grad_q, *of_keys, grad_scores if wanted else None
 
 
-def has_bfloat16(q: Tensor) -> bool:
+def _has_bfloat16(q: Tensor) -> bool:
     """Return whether kernels for q's GPU take bfloat16: from compute capability 8.0 on; True where no GPU is asked."""
     asked = q.is_cuda and not is_fake(q) and torch.cuda.is_available()
     return not asked or torch.cuda.get_device_capability(q.device) >= (8, 0)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any
@@ -106,8 +106,9 @@ def make_memory_efficient(
     require(unchanged, "model", "an unchanged one: call restore(model) first", "one changed already")
     require(checkpoint in (True, False, "cpu"), "checkpoint", 'True, False or "cpu"', repr(checkpoint))
     report, record = Report(weakref.ref(model)), Record()
+    inside = set(base.modules())
     for name, other in model.named_modules():
-        if isinstance(other, PreTrainedModel) and not _is_within(other, base):
+        if isinstance(other, PreTrainedModel) and other not in inside:
             report.left.append((name, "another model: call make_memory_efficient on it"))
     base.__dict__[RECORD] = record.entries
     if isinstance(base, MemoryEfficientForCausalLM):
@@ -128,10 +129,6 @@ def make_memory_efficient(
     return report
 
 
-def _is_within(part: nn.Module, whole: nn.Module) -> bool:
-    return any(module is part for module in whole.modules())
-
-
 def _configs(model: PreTrainedModel) -> Iterator[Any]:
     seen: set[int] = set()
     ahead: list[Any] = [m.config for m in model.modules() if isinstance(m, PreTrainedModel)]
@@ -143,7 +140,7 @@ def _configs(model: PreTrainedModel) -> Iterator[Any]:
             ahead += [getattr(config, key, None) for key in config.sub_configs]
 
 
-_OWNERS: dict[int, Callable[[], PreTrainedModel | None]] = {}
+_OWNERS: weakref.WeakValueDictionary[int, PreTrainedModel] = weakref.WeakValueDictionary()
 """By a configuration's id, the model that was last changed with it."""
 
 _MAKERS = {name for name in vars(masking_utils) if name.startswith("create_") and name.endswith(("_mask", "_masks"))}
@@ -169,13 +166,13 @@ def _change_attention(model: PreTrainedModel, record: Record, report: Report) ->
     before = model.config._attn_implementation
     for config in _configs(model):
         # Of a configuration that another model has, too, and that was changed with it: as it was before that.
-        owner = _OWNERS.get(id(config), lambda: None)()
+        owner = _OWNERS.get(id(config))
         known = [] if owner is None else [entry for entry in vars(owner).get(RECORD, ()) if entry[0] is config]
         record.entries += known
         if not known:
             record.note(config, "_attn_implementation_internal")
             record.note(config, "_attn_was_changed")
-        _OWNERS[id(config)] = weakref.ref(model)
+        _OWNERS[id(config)] = model
     model.set_attn_implementation(visibility.NAME)
     report.changed.append((part, f"in tiles, instead of {before}"))
 
