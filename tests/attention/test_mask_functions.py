@@ -13,6 +13,7 @@ from memory_efficient_attention_pytorch import (
     select_backend,
 )
 from tests import reference
+from tests.agreement import skip_unless_usable
 from tests.reference import assert_as_accurate
 
 B, H, KV, N, D = 2, 4, 2, 96, 16
@@ -242,3 +243,38 @@ def test_without_contents_every_tile_may_be_partial():
 
 def tiles(q: int, k: int) -> dict[str, int]:
     return {"q_bucket_size": q, "k_bucket_size": k}
+
+
+@pytest.mark.parametrize(
+    "others", [({}, {"causal": True}), ({"causal": True}, {"causal": True, "window": (20, 0)})], ids=str
+)
+@pytest.mark.parametrize("backend", ["products", "cpu_kernel", "onednn"])
+def test_a_mask_function_is_shared_by_calls_with_other_windows(backend, others):
+    skip_unless_usable(backend)
+    q, k, v = (torch.randn(1, 2, 96, 32) for _ in range(3))
+
+    def function(b, h, i, j):
+        return (i // 16 - j // 16) % 2 == 0
+
+    shared = MaskFunction(function)
+    for options in (*others, *others):
+        ours = dot_product_attention(
+            q, k, v, mask=shared, backend=backend, q_bucket_size=16, k_bucket_size=16, **options
+        )
+        truth = dot_product_attention(q, k, v, mask=function, backend="naive", **options)
+        torch.testing.assert_close(ours, truth)
+
+
+@pytest.mark.parametrize("backend", ["products", "cpu_kernel", "onednn"])
+def test_a_mask_function_is_shared_by_calls_of_other_lengths(backend):
+    skip_unless_usable(backend)
+
+    def function(b, h, i, j):
+        return (i // 16 - j // 16) % 2 == 0
+
+    shared = MaskFunction(function)
+    for n, m in ((48, 96), (96, 96), (96, 48), (48, 96)):
+        q, k, v = torch.randn(1, 2, n, 32), torch.randn(1, 2, m, 32), torch.randn(1, 2, m, 32)
+        ours = dot_product_attention(q, k, v, mask=shared, backend=backend, q_bucket_size=16, k_bucket_size=16)
+        truth = dot_product_attention(q, k, v, mask=function, backend="naive")
+        torch.testing.assert_close(ours, truth)

@@ -197,3 +197,28 @@ def test_a_default_device_changes_nothing(way):
         with torch.device("meta"):
             found = dot_product_attention(q, k, v, causal=True, attn_bias=bias, backend=way, **BUCKETS)
     assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("way", ["products", "cpu_kernel", "onednn"])
+def test_scores_of_a_negative_scale_are_not_taken_for_negligible(way):
+    skip_unless_usable(way)
+    q, k, v = (torch.randn(1, 2, 512, 32) for _ in range(3))
+    k[:, :, 3] = 0.0
+    k[:, :, 3, 0], q[..., 0] = -600.0 * 32**0.5, 4.0
+
+    def bias(i, j):
+        return -4.0 * (i[:, None] - j).abs()
+
+    options = {"causal": True, "attn_bias": bias, "scale": -(32**-0.5), "q_bucket_size": 64, "k_bucket_size": 64}
+    ours, truth = (
+        [
+            out := dot_product_attention(*leaves, backend=backend, **options),
+            torch.autograd.grad(out.sum(), leaves[2])[0],
+        ]
+        for backend, leaves in (
+            (way, [x.clone().requires_grad_() for x in (q, k, v)]),
+            ("naive", [x.double().requires_grad_() for x in (q, k, v)]),
+        )
+    )
+    for mine, true in zip(ours, truth, strict=True):
+        assert (mine - true).abs().max() <= 1e-3 * true.abs().max()

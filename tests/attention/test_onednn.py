@@ -1,6 +1,7 @@
 """Tiles whose products oneDNN adds in place: packed products, which questions get them, what they hold and do."""
 
 from threading import get_ident
+from time import sleep
 
 import pytest
 import torch
@@ -8,7 +9,9 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils.flop_counter import FlopCounterMode
 
 from memory_efficient_attention_pytorch import AlibiBias, RelativePositionBias, dot_product_attention, select_backend
+from memory_efficient_attention_pytorch.attention import onednn
 from memory_efficient_attention_pytorch.attention import onednn as way
+from memory_efficient_attention_pytorch.attention.bias import BiasGradient
 from memory_efficient_attention_pytorch.common import products
 from memory_efficient_attention_pytorch.common.products import PackedWeight, product
 from memory_efficient_attention_pytorch.planner.accounting import Accounting
@@ -392,3 +395,55 @@ def test_memory_of_the_tiles_themselves():
 
     assert above(2) <= 7.5 * MIB
     assert above(8) <= above(2) + 1 * MIB
+
+
+def test_query_heads_that_add_to_the_same_gradient_are_differentiated_in_one_thread(two_threads, monkeypatch):
+    threads, differentiate = {}, onednn._differentiate
+
+    def noted(shared, part, *rest):
+        threads.setdefault((part.batch.start, part.kv_heads.start), set()).add(get_ident())
+        sleep(0.05)  # else one thread might have done it all
+        differentiate(shared, part, *rest)
+
+    monkeypatch.setattr(onednn, "_differentiate", noted)
+    q, k, v = (torch.randn(1, h, 128, 32, requires_grad=True) for h in (4, 2, 2))
+    dot_product_attention(q, k, v, backend="onednn").sum().backward()
+    assert [len(of_head) for of_head in threads.values()] == [1, 1]
+    assert len(set().union(*threads.values())) == 2
+
+
+def test_a_biass_gradient_is_summed_in_the_callers_thread(two_threads, monkeypatch):
+    threads, add = set(), BiasGradient.add
+    monkeypatch.setattr(BiasGradient, "add", lambda self, *rest: (threads.add(get_ident()), add(self, *rest))[1])
+    q, k, v = (torch.randn(1, 4, 128, 32, requires_grad=True) for _ in range(3))
+    bias = torch.randn(1, 1, 128, 128, requires_grad=True)  # of all heads
+    dot_product_attention(q, k, v, attn_bias=bias, backend="onednn").sum().backward()
+    assert threads == {get_ident()}
+
+
+def test_each_row_has_the_same_bits_whatever_the_other_rows_hold():
+    q, k, v = torch.randn(1, 1, 64, 32), torch.randn(1, 1, 512, 32), torch.randn(1, 1, 512, 32)
+    k *= 1 + torch.arange(512)[:, None] / 512  # scores rise a little from tile to tile
+    other = q.clone()
+    other[:, :, 7] *= 50
+    options = {"backend": "onednn", "k_bucket_size": 64, "return_lse": True}
+    for one, two in zip(
+        dot_product_attention(q, k, v, **options), dot_product_attention(other, k, v, **options), strict=True
+    ):
+        assert not one[:, :, 7].equal(two[:, :, 7])
+        rest = torch.arange(64) != 7
+        assert one[:, :, rest].equal(two[:, :, rest])
+
+
+@pytest.mark.parametrize("kv", [1, 4])
+def test_heads_as_projections_hand_them_over(kv):
+    """(b, n, h·d) transposed, at lengths that oneDNN's own kernels take."""
+    leaves = [torch.randn(1, 128, h * 32).double().requires_grad_() for h in (4, kv, kv)]
+
+    def run(dtype, backend):
+        q, k, v = (x.to(dtype).unflatten(-1, (-1, 32)).transpose(1, 2) for x in leaves)
+        out = dot_product_attention(q, k, v, backend=backend, causal=True, q_bucket_size=64, k_bucket_size=64)
+        return torch.autograd.grad(out.double().square().sum(), leaves)
+
+    for ours, true in zip(run(torch.float32, "onednn"), run(torch.float64, "naive"), strict=True):
+        torch.testing.assert_close(ours, true, rtol=1e-4, atol=1e-4)

@@ -337,3 +337,32 @@ def test_attention_sinks_by_the_log_sum_exp(way, dtype):
     truth = differentiated(by_definition(*exact), exact)
     for what, found, plain, true in zip(("out", "dq", "dk", "dv", "dsink"), *triple, truth, strict=True):
         assert_as_accurate(what, found, plain, true, slack=4.0)
+
+
+def test_a_function_of_the_score_may_return_a_view_of_what_it_captures():
+    table, (q, k, v) = torch.randn(1, 1, 20, 20), (torch.randn(1, 1, 20, 8) for _ in range(3))
+    before = table.clone()
+
+    def function(score, b, h, i, j):
+        return table[..., int(i.min()) : int(i.max()) + 1, int(j.min()) : int(j.max()) + 1]
+
+    out = dot_product_attention(q, k, v, attn_bias=function, backend="tiled", q_bucket_size=8, k_bucket_size=8)
+    assert table.equal(before)
+    torch.testing.assert_close(out, before.softmax(-1) @ v)
+
+
+@pytest.mark.parametrize("way", ["keyword", "list"])
+def test_captured_tensors_wherever_an_operator_takes_them(way):
+    learned = torch.tensor(0.7, requires_grad=True)
+    q, k, v = (torch.randn(1, 2, 20, 8) for _ in range(3))
+
+    def function(score, b, h, i, j):
+        if way == "keyword":
+            return torch.mul(score, other=learned)
+        return score * torch.stack([learned, learned.detach()])[0]
+
+    ours = dot_product_attention(q, k, v, attn_bias=function, backend="tiled")
+    truth = dot_product_attention(q * learned, k, v, backend="naive")
+    (found,), (true,) = (torch.autograd.grad(out.square().sum(), learned) for out in (ours, truth))
+    torch.testing.assert_close(ours, truth)
+    torch.testing.assert_close(found, true)

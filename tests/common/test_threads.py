@@ -6,6 +6,8 @@ import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
+from threading import Barrier
+from time import sleep
 
 import pytest
 import torch
@@ -149,3 +151,18 @@ def test_after_a_fork():
     done.start()
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 4
     done.cancel()
+
+
+def test_nothing_runs_any_more_when_an_exception_is_raised(two_threads):
+    both, done = Barrier(2), []
+
+    def compute(part):
+        both.wait(10)
+        if part == 0:
+            raise LookupError
+        sleep(0.3)
+        done.append(part)
+
+    with pytest.raises(LookupError):
+        in_threads(range(2), lambda: compute)
+    assert done == [1]

@@ -290,3 +290,21 @@ def test_upstream_classes_are_keyword_only_but_for_two():
         with pytest.raises(TypeError):
             kind(16)
     assert isinstance(PreNorm(16, FeedForward(16, 2, 1)), nn.Module)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+def test_documents_of_the_right_shape_that_are_no_integers(dtype):
+    with pytest.raises(ValueError, match="document_ids: expected an integer dtype"):
+        dot_product_attention(**qkv(), document_ids=torch.zeros(2, 6, dtype=dtype))
+
+
+def test_documents_of_another_batch_alone():
+    for batch in (1, 3):
+        with pytest.raises(ValueError, match="document_ids: expected shape"):
+            dot_product_attention(**qkv(), document_ids=torch.zeros(batch, 6, dtype=torch.int64))
+
+
+@pytest.mark.parametrize("window", [True, (True, 0), (0, False)])
+def test_a_window_of_booleans(window):
+    with pytest.raises(ValueError, match="window: expected"):
+        dot_product_attention(**qkv(), window=window)

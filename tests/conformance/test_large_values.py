@@ -6,7 +6,7 @@ import torch
 
 from memory_efficient_attention_pytorch import AlibiBias, dot_product_attention, select_backend
 from tests import reference
-from tests.agreement import assert_same, difference, gradients
+from tests.agreement import assert_same, difference, gradients, skip_unless_usable
 
 LEAST = torch.finfo(torch.float32).min
 WAYS = ("naive", "products", "cpu_kernel", "onednn", "sdpa", "cpu", "auto", "tiled")
@@ -276,3 +276,20 @@ def test_documents_of_every_integer_dtype(dtype):
     ids = (torch.arange(96) // 40)[None]
     expected = dot_product_attention(q, k, v, document_ids=ids, k_bucket_size=32)
     assert torch.equal(dot_product_attention(q, k, v, document_ids=ids.to(dtype), k_bucket_size=32), expected)
+
+
+@pytest.mark.parametrize("scale", [1.0, -1.0])
+def test_large_scores_of_either_sign_of_scale(scale):
+    skip_unless_usable("onednn")
+    q, k, v = (torch.randn(1, 2, 128, 32) for _ in range(3))
+    assert select_backend(q * 1e2, k * 1e2, v, scale=scale).way == "products"
+    with pytest.raises(NotImplementedError, match="may exceed 65536"):
+        dot_product_attention(q * 1e2, k * 1e2, v, scale=scale, backend="onednn")
+
+
+def test_what_scores_can_be_is_found_of_either_sign_of_scale():
+    """By the norms, where the largest values alone do not decide."""
+    q, k, v = (torch.zeros(1, 1, 9, 64) for _ in range(3))
+    q[..., 0], k[..., 0] = 2000.0, 50.0  # scores of 1e5 * scale; the first bound is 64 times that
+    for scale, way in ((-0.1, "sdpa"), (-1.0, "products")):
+        assert select_backend(q, k, v, scale=scale).way == way

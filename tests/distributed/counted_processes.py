@@ -18,7 +18,7 @@ from memory_efficient_attention_pytorch.distributed import ContextParallel, all_
 from memory_efficient_attention_pytorch.planner.flops import count_flops
 from tests.processes import join, leave
 
-HEADS, WIDTHS, BUCKET, CHUNK = 4, (8, 4), 8, 32
+HEADS, WIDTHS, BUCKET, CHUNK = 4, (8, 4), 16, 32
 SLICE, AT_ONCE = 2**12, 2**15
 """So small that a chunk of keys is several slices, and heads are exchanged in several turns."""
 

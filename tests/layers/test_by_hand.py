@@ -1,5 +1,6 @@
 """Whatever is not exactly the module that we know runs itself; whatever parameters forward saw, backward uses."""
 
+import copy
 import warnings
 
 import pytest
@@ -326,3 +327,17 @@ def test_another_dtype_than_the_weights_is_refused_as_by_a_linear_layer(kind, pi
             net(torch.randn(1, 6, 8, dtype=torch.bfloat16))
     with torch.autocast("cpu", torch.bfloat16):
         net(torch.randn(1, 6, 8, dtype=torch.bfloat16)).sum().backward()
+
+
+def test_a_forward_of_another_module_is_a_replaced_one():
+    one, other = nn.Linear(2, 2), nn.Linear(2, 2)
+    one.forward = one.forward
+    assert reason_against(one, nn.Linear) is None
+    one.forward = other.forward
+    assert reason_against(one, nn.Linear) == "its forward has been replaced"
+    assert reason_against(copy.deepcopy(one), nn.Linear) == "its forward has been replaced"
+
+
+def test_a_class_that_is_called_otherwise(monkeypatch):
+    monkeypatch.setattr(nn.Linear, "__call__", lambda self, x: 2 * nn.Module.__call__(self, x), raising=False)
+    assert reason_against(nn.Linear(2, 2), nn.Linear) == "its class's forward has been replaced"

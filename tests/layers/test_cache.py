@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from memory_efficient_attention_pytorch import Attention, CosineSimAttention, KVCache, Transformer
+from memory_efficient_attention_pytorch import Attention, CosineSimAttention, KVCache, RotaryEmbedding, Transformer
 
 SHAPE = {"num_tokens": 17, "max_seq_len": 64, "dim": 16, "depth": 2, "heads": 4, "dim_head": 4, "causal": True}
 VARIANTS = {
@@ -255,3 +255,33 @@ def test_what_covers_other_tokens_than_there_are_is_refused(argument):
     longer = torch.zeros(1, 10, dtype=torch.bool if argument == "mask" else torch.long)
     with torch.no_grad(), pytest.raises(ValueError, match=f"{argument}: expected a last dimension of 6, the cache's"):
         layer(x, cache=KVCache(), **{argument: longer})
+
+
+def test_values_of_another_kind_than_before_are_refused():
+    k = torch.zeros(3, 2, 1, 4)
+    for v in (torch.zeros(3, 2, 1, 1), k.double(), k.bfloat16()):
+        cache, layer = KVCache(), nn.Identity()
+        with torch.no_grad():
+            cache.extend(layer, k, k)
+            cache.advance(1)
+            with pytest.raises(ValueError, match="cache: expected batch, heads"):
+                cache.extend(layer, k, v)
+
+
+@torch.no_grad()
+def test_documents_of_keys_that_a_cache_has_dropped():
+    layer = Attention(dim=16, heads=2, dim_head=8, causal=True, window=(5, 0)).double()
+    x, ids, cache = torch.randn(2, 30, 16).double(), (torch.arange(30) // 7).expand(2, 30), KVCache()
+    found = []
+    for end in range(1, 31):
+        found.append(layer(x[:, end - 1 : end], cache=cache, document_ids=ids[:, :end]))
+        cache.advance(1)
+    torch.testing.assert_close(torch.cat(found, 1), layer(x, document_ids=ids))
+
+
+@torch.no_grad()
+def test_a_context_goes_with_neither_rotary_nor_cache():
+    layer, x = Attention(dim=16, heads=2, dim_head=8), torch.randn(1, 5, 16)
+    for wrong in ({"cache": KVCache()}, {"rotary": RotaryEmbedding(8)(torch.arange(5))}):
+        with pytest.raises(ValueError, match="context: expected none beside rotary or cache"):
+            layer(x, context=x, **wrong)

@@ -92,3 +92,9 @@ def test_a_mixer_of_tokens_in_chunks_of_features_is_normalised_whole():
 )
 def test_chunks_of_a_module_that_changes_the_rank(module, x):
     torch.testing.assert_close(Chunked(module, chunks=2)(x), module(x))
+
+
+def test_a_feed_forward_whose_first_layer_has_no_bias():
+    net, x = FeedForward(8, 3, chunks=4), torch.randn(2, 13, 8)
+    net.net[0] = nn.Linear(8, 24, bias=False)
+    torch.testing.assert_close(net(x), net.net(x))

@@ -11,6 +11,7 @@ from memory_efficient_attention_pytorch import (
     AlibiBias,
     Attention,
     CosineSimAttention,
+    MaskFunction,
     PreNorm,
     RelativePositionBias,
     ReversibleSequence,
@@ -341,3 +342,26 @@ def test_a_context_whose_gradient_nobody_wants_costs_no_product(groups):
         return products(count)
 
     assert of(context) == of(context.clone().requires_grad_()) - groups
+
+
+def test_head_groups_of_a_mask_function_of_some_heads():
+    def function(b, h, i, j):
+        return i - j <= 3 * h
+
+    net, x = Attention(dim=16, heads=2, dim_head=8, head_chunks=2), torch.randn(1, 20, 16)
+    heads, at = torch.arange(2, 4)[:, None, None], torch.arange(20)
+    truth = net(x, mask=(at[:, None] - at <= 3 * heads)[None])
+    torch.testing.assert_close(net(x, mask=MaskFunction(function, first_head=2)), truth)
+
+
+def test_sums_over_many_groups_lose_no_more_than_one_product():
+    exact, x = Attention(dim=32, heads=64, dim_head=4).double(), torch.randn(4, 64, 32).bfloat16()
+    errors = []
+    for groups in (1, 64):
+        net = Attention(dim=32, heads=64, dim_head=4, head_chunks=groups).bfloat16()
+        net.load_state_dict(exact.state_dict())
+        same = copy.deepcopy(net)
+        truth = Attention(dim=32, heads=64, dim_head=4).double()
+        truth.load_state_dict(same.state_dict())
+        errors.append((net(x).double() - truth(x.double())).square().mean().sqrt())
+    assert errors[1] <= 1.5 * errors[0]

@@ -15,6 +15,7 @@ from memory_efficient_attention_pytorch import (
     ReversibleSequence,
     Transformer,
 )
+from memory_efficient_attention_pytorch.attention.decision import OneDnn, Products
 from tests.agreement import assert_same, gradients, with_seed
 from tests.memory.live_bytes import LiveBytes
 
@@ -232,3 +233,17 @@ def test_other_values_are_refused(value):
 def test_the_definition_keeps_every_score_anyhow():
     with pytest.raises(ValueError, match="keep_attention: expected False with backend 'naive'"):
         Transformer(num_tokens=9, max_seq_len=9, dim=DIM, depth=1, backend="naive", keep_attention=True)
+
+
+def test_kept_attention_goes_the_way_of_forward_whatever_changed_between(monkeypatch):
+    ways = []
+    for kind in (OneDnn, Products):
+        backward = kind.backward
+        monkeypatch.setattr(
+            kind, "backward", lambda self, *a, backward=backward: (ways.append(self.name), backward(self, *a))[1]
+        )
+    net = Attention(dim=64, heads=2, dim_head=32, head_chunks=1, dropout=0.1, keep_attention=True)
+    out = ReversibleSequence([(net, nn.Identity())])(torch.randn(1, 2048, 64, requires_grad=True))
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 64)
+    out.sum().backward()
+    assert ways == ["onednn"]

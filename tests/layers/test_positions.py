@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from memory_efficient_attention_pytorch import Transformer
+from memory_efficient_attention_pytorch import RelativePositionBias, Transformer
 from memory_efficient_attention_pytorch.layers.positions import AlibiBias, RotaryEmbedding
 from tests.agreement import assert_same
 
@@ -89,3 +89,17 @@ def test_a_model_in_low_precision_is_near_the_same_model_in_full(positions):
     full.load_state_dict(model.state_dict())
     x = torch.randint(32, (1, 3000))
     assert (model(x).float() - full(x)).abs().max() < 0.1
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "word"),
+    [
+        ({"num_buckets": 2}, "num_buckets"),
+        ({"num_buckets": 1, "bidirectional": False}, "num_buckets"),
+        ({"num_buckets": 32, "max_distance": 8}, "max_distance"),
+    ],
+    ids=str,
+)
+def test_buckets_that_leave_nothing_for_the_logarithm(kwargs, word):
+    with pytest.raises(ValueError, match=f"^{word}: expected"):
+        RelativePositionBias(2, **kwargs)

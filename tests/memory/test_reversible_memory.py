@@ -62,3 +62,13 @@ def test_nothing_is_computed_for_an_input_that_needs_no_gradient():
         with LiveBytes() as count:
             out.sum().backward()
         assert products(count) == 3 + of_first
+
+
+def test_after_backward_a_loss_that_is_held_holds_no_streams():
+    net, x = ReversibleSequence(layers(2)), tokens(2, 512, 8)
+    with LiveBytes() as count:
+        count.ignore([*net.parameters(), x])
+        loss = net(x).square().mean()
+        loss.backward()
+        assert count.live <= x.nbytes + sum(p.nbytes for p in net.parameters()) + 4096
+    assert loss.grad_fn is not None

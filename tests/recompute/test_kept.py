@@ -1,5 +1,7 @@
 """Results kept of a forward pass: handed out in the repetition, call by call, whoever it was that asked."""
 
+import weakref
+
 import pytest
 import torch
 
@@ -76,3 +78,15 @@ def test_an_error_of_the_outer_pass_names_the_option_too():
     wrong = pytest.raises(ValueError, match="slow_things: expected Owner")
     with outer.repeating(outer.release()), KeptResults().keeping(), wrong:
         b(option="slow_things")
+
+
+def test_kept_tensors_are_let_go_after_the_repetition():
+    kept, owner = KeptResults(), object()
+    with kept.keeping():
+        kept.fetch(owner, lambda: ("", (torch.zeros(3),)))
+    tensors = kept.release()
+    gone = weakref.ref(tensors[0])
+    with kept.repeating(tensors):
+        kept.fetch(owner, lambda: 1 / 0)
+    del tensors
+    assert gone() is None

@@ -202,3 +202,13 @@ def test_a_value_of_another_shape_is_refused_stored_or_rebuilt(reversible):
 def test_no_cache_is_no_reason_to_store_activations():
     net, x = ReversibleSequence(layers(), args_route={"cache": [(True, False)] * 3}), tokens(2, 5, DIM)
     assert saved_bytes(net, x, cache=None) == saved_bytes(net, x)
+
+
+def test_a_hook_that_changes_what_the_last_block_returns_is_refused_too():
+    for change in (lambda y1, y2: (2 * y1, y2), lambda y1, y2: (y1, y2.mul_(2))):
+        net = ReversibleSequence(plain())
+        net[-1].register_forward_hook(lambda module, args, out, change=change: change(*out))
+        with torch.no_grad():
+            net(tokens(requires_grad=False))
+        with pytest.raises(ValueError, match="a reversible block's output: expected to reach the next block unchanged"):
+            net(tokens())

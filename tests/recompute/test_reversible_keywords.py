@@ -1,6 +1,8 @@
 """Keywords of a reversible sequence: who gets them, and the gradients of what is in them."""
 
 import dataclasses
+from collections import OrderedDict
+from typing import NamedTuple
 
 import pytest
 import torch
@@ -120,3 +122,25 @@ def test_some_of_the_blocks_keep_their_routes():
     for add in (net.append, net.extend, lambda block: net.insert(0, block), lambda block: net + block):
         with pytest.raises(NotImplementedError, match="build another ReversibleSequence"):
             add(blocks[0])
+
+
+def test_keyword_arguments_keep_their_types():
+    class Pair(NamedTuple):
+        scale: torch.Tensor
+        power: int
+
+    class Of(nn.Module):
+        def forward(self, x, pair, table):
+            assert type(pair) is Pair
+            assert type(table) is OrderedDict
+            table.move_to_end("a")
+            return (x * pair.scale) ** pair.power + list(table.values())[-1]
+
+    x, scale, shift = torch.randn(2, 3), torch.tensor(0.5, requires_grad=True), torch.tensor(2.0, requires_grad=True)
+    route = {"pair": [(True, False)], "table": [(True, False)]}
+    net = ReversibleSequence([(Of(), nn.Identity())], route)
+    out = net(x, pair=Pair(scale, 2), table=OrderedDict(a=shift, b=torch.zeros(())))
+    found = torch.autograd.grad(out.sum(), (scale, shift))
+    y = x + (x * scale) ** 2 + shift
+    for ours, true in zip(found, torch.autograd.grad((y + x + y).sum(), (scale, shift)), strict=True):
+        torch.testing.assert_close(ours, true)
