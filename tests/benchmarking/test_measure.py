@@ -39,6 +39,11 @@ def test_limit_is_enforced():
         measure_peak(f"{__file__}:double", arguments, threads=1, limit_bytes=120 * MIB)
 
 
+def test_only_a_cpu_is_limited():
+    with pytest.raises(ValueError, match="limit_bytes: expected None but on a CPU, got 1024"):
+        measure_peak(f"{__file__}:double", {"mib": 1}, device="cuda", limit_bytes=1024)
+
+
 def test_failures_carry_their_cause():
     with pytest.raises(RuntimeError, match="nothing to build"):
         measure_peak(f"{__file__}:fail")

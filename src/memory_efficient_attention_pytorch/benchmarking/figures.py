@@ -10,10 +10,9 @@ from typing import Any
 
 from ..training.files import write_figure
 from .results import Results, Run
-from .summary import compared, peak, series, step_seconds
+from .summary import MIB, compared, peak, series, step_seconds
 from .systems import REFERENCE, SYSTEMS
 
-MIB = 1024**2
 OURS = ("#08306b", "#00a2c7", "#2f6fde", "#7b9ff2", "#a9c7ee", "#54789c")
 OTHERS = ("#7f7f7f", "#b45f06", "#e69138", "#f1c232", "#6aa84f", "#a64d79", "#674ea7", "#444444")
 MEMORY, SECONDS = "memory above the model, MiB", "seconds a step"

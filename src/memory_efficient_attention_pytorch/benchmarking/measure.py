@@ -18,6 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from ..common.errors import require
 from ..training.resources import trim_heap, warm_up
 
 _CHILD = f"from {__name__} import _run_child; _run_child()"
@@ -63,15 +64,17 @@ def measure_peak(
         arguments: JSON-serialisable keywords of the function.
         device: ``"cpu"`` (Linux only, since it reads ``/proc``) or a CUDA device.
         threads: CPU threads of the step; PyTorch's own default if not given.
-        limit_bytes: limit the step to this many bytes above what was built; an allocation beyond that fails. On the
-            CPU the system limits address space, ``reserved_bytes`` included.
+        limit_bytes: limit the step on a CPU to this many bytes above what was built; an allocation beyond that fails.
+            The system limits address space, ``reserved_bytes`` included.
         timeout: seconds after which the process is killed.
 
     Raises:
         MemoryError: the step did not fit in the device or in ``limit_bytes``.
+        ValueError: ``limit_bytes`` for another device.
         RuntimeError: the function or the step failed in another way; contains the process's stderr.
         subprocess.TimeoutExpired: ``timeout`` has passed.
     """
+    require(limit_bytes is None or device == "cpu", "limit_bytes", "None but on a CPU", limit_bytes)
     request = {
         "target": target,
         "arguments": dict(arguments or {}),
@@ -114,7 +117,7 @@ def _run_child() -> None:
     gauge: _CudaGauge | _ResidentSet = _CudaGauge(device) if device.type == "cuda" else _ResidentSet()
     step = build(**request["arguments"])
     held = gauge.start()
-    if request["limit_bytes"] is not None:
+    if request["limit_bytes"] is not None and isinstance(gauge, _ResidentSet):
         gauge.limit(request["limit_bytes"])
     began = time.perf_counter()
     kept = step()
@@ -149,12 +152,6 @@ class _CudaGauge:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.base = torch.cuda.memory_allocated(device)
-
-    def limit(self, limit_bytes: int) -> None:
-        total = torch.cuda.get_device_properties(self.device).total_memory
-        torch.cuda.empty_cache()
-        allowed = torch.cuda.memory_reserved(self.device) + limit_bytes
-        torch.cuda.set_per_process_memory_fraction(allowed / total, self.device)
 
     def start(self) -> int:
         torch.cuda.synchronize(self.device)

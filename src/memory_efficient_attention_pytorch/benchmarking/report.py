@@ -7,12 +7,11 @@ from pathlib import Path
 
 from ..training.files import write_atomically
 from .results import Results, Run
-from .summary import GROWTH_FROM, Row, compared, describe_outcome, growth, peak, series, step_seconds, units
+from .summary import GROWTH_FROM, MIB, Row, compared, describe_outcome, growth, peak, series, step_seconds, units
 from .systems import REFERENCE
 
 BEGIN = "<!-- benchmark: generated from the results, do not edit -->"
 END = "<!-- benchmark: end -->"
-MIB = 1024**2
 _RETURNED = "The allocator returns what is freed at once, from 64 KiB on."
 _KEPT = "The allocator returns freed blocks of 4 MiB at once and may keep smaller ones, as in `mea train`."
 

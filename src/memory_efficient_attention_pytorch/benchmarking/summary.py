@@ -11,6 +11,7 @@ import numpy as np
 from .results import Results, Run
 from .systems import REFERENCE
 
+MIB = 1024**2
 GROWTH_FROM = 4096  # tokens; below, a step's fixed costs hide its growth
 
 

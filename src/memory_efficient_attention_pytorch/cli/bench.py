@@ -142,8 +142,7 @@ def _report(results: Results, output: Path) -> None:
 
 def _print_comparison(results: Results) -> None:
     """The report's table in the width of a terminal: without lines between columns, and two rows of headings."""
-    from ..benchmarking.report import MIB
-    from ..benchmarking.summary import compared
+    from ..benchmarking.summary import MIB, compared
 
     line = "{:<44}{:>7}{:>8}{:>9}{:>6}{:>6}"
     print("\n" + line.format("", "memory,", "memory,", "seconds", "rel.", "rel."))
