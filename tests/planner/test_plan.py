@@ -8,7 +8,7 @@ import torch
 from torch import nn
 
 from memory_efficient_attention_pytorch import Transformer
-from memory_efficient_attention_pytorch.planner import CATEGORIES, max_seq_len, plan, workload
+from memory_efficient_attention_pytorch.planner import CATEGORIES, plan, workload
 from memory_efficient_attention_pytorch.planner.candidates import candidates
 from memory_efficient_attention_pytorch.planner.step import dry_run
 from memory_efficient_attention_pytorch.torch_internals import ALL
@@ -142,35 +142,6 @@ def test_any_module_with_example_inputs():
         loss_fn=loss,
     )
     np.testing.assert_array_equal(fixed.timeline.live, made_up.timeline.live)
-
-
-def test_the_longest_sequence_fits_and_a_longer_one_does_not():
-    budget = 200 * 2**20
-    longest = max_seq_len(CONFIG, budget=budget, device="cpu", threads=2)
-    assert planned(seq_len=longest).fits(budget)
-    assert longest % 64 == 0, "as from 4096 tokens on"
-    assert not planned(seq_len=longest + longest // 30).fits(budget)
-
-
-@pytest.mark.slow
-def test_learned_positions_bound_the_longest_sequence():
-    assert max_seq_len({**CONFIG, "max_seq_len": 100}, budget="8GiB", device="cpu") == 100
-    relative = {**CONFIG, "max_seq_len": 100, "positions": "rotary"}
-    assert max_seq_len(relative, budget="64MiB", device="cpu") > 1000
-    with torch.device("meta"):
-        assert max_seq_len(Transformer(max_seq_len=100, **CONFIG), budget="8GiB", device="cpu") == 100
-
-
-def test_the_longest_sequence_of_any_module():
-    longest = max_seq_len(
-        nn.Linear(64, 64),
-        budget=2**20,
-        device="cuda",
-        optimizer=None,
-        example_inputs=lambda batch, length: torch.zeros(batch, length, 64, device="meta"),
-        loss_fn=torch.sum,
-    )
-    assert longest == 0, "the workspace of the matrix products alone takes more"
 
 
 def test_a_budget_picks_the_fastest_settings_that_fit():
@@ -403,11 +374,34 @@ def test_a_budget_does_not_hide_what_is_wrong(wrong):
     assert said[0] == said[1]
 
 
-def test_the_longest_sequence_of_inputs_that_have_one_length():
-    with pytest.raises(ValueError, match=r"example_inputs: expected a function of .*, got Tensor"):
-        max_seq_len(nn.Linear(2, 2), budget="1GiB", example_inputs=torch.zeros(1, 2))
-
-
 def test_a_backend_that_keeps_for_itself_is_planned_without_keeping():
     config = {**CONFIG, "backend": "sdpa", "depth": 6}
     assert not planned(config, budget="1MiB").settings.get("keep_attention")
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
+def test_a_module_that_holds_what_it_computed():
+    class Held(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(8, 8)
+
+        def forward(self, x):
+            self.mean = self.layer(x).mean()
+            return self.mean
+
+    held = Held()
+    before = planned(held, example_inputs=torch.zeros(2, 8), batch_size=None, seq_len=None)
+    held(torch.zeros(2, 8))
+    after = planned(held, example_inputs=torch.zeros(2, 8), batch_size=None, seq_len=None)
+    assert before.peak_bytes == after.peak_bytes
+    normed = nn.utils.weight_norm(nn.Conv1d(4, 4, 3))
+    planned(normed, example_inputs=torch.zeros(2, 4, 9), loss_fn=torch.sum, batch_size=None, seq_len=None)
+
+
+@pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
+def test_a_step_is_planned_where_gradients_are_off(without):
+    expected = planned(seq_len=100)
+    with without():
+        assert planned(seq_len=100).peak_bytes == expected.peak_bytes
+        assert not torch.is_grad_enabled()

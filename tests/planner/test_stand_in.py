@@ -266,3 +266,21 @@ def test_without_fake_tensors_planning_is_refused():
 def test_dropout_by_any_of_its_names(drop, p):
     made = run_dry(lambda x, weight: drop(x @ weight, p))
     assert any("native_dropout" in operation.name for operation in made.operations) is (p == 0.1)
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda h: torch.softmax(h, -1, torch.float32),
+        lambda h: h.softmax(-1, torch.float32),
+        lambda h: torch.sum(dim=-1, input=h),
+        lambda h: torch.cumsum(h, 0, dtype=torch.float32),
+    ],
+)
+def test_a_dtype_may_be_given_by_place(function):
+    def called(x, weight):
+        out = function(x @ weight)
+        assert out.dtype == torch.float32
+        return out
+
+    run_dry(called, autocast=torch.bfloat16)

@@ -74,6 +74,27 @@ def test_a_built_model_is_planned_as_its_configuration_is():
     assert len(shortened(model, 2).layers) == 2
 
 
+@pytest.mark.parametrize("at", [0, 2, 5])
+def test_a_hook_of_one_block_is_run_once_wherever_it_is(at):
+    def squashed(module, args, output):
+        return tuple(torch.sigmoid(part) for part in output)
+
+    with torch.device("meta"):
+        model = Transformer(max_seq_len=64, reversible=False, **BASE)
+    accounting = accounting_for(torch.device("cpu"), threads=2)
+    model.layers[at].register_forward_hook(squashed)
+
+    def seen():
+        made = Workload(model, batch_size=1, seq_len=64).run_dry(accounting)
+        return sum("aten.sigmoid.default" in operation.name for operation in made.operations)
+
+    assert seen() == 2
+    for number, layer in enumerate(model.layers):
+        if number != at:
+            layer.register_forward_hook(squashed)
+    assert seen() == 2 * BASE["depth"]
+
+
 @pytest.mark.slow
 def test_blocks_that_differ_are_all_run():
     accounting = accounting_for(torch.device("cpu"), threads=2)

@@ -21,7 +21,7 @@ _UNITS = {
     "gi": 2**30,
     "ti": 2**40,
 }
-_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]?i?)b?\s*", re.IGNORECASE)
+_SIZE = re.compile(r"\s*(\d+(?:\.\d*)?|\.\d+)\s*([kmgt]i?|)b?\s*", re.IGNORECASE)
 
 
 def parse_size(size: int | float | str, argument: str = "budget") -> int:
@@ -37,7 +37,6 @@ def parse_size(size: int | float | str, argument: str = "budget") -> int:
     expected = "a size above zero such as 8GB, 8GiB or 8000M"
     match = _SIZE.fullmatch(size) if isinstance(size, str) else None
     require(not isinstance(size, str | bool) or match is not None, argument, expected, repr(size))
-    require(match is None or match[2].lower() in _UNITS, argument, expected, repr(size))
     amount = float(match[1]) * _UNITS[match[2].lower()] if match else size
     require(isinstance(amount, int | float) and 1 <= amount < float("inf"), argument, expected, repr(size))
     return int(amount)

@@ -17,6 +17,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from ..common.errors import require
 from ..common.sizes import format_size, parse_size
 from ..planner import Plan, max_seq_len, plan
+from ..planner.step import fake_copy
 from .checkpoints import enable_checkpoints, is_checkpointed
 from .model import MemoryEfficientForCausalLM
 from .undoing import find_model, restore
@@ -117,12 +118,7 @@ def _states(changed: nn.Module) -> list[tuple[str, nn.Module]]:
 
 def on_meta(model: nn.Module) -> nn.Module:
     """Return a copy in training mode with weights on the meta device, which take no memory."""
-    memo: dict[int, Any] = {}
-    for tensor in [*model.parameters(), *model.buffers()]:
-        shape = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-        is_parameter = isinstance(tensor, nn.Parameter)
-        memo[id(tensor)] = nn.Parameter(shape, tensor.requires_grad) if is_parameter else shape
-    copied = copy.deepcopy(model, memo).train()
+    copied = fake_copy(model, torch.device("meta")).train()
     for layer in copied.modules():
         if isinstance(layer, GradientCheckpointingLayer):
             layer.register_forward_pre_hook(_without_cache, with_kwargs=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from ..common.errors import require
 from ..models.transformer import pieces_chosen
 from .accounting import Accounting
 from .candidates import Candidate, candidates, leanest
@@ -16,6 +17,7 @@ from .search import GRANULE, largest
 from .workload import Workload
 
 _LONG = 4096
+_ENDLESS = 2**48  # tokens that no memory holds
 
 
 def plan_step(workload: Workload, accounting: Accounting, budget: int | None) -> Plan:
@@ -36,6 +38,7 @@ def longest(workload: Workload, accounting: Accounting, budget: int) -> int:
     most = workload.most_tokens
 
     def need(length: int) -> int:
+        require(length < _ENDLESS, "example_inputs", "inputs that grow with seq_len", f"ones that fit at {_ENDLESS:,}")
         return _peak(replace(workload, seq_len=length), accounting)
 
     found = largest(need, room, most)
@@ -48,7 +51,7 @@ def longest(workload: Workload, accounting: Accounting, budget: int) -> int:
     return GRANULE * largest(lambda n: need(GRANULE * n), room, granules - 1)
 
 
-def _planned(workload: Workload, accounting: Accounting, budget: int | None = None) -> Plan:
+def _planned(workload: Workload, accounting: Accounting, budget: int | None) -> Plan:
     timeline = workload.run_dry(accounting)
     settings = {name: number for name, number in _pieces(workload, accounting).items() if number > 1}
     return Plan(timeline, accounting.device, workload.batch_size, workload.seq_len, budget, settings)
@@ -132,4 +135,4 @@ def _remedies(workload: Workload, accounting: Accounting, made: Plan, peak_bytes
 
 
 def _peak(workload: Workload, accounting: Accounting) -> int:
-    return int(workload.run_dry(accounting).totals.max())
+    return workload.run_dry(accounting).peak_bytes

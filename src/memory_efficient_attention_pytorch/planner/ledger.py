@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from ..common.dry_run import Alike
-from ..torch_internals.fake import around_calls, fake_tensors, graph, holders, knows_contents
+from ..torch_internals.fake import around_calls, graph, holders, knows_contents
 from .accounting import Accounting, Loop, operator_name
 from .flops import count_flops
 from .timeline import CATEGORIES, Operation, Timeline, as_row
@@ -66,6 +67,7 @@ class Ledger(TorchDispatchMode):
         accounting: Accounting,
         device: torch.device,
         categorize: Callable[[str, Place], str],
+        refusals: tuple[type[Exception], ...],
         every_part: bool = False,
     ) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -81,9 +83,7 @@ class Ledger(TorchDispatchMode):
         self._categorize = categorize
         self._live: Counter[str] = Counter()
         self._storages: dict[int, _Held] = {}
-        kinds = fake_tensors()
-        self._refusals = () if kinds is None else kinds.refusals
-        self._graph, self._holders = graph(), holders()
+        self._refusals, self._graph, self._holders = refusals, graph(), holders()
         self._learning, self._unshared = True, set[tuple[int, ...]]()
         self._accepted = set[tuple[Any, ...]]()
         self._places = [Place("setup")]
@@ -235,8 +235,7 @@ class Ledger(TorchDispatchMode):
                 "number that the code reads, depends on the data"
             ) from error
         category = self._categorize(self.phase, place)
-        for tensor in _tensors(result):
-            self._charge(tensor, category)
+        self.enter(category, (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
         self._flops += count_flops(func, args, kwargs, result) * self._weight
         workspace = self._accounting.workspace(func, args, kwargs)
         self._note(place, str(func), workspace)
@@ -327,11 +326,3 @@ _IN_PLACE = frozenset(
     {aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.lerp_.Scalar, aten.addcmul_.default}
     | {aten.addcdiv_.default, aten.addmm_.default, aten.copy_.default, aten.zero_.default}
 )
-
-
-def _tensors(result: Any) -> Iterator[Tensor]:
-    if isinstance(result, Tensor):
-        yield result
-    elif isinstance(result, tuple | list):
-        for item in result:
-            yield from _tensors(item)

@@ -79,7 +79,7 @@ class Plan:
 
         The runtime is not included: the interpreter, PyTorch's own code, a CUDA context.
         """
-        return int(self.timeline.totals[self.timeline.peak])
+        return self.timeline.peak_bytes
 
     @property
     def breakdown(self) -> dict[str, int]:

@@ -8,6 +8,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
@@ -75,12 +76,13 @@ def dry_run(step: Step, accounting: Accounting, *, every_part: bool = False) -> 
     device = torch.device("cpu") if planned == "cpu" else STAND_IN
     with ExitStack() as entered:
         entered.enter_context(torch.autograd.set_multithreading_enabled(False))
+        entered.enter_context(torch.inference_mode(False))  # which enables gradients, too
         entered.enter_context(kinds.mode())
-        model = _fake_copy(step.model, device, step.dtype)
+        model = fake_copy(step.model, device, step.dtype)
         args, kwargs, then = tree_map_only(
             Tensor, lambda tensor: _fake(tensor, device), (step.args, dict(step.kwargs), step.then)
         )
-        ledger = Ledger(accounting, device, categorizer(model), every_part)
+        ledger = Ledger(accounting, device, categorizer(model), kinds.refusals, every_part)
         ledger.follow(model)
         sharded = ShardedParameters(model, step.shards) if step.shards > 1 else None
         entered.enter_context(within(divided_tokens(*step.context) if step.context else None))
@@ -171,7 +173,7 @@ def _optimizer(choice: str | OptimizerMaker, parameters: list[nn.Parameter], at_
     return optimizer
 
 
-def _fake_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None) -> nn.Module:
+def fake_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None = None) -> nn.Module:
     """Copy the model with fake tensors in place of its own; tied ones stay tied, and no memory is allocated."""
     memo: dict[int, Any] = {}
     for tensor in itertools.chain(model.parameters(), model.buffers()):
@@ -181,8 +183,8 @@ def _fake_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None
         memo[id(tensor)] = fake
     # Other tensors that a module holds are on the device if they were on one, else on the host.
     for held in (value for module in model.modules() for value in vars(module).values()):
-        if isinstance(held, Tensor) and held.device.type != "cpu":
-            memo.setdefault(id(held), _fake(held, device))
+        if isinstance(held, Tensor) and (held.device.type != "cpu" or not held.is_leaf):
+            memo.setdefault(id(held), _fake(held, torch.device("cpu") if held.device.type == "cpu" else device))
     return copy.deepcopy(model, memo)
 
 
@@ -197,8 +199,8 @@ def categorizer(model: nn.Module) -> Callable[[str, Place], str]:
     By the phase, else by the innermost enclosing module whose class name tells its category.
     """
     classes = {path: type(module).__name__ for path, module in model.named_modules()}
-    known: dict[str, str] = {}
 
+    @cache
     def of_module(path: str) -> str:
         while path:
             for category, pattern in _CLASSES.items():
@@ -210,11 +212,7 @@ def categorizer(model: nn.Module) -> Callable[[str, Place], str]:
     def categorize(phase: str, place: Place) -> str:
         if phase in ("gradients", "optimizer"):
             return phase
-        if place.phase == "loss":
-            return "loss"
-        if place.module not in known:
-            known[place.module] = of_module(place.module)
-        return known[place.module]
+        return "loss" if place.phase == "loss" else of_module(place.module)
 
     return categorize
 

@@ -77,6 +77,11 @@ class Timeline:
         """Index of the operation with the most bytes live."""
         return int(self.totals.argmax())
 
+    @property
+    def peak_bytes(self) -> int:
+        """The most bytes live during an operation."""
+        return int(self.totals.max())
+
     def breakdown(self, index: int) -> dict[str, int]:
         """Return the bytes of each category live during operation ``index``."""
         return dict(zip(CATEGORIES, self.live[index].tolist(), strict=True))

@@ -15,6 +15,7 @@ from ..distributed.exchange import Layout
 from ..layers.cache import KVCache
 from ..models.config import TransformerConfig
 from ..models.transformer import Transformer
+from ..torch_internals.hooks import forward_hooks
 from .accounting import Accounting
 from .step import OptimizerMaker, Step, dry_run
 from .timeline import Timeline, at_depth
@@ -75,9 +76,11 @@ class Workload:
         """How many learned positions a Transformer has; None if its positions set no limit."""
         if isinstance(self.subject, Mapping):
             learned = self.subject.get("positions", TransformerConfig.positions) == "learned"
-            return self.subject.get("max_seq_len") if learned else None
-        subject = self.subject
-        return subject.max_seq_len if isinstance(subject, Transformer) and subject.pos_emb is not None else None
+            most = self.subject.get("max_seq_len") if learned else None
+        else:
+            subject = self.subject
+            most = subject.max_seq_len if isinstance(subject, Transformer) and subject.pos_emb is not None else None
+        return most if most is None or self.training else most - 1
 
     def with_settings(self, settings: Mapping[str, Any]) -> Workload:
         """Return the same step of a Transformer with other keywords."""
@@ -107,8 +110,8 @@ class Workload:
         loss = (self.loss_fn or _scalar_loss) if self.training else None
         then = (args[0][:, :1],) if self.of_transformer and not self.training else ()
         context = None if self.context == 1 else (self.token_shape[1], self.context)
-        rest = (self.optimizer, self.dtype, self.autocast, then, self.keep_gradients, self.shards, context)
-        return Step(model, loss, args, kwargs, *rest)
+        names = ("optimizer", "dtype", "autocast", "keep_gradients", "shards")
+        return Step(model, loss, args, kwargs, then=then, context=context, **{n: getattr(self, n) for n in names})
 
     @property
     def _depth(self) -> int:
@@ -161,7 +164,7 @@ def shortened(model: Transformer, depth: int) -> Transformer:
 
 
 def _signature(block: nn.Module) -> list[Any]:
-    """List what a block's memory depends on: modules' types and plain settings, parameters' shapes and dtypes."""
+    """List what a block's memory depends on: modules' types, settings, hooks and own forwards, tensors' layouts."""
     plain = (bool, int, float, str, tuple, type(None))
     return [
         (
@@ -169,6 +172,9 @@ def _signature(block: nn.Module) -> list[Any]:
             type(module),
             {k: v for k, v in vars(module).items() if isinstance(v, plain)},
             [(k, p.shape, p.dtype, p.requires_grad) for k, p in module.named_parameters(recurse=False)],
+            [(k, b.shape, b.dtype) for k, b in module.named_buffers(recurse=False)],
+            [list(kind.values()) for kind in forward_hooks(module)],
+            vars(module).get("forward"),
         )
         for name, module in block.named_modules()
     ]

@@ -48,8 +48,9 @@ def _in_the_widest(func: Any, args: Arguments, kwargs: Keywords) -> Any:
 
 def _into_single(func: Any, args: Arguments, kwargs: Keywords) -> Any:
     """Return the result in fp32, unless the caller chooses a dtype."""
-    first = next(iter((*args, *kwargs.values())))
-    if kwargs.get("dtype") is None and first.dtype in (torch.float16, torch.bfloat16):
+    given = (*args, *kwargs.values())
+    first = next(x for x in given if isinstance(x, Tensor))
+    if first.dtype in (torch.float16, torch.bfloat16) and not any(isinstance(x, torch.dtype) for x in given):
         kwargs["dtype"] = torch.float32
     return func(*args, **kwargs)
 
