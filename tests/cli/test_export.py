@@ -1,5 +1,8 @@
 """`mea export`: what AutoModelForCausalLM and AutoTokenizer load is what `mea train` made."""
 
+import json
+import shutil
+
 import pytest
 import torch
 
@@ -32,6 +35,17 @@ def test_the_exported_model_and_tokenizer_are_those_of_the_run(tmp_path, capsys,
     assert tokenizer.eos_token_id == own.tokenizer.end_id == model.config.eos_token_id
     x = torch.tensor([own.tokenizer.encode(TEXTS[1])[:16]])
     assert torch.equal(model(x).logits, own.model(x))
+
+
+def test_a_damaged_checkpoint_is_told_in_a_line(tmp_path, capsys):
+    run = make_run(tmp_path / "run")
+    first, second = (run / f"checkpoints/step-0000000{step}" for step in (1, 2))
+    shutil.copytree(first, second)
+    state = json.loads((first / "state.json").read_text())
+    (second / "state.json").write_text(json.dumps({**state, "step": 2}))
+    assert main(["export", str(run), str(tmp_path / "exported"), "--checkpoint", "last"]) == 0
+    (said,) = (line for line in capsys.readouterr().err.splitlines() if "damaged" in line)
+    assert said.startswith(f"mea export: note: checkpoint {second} is damaged (state.json is ")
 
 
 def test_a_directory_that_holds_something_is_left_alone(tmp_path, capsys):

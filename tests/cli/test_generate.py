@@ -14,7 +14,7 @@ from memory_efficient_attention_pytorch.training.checkpoints import Checkpoints,
 from memory_efficient_attention_pytorch.training.config import TrainConfig, dump_config
 from memory_efficient_attention_pytorch.training.model import build_model
 from memory_efficient_attention_pytorch.training.optimizer import adamw
-from memory_efficient_attention_pytorch.training.tokenizers import ByteTokenizer, train_tokenizer
+from memory_efficient_attention_pytorch.training.tokenizers import ByteTokenizer, SubwordTokenizer, train_tokenizer
 from tests.cli import train_command
 
 SHAPE = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "seq_len": 24}
@@ -211,6 +211,29 @@ def test_pieces_of_subwords_are_the_whole_text(tmp_path):
     text = "line 7 of téxts:  €9,\tand 😀\n" * 20
     tokens = tokenizer.encode(text)
     assert "".join(text_of(tokens[3:], tokens[:3], tokenizer)) == text
+
+
+@pytest.fixture(scope="module")
+def byte_fallback(tmp_path_factory):
+    """Spells what is not in its vocabulary in bytes, as those of Llama do."""
+    tokenizers = pytest.importorskip("tokenizers")
+    names = ["<unk>", "</s>", *(f"<0x{i:02X}>" for i in range(256)), *"\u2581abcdefghijklmnopqrstuvwxyz"]
+    vocabulary = {name: number for number, name in enumerate(names)}
+    model = tokenizers.models.BPE(vocab=vocabulary, merges=[], byte_fallback=True, unk_token="<unk>")
+    spelling = tokenizers.Tokenizer(model)
+    spelling.normalizer = tokenizers.normalizers.Replace(" ", "\u2581")
+    decoders = tokenizers.decoders
+    spelling.decoder = decoders.Sequence([decoders.Replace("\u2581", " "), decoders.ByteFallback(), decoders.Fuse()])
+    path = tmp_path_factory.mktemp("tokenizer") / "tokenizer.json"
+    spelling.save(str(path))
+    return SubwordTokenizer(path)
+
+
+@pytest.mark.parametrize("text", ["b😀c", "b€c", "b好吗c", "é" * 100, "x" * 70 + "日本語 " * 30], ids=range(5))
+def test_characters_spelt_in_bytes_are_shown_once_they_are_whole(byte_fallback, text):
+    pieces = text_of(byte_fallback.encode(text), byte_fallback.encode("a"), byte_fallback)
+    assert "".join(pieces) == "a" + text
+    assert not any("\ufffd" in piece for piece in pieces)
 
 
 def test_the_first_text_streams_and_the_next_wait():

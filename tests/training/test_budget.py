@@ -201,6 +201,23 @@ def test_what_is_free_on_a_cpu_is_shared_by_its_processes(monkeypatch):
     assert chosen.memory_budget == "2048MiB"
 
 
+@pytest.mark.parametrize(("length", "advised"), [(1, []), (2, ["2"])])
+def test_what_a_run_could_not_have_is_not_advised(alone, monkeypatch, length, advised):
+    """A plan may be of one token; a run has at least two."""
+    planned = budget.plan
+
+    def with_remedies(*arguments, **options):
+        made = planned(*arguments, **options)
+        asked = made.budget is not None and not made.fits()
+        return dataclasses.replace(made, remedies={**made.remedies, "seq_len": length}) if asked else made
+
+    monkeypatch.setattr(budget, "plan", with_remedies)
+    config = dataclasses.replace(WIDE, shard=False, context_parallel=1, seq_len=3)  # so that little is looked for
+    with pytest.raises(ValueError, match=r", and 8 MiB stay free: .* would fit$") as refused:
+        alone(config, 24 * MIB, 1)
+    assert re.findall(r"--seq-len (\d+)", str(refused.value)) == advised
+
+
 @pytest.mark.slow
 def test_what_cannot_fit_is_refused_with_what_would(train, here):
     shape = ("--batch-size=16", "--seq-len=2048", "--depth=2", "--heads=2")

@@ -102,6 +102,15 @@ def test_the_newest_and_the_best_are_kept(store):
     assert steps_of(store) == [20, 40, 50]
 
 
+@pytest.mark.parametrize(("losses", "kept"), [([None] * 4, [40]), ([2.0, 2.0, 3.0, 3.0], [20, 40])])
+def test_the_best_that_is_kept_is_the_one_that_is_found(store, losses, kept):
+    save_steps(store, dict(zip((10, 20, 30, 40), losses, strict=True)))
+    best = store.find("best").state.step
+    store.prune(keep=1)
+    assert steps_of(store) == kept
+    assert store.find("best").state.step == best
+
+
 def test_sums_are_those_of_sha256sum(store):
     save_steps(store, {10: 3.0})
     if shutil.which("sha256sum") is None:

@@ -65,11 +65,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             return _wait(status)
         return _fail(command, error if wrong else "interrupted", status)
     except (RuntimeError, OSError, MemoryError) as error:
+        from ..training.files import ElsewhereError
+
         message = _outside_reason(error)
         if debug or message is None:
             raise
-        if (said := _said_elsewhere(error)) is not None:
-            return _wait(said)
+        if isinstance(error, ElsewhereError):
+            return _wait(_USAGE_ERROR if error.mistake else _RUN_ERROR)
         _let_go_of_output()
         if not _is_first_process():
             _wait(_RUN_ERROR)  # if nothing ended this process meanwhile, it alone has failed
@@ -124,15 +126,6 @@ def _is_first_process() -> bool:
 def _wait(status: int) -> int:
     time.sleep(_SECONDS_TO_SPEAK)
     return status
-
-
-def _said_elsewhere(error: Exception) -> int | None:
-    """Return the exit status if another process reports the error, else None."""
-    from ..training.files import ElsewhereError
-
-    if not isinstance(error, ElsewhereError):
-        return None
-    return _USAGE_ERROR if error.mistake else _RUN_ERROR
 
 
 def _accept_any_output() -> None:

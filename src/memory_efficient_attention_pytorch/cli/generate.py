@@ -13,7 +13,6 @@ import argparse
 import secrets
 import sys
 import time
-import warnings
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, TextIO
@@ -82,14 +81,8 @@ def _load(args: argparse.Namespace) -> "LoadedRun":
 
     from ..training.run_directory import load_run
 
-    accelerator = torch.accelerator.current_accelerator() if torch.accelerator.is_available() else None
-    device = accelerator if accelerator is not None and args.device == "auto" else "cpu"
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        loaded = load_run(args.run, checkpoint=args.checkpoint, device=device)
-    for warning in caught:
-        _note(str(warning.message))
-    return loaded
+    accelerator = None if args.device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
+    return load_run(args.run, checkpoint=args.checkpoint, device=accelerator or "cpu", report=_note)
 
 
 def _standard_input() -> str:
@@ -226,10 +219,14 @@ class _Text:
 
     def take(self) -> str:
         """Return the text since the last call. An incomplete character (it decodes to U+FFFD) waits for its rest."""
-        text = self.tokenizer.decode(self.tokens)
-        stable = len(text) if self.ended or not text.endswith("\ufffd") else len(text) - 1
+        decode = self.tokenizer.decode
+        text = decode(self.tokens)
+        whole = max(self.taken, len(text.rstrip("\ufffd")), len(text) - _LONGEST_CONTEXT)
+        stable = len(text) if self.ended else whole
         new, self.taken = text[self.taken : stable], stable
         if stable == len(text) and len(self.tokens) > _LONGEST_CONTEXT:
-            self.tokens = self.tokens[-_LONGEST_CONTEXT // 2 :]
-            self.taken = len(self.tokenizer.decode(self.tokens))
+            tokens = self.tokens[-_LONGEST_CONTEXT // 2 :]
+            while len(tokens) > 1 and decode(tokens).startswith("\ufffd"):
+                tokens = tokens[1:]
+            self.tokens, self.taken = tokens, len(decode(tokens))
         return new

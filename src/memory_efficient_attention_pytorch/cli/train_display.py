@@ -21,20 +21,11 @@ def make_display(*, quiet: bool) -> Callable[[bool], Callback]:
     """Return a function that makes each process's display: only the main one prints."""
 
     def display(main: bool) -> Callback:
-        if not main:
-            return Silent()
-        if quiet:
+        if quiet or not main:
             return Quiet()
         return Live() if sys.stdout.isatty() else Lines()
 
     return display
-
-
-class Silent(Callback):
-    """Prints only that a process has died, in case that is the main one."""
-
-    def abandoned(self, text: str) -> None:
-        print(f"mea train: {text}", file=sys.stderr, flush=True)
 
 
 class Quiet(Callback):

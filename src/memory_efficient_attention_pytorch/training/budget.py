@@ -141,7 +141,7 @@ def within_budget(
         chosen = chosen.updated({"memory_budget": f"{budget // _MIB}MiB"})
     # The process's peak includes what was in use for a moment before, such as for tokenising.
     predicted = max(standing + made.peak_bytes, memory_peak(device))
-    choice = _choice(chosen, made.options, standing) + _divided(config, division)
+    choice = _choice(chosen, made.options, standing) + _divided(resolve(config, device), division)
     return chosen, Memory(_kind(device), budget, before, predicted, choice)
 
 
@@ -254,14 +254,11 @@ def _enough_processes(
 
 def _divided(config: TrainConfig, division: Division) -> str:
     """Return what was decided about the processes, in words."""
-    changed = {name: value for name, value in division.items() if value != (getattr(config, name) or _WHOLE[name])}
+    changed = {name: value for name, value in division.items() if value != getattr(config, name)}
     if not changed:
         return ""
     shown = ", ".join(f"{name} {_shown(value)}" for name, value in changed.items())
     return f"; divided among the processes, since nothing fits otherwise ({shown})"
-
-
-_WHOLE = {"shard": False, "context_parallel": 1}
 
 
 def _open(config: TrainConfig) -> list[str]:
@@ -307,14 +304,15 @@ def _refusal(made: Plan, budget: int, standing: int, processes: str) -> str:
         # Ragged lengths need more compiled kernels.
         length = remedies["seq_len"] - remedies["seq_len"] // 16
         remedies["seq_len"] = length - length % 8 or length
-    changes = [f"{options[name]} {size}" for name, size in remedies.items() if name in options]
+    least = {field.name: field.metadata["low"] for field in dataclasses.fields(TrainConfig)}
+    changes = [f"{options[name]} {size}" for name, size in remedies.items() if name in options and size >= least[name]]
     enough = standing + made.remedies["budget"] + _NOISE
     changes.append(f"--memory-budget {-(-enough // _MIB)}MiB")
     changes += [processes] if processes else []
     return (
         f"memory_budget: the leanest settings take {format_size(standing + made.peak_bytes)} of the "
-        f"{format_size(budget)} allowed, {format_size(standing)} of it before the model: "
-        f"{' or '.join(changes)} would fit"
+        f"{format_size(budget)} allowed, {format_size(standing)} of it before the model, and {format_size(_NOISE)} "
+        f"stay free: {' or '.join(changes)} would fit"
     )
 
 

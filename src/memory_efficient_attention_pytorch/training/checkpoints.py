@@ -69,7 +69,7 @@ class Checkpoints:
     def __init__(self, root: Path):
         self.root = root
 
-    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> Checkpoint:
+    def save(self, model: nn.Module, optimizer: torch.optim.Optimizer, state: TrainState) -> None:
         """Write a checkpoint. If that is cut short, earlier ones are untouched and none looks half written.
 
         If the model is sharded, this is a collective and each process writes its part; else it is for the main one.
@@ -91,7 +91,6 @@ class Checkpoints:
                 save_model(model, str(directory / "model.safetensors"))
                 save_file(averages, directory / "optimizer.safetensors")
                 finish(directory, {file.name: sha256(file) for file in sorted(directory.iterdir())})
-        return Checkpoint(path, state)
 
     def find(self, which: str = "last", report: Callable[[str], None] = warnings.warn) -> Checkpoint | None:
         """Return the "last" checkpoint or the "best" (lowest validation loss); with none measured, best means last.
@@ -114,7 +113,7 @@ class Checkpoints:
     def prune(self, keep: int) -> None:
         """Remove all but the newest `keep` and the best, and those in which the user put something."""
         found = sorted(self._readable(), key=lambda checkpoint: checkpoint.state.step)
-        best = min(found, key=_loss_or_infinity, default=None)
+        best = min(reversed(found), key=_loss_or_infinity, default=None)
         for checkpoint in found[:-keep]:
             if checkpoint is not best and _holds_nothing_else(checkpoint.path):
                 discard(checkpoint.path)
@@ -264,9 +263,8 @@ def _averages_by_parts(parameters: Mapping[str, torch.Tensor], files: list[Path]
 
 
 def _optimizer_tensors(model: nn.Module, optimizer: torch.optim.Optimizer) -> dict[str, torch.Tensor]:
-    state = optimizer.state_dict()["state"]
-    names = list(_names_in_order(model, optimizer))
-    return {f"{names[i]}:{key}": value.contiguous() for i, entry in state.items() for key, value in entry.items()}
+    states = ((name, optimizer.state.get(parameter, {})) for name, parameter in model.named_parameters())
+    return {f"{name}:{key}": value.contiguous() for name, state in states for key, value in state.items()}
 
 
 def _names_in_order(model: nn.Module, optimizer: torch.optim.Optimizer) -> Iterator[str]:

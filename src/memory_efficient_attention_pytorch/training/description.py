@@ -1,27 +1,15 @@
 """Describe in words what a run uses and why."""
 
-from typing import TYPE_CHECKING
-
 import torch
 
 from ..attention.functional import select_backend
 from .config import TrainConfig
-from .data import Corpus
-from .processes import ProcessMesh
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
+from .trainer import Trainer
 
 
-def describe(
-    config: TrainConfig,
-    accelerator: "Accelerator",
-    processes: ProcessMesh,
-    corpus: Corpus,
-    parameters: int,
-    fit: str = "",
-) -> str:
+def describe(trainer: Trainer, parameters: int) -> str:
     """Return the choices of a run and their reasons, one a line. All processes have to call it."""
+    config, accelerator, processes, corpus = trainer.config, trainer.accelerator, trainer.processes, trainer.corpus
     device = accelerator.device
     threads = torch.get_num_threads()
     where = str(device) if device.type != "cpu" else f"{threads} CPU thread{'s' if threads > 1 else ''}"
@@ -53,7 +41,6 @@ def describe(
         f"attention: {choice.name} ({choice.reason}){kept}",
         f"reversal: {reversal}",
         f"pieces: attention {config.head_chunks}, feed-forward {config.ff_chunks} ({pieces})",
-        *([f"memory: {fit}"] if fit else []),
         f"text: {corpus.info.train_tokens:,} tokens to train on, {held_out}",
     ]
     return "\n  ".join(lines)

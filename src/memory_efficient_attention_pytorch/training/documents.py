@@ -30,15 +30,11 @@ class Document:
     def chunks(self) -> Iterator[bytes]:
         """Yield the text in chunks, .gz files unpacked. Raises ValueError if it cannot be read or is not whole."""
         self.bytes_read = 0
-        try:
-            with gzip.open(self.path) if self.path.suffix.lower() == ".gz" else self.path.open("rb") as file:
-                while chunk := file.read(CHUNK):
-                    self.bytes_read += len(chunk)
-                    yield chunk
-        except (gzip.BadGzipFile, EOFError, zlib.error) as error:
-            raise ValueError(f"data: {self.path} is not a whole gzip file: {error}") from error
-        except OSError as error:
-            raise ValueError(f"data: cannot read {self.path}: {error.strerror}") from error
+        unpacked = gzip.open if self.path.suffix.lower() == ".gz" else open
+        with _told(self.path), unpacked(self.path, "rb") as file:
+            while chunk := file.read(CHUNK):
+                self.bytes_read += len(chunk)
+                yield chunk
 
 
 @contextlib.contextmanager
@@ -58,6 +54,8 @@ def _told(path: Path) -> Iterator[None]:
     """Turn the system's refusal to read into a ValueError."""
     try:
         yield
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise ValueError(f"data: {path} is not a whole gzip file: {error}") from error
     except OSError as error:
         raise ValueError(f"data: cannot read {path}: {error.strerror}") from error
 

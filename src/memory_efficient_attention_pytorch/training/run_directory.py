@@ -10,7 +10,8 @@ RUN/metrics.jsonl, RUN/loss.png          measurements and their plot
 import contextlib
 import os
 import shutil
-from collections.abc import Iterator
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -110,15 +111,16 @@ class RunDirectory:
             yield
 
     @contextlib.contextmanager
-    def clear_about_writing(self) -> Iterator[None]:
-        """Turn a failed write into a RunError that says how to resume."""
+    def clear_about_writing(self, kept: Callable[[], str] | None = None) -> Iterator[None]:
+        """Turn a failed write into a RunError that says what was ``kept`` and how to resume."""
         try:
             yield
         except BrokenPipeError:
             raise
         except WRITE_ERRORS as error:
+            words = f"; {kept()}" if kept else ""
             raise RunError(
-                f"cannot write to {self.path} ({error}): make room or make it writable, and go on with: "
+                f"cannot write to {self.path} ({error}){words}: make room or make it writable, and go on with: "
                 f"mea train --resume {self.quoted}"
             ) from error
 
@@ -146,13 +148,20 @@ def _remove_empty(folders: list[Path]) -> None:
             folder.rmdir()
 
 
-def load_run(path: Path | str, *, checkpoint: str = "best", device: str | torch.device = "cpu") -> LoadedRun:
+def load_run(
+    path: Path | str,
+    *,
+    checkpoint: str = "best",
+    device: str | torch.device = "cpu",
+    report: Callable[[str], None] = warnings.warn,
+) -> LoadedRun:
     """Load what a run trained: the model (in eval mode, fp32), its tokenizer and its configuration.
 
     path: the run directory, finished or not.
-    checkpoint: "best" (lowest validation loss) or "last". A checkpoint that is truncated or altered is skipped with a
-        warning, and the next one in that order is taken.
+    checkpoint: "best" (lowest validation loss) or "last". A checkpoint that is truncated or altered is skipped, and the
+        next one in that order is taken.
     device: where the model is loaded to.
+    report: called with a sentence on each checkpoint that is skipped.
 
     Raises ValueError if `path` is no run directory, has another format, or holds no intact checkpoint.
 
@@ -165,7 +174,7 @@ def load_run(path: Path | str, *, checkpoint: str = "best", device: str | torch.
     run = RunDirectory(path)
     config = run.load_config()
     tokenizer = run.load_tokenizer()
-    found = run.checkpoints.find(checkpoint)
+    found = run.checkpoints.find(checkpoint, report)
     if found is None:
         raise ValueError(f"{run.path} holds no intact checkpoint: train it first, or go on with mea train --resume")
     model = build_model(config, tokenizer.num_tokens)

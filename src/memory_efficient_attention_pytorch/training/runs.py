@@ -19,7 +19,7 @@ from .description import describe
 from .files import ElsewhereError, RunError, write_atomically
 from .model import build_model
 from .optimizer import learning_rate
-from .processes import ProcessMesh, check_division
+from .processes import check_division
 from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import BusyError, RunDirectory
 from .text import prepare_text
@@ -72,10 +72,10 @@ def start_run(config: TrainConfig, out: Path | str | None, make_display: Callabl
         text["tokenizer"] = str(Path(config.tokenizer).absolute())
     config = config.updated(text)
     with _joined(config, make_display) as accelerator:
-        config, memory, fit = _settle(accelerator, config, _num_tokens(config))
+        config, memory, line = _settle(accelerator, config, _num_tokens(config))
         path = Path(out) if out is not None else _on_main(accelerator, _next_number)
         run, made = _on_main(accelerator, lambda: RunDirectory.make(path, config))
-        return _train(accelerator, run, config, memory, make_display, fit=fit, refused=lambda: run.unmake(made))
+        return _train(accelerator, run, config, memory, line, make_display, refused=lambda: run.unmake(made))
 
 
 def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Callable[[bool], Callback]) -> Outcome:
@@ -97,8 +97,8 @@ def resume_run(path: Path | str, changes: Mapping[str, Any], make_display: Calla
     with _joined(config, make_display) as accelerator:
         # A run that was killed before it had read its text may have no tokenizer yet.
         num_tokens = run.load_tokenizer().num_tokens if run.data.is_dir() else _num_tokens(config)
-        config, memory, _ = _settle(accelerator, config, num_tokens, settled=True)
-        return _train(accelerator, run, config, memory, make_display, before=before)
+        config, memory, line = _settle(accelerator, config, num_tokens, settled=True)
+        return _train(accelerator, run, config, memory, line, make_display, before=before)
 
 
 def _as_before(before: TrainConfig, now: TrainConfig, key: str) -> bool:
@@ -131,7 +131,7 @@ def _settle(
         if config.reversible:
             # A run that stores activations has the memory, and clearing the same pages in every step costs 4 to 10 %.
             return_freed_blocks()
-        return config, None, fit
+        return config, None, f"memory: {fit}" if fit else ""
     prepare(device)
     free = least_free(accelerator) if config.memory_budget == "auto" else None
     config, memory = _on_main(
@@ -139,7 +139,7 @@ def _settle(
         lambda: within_budget(config, device, num_tokens, processes=processes, settled=settled, free=free),
     )
     accelerator.gradient_accumulation_steps = config.accumulation
-    return config, memory, ""
+    return config, memory, memory.announcement()
 
 
 def _num_tokens(config: TrainConfig) -> int:
@@ -162,23 +162,23 @@ def _train(
     run: RunDirectory,
     config: TrainConfig,
     memory: Memory | None,
+    line: str,
     make_display: Callable[[bool], Callback],
     *,
     before: TrainConfig | None = None,
-    fit: str = "",
     refused: Callable[[], None] = lambda: None,
 ) -> Outcome:
     """Prepare everything and train to the end.
 
-    before: the earlier configuration of a resumed run. fit: a sentence on the memory that its settings take. refused:
-    called in the main process if the run turns out not to be trainable.
+    line: on the memory that its settings take. before: the earlier configuration of a resumed run. refused: called in
+    the main process if the run turns out not to be trainable.
     """
-    main, processes = accelerator.is_main_process, ProcessMesh(accelerator, config)
+    main = accelerator.is_main_process
     with contextlib.ExitStack() as stack:
         try:
             display = make_display(main)
             stack.callback(display.close)
-            trainer = _make_trainer(stack, accelerator, processes, run, config, display, before)
+            trainer = _make_trainer(stack, accelerator, run, config, display, before)
         except (RunError, BusyError, BrokenPipeError):
             raise  # the run can be resumed, or is another process's
         except Exception:
@@ -190,10 +190,8 @@ def _train(
             with run.clear_about_writing():
                 write_atomically(run.config, dump_config(config))
         parameters = sum(parameter.numel() for parameter in trainer.model.parameters())
-        plan = describe(config, accelerator, processes, trainer.corpus, parameters, fit)
-        if memory is not None:
-            plan += f"\n{memory.announcement()}"
-        display.started(plan, run.path, trainer.state.step, config.steps)
+        lines = [describe(trainer, parameters), *([line] if line else [])]
+        display.started("\n".join(lines), run.path, trainer.state.step, config.steps)
         state = trainer.train()
         if memory is not None:
             memory = dataclasses.replace(memory, measured=memory_peak(accelerator.device))
@@ -203,7 +201,6 @@ def _train(
 def _make_trainer(
     stack: contextlib.ExitStack,
     accelerator: "Accelerator",
-    processes: ProcessMesh,
     run: RunDirectory,
     config: TrainConfig,
     display: Callback,
@@ -225,8 +222,7 @@ def _make_trainer(
     checkpoint = _on_main(accelerator, prepare)
     for file in files:
         stack.callback(file.close)
-    callbacks = [*files, display]
-    return Trainer(accelerator, processes, run, config, Corpus(run.data), run.load_tokenizer(), callbacks, checkpoint)
+    return Trainer(accelerator, run, config, [*files, display], checkpoint)
 
 
 def _prepare(
@@ -278,7 +274,7 @@ def _joined(config: TrainConfig, make_display: Callable[[bool], Callback]) -> It
     """Join the processes that train together for the length of the block; if one dies, all end."""
     accelerator = _make_accelerator(config)
     try:
-        with watched(accelerator, make_display(False).abandoned):
+        with watched(accelerator, make_display(False).notice):
             check_division(accelerator.num_processes, config)
             yield accelerator
     finally:
@@ -293,11 +289,10 @@ def _make_accelerator(config: TrainConfig) -> "Accelerator":
         from accelerate.utils import GradientAccumulationPlugin, InitProcessGroupKwargs
     _refuse_other_engines()
     _prefer_deterministic_kernels()
-    on_cpu = config.device == "cpu" or not torch.accelerator.is_available()
-    device = None if on_cpu else torch.accelerator.current_accelerator()
+    device = None if config.device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
     precision = pick_precision(config, device or torch.device("cpu"))
     return Accelerator(
-        cpu=on_cpu,
+        cpu=device is None,
         mixed_precision="no" if precision == "fp32" else precision,
         gradient_accumulation_plugin=GradientAccumulationPlugin(
             num_steps=config.accumulation, sync_with_dataloader=False
@@ -334,18 +329,18 @@ def _on_main(accelerator: "Accelerator", work: Callable[[], T]) -> T:
     """Run `work` in the main process, return its result in all; if it raises, the others raise ElsewhereError."""
     from accelerate.utils import broadcast_object_list
 
-    result: list[Any] = [None, None]
+    result: list[Any] = [None, None]  # what work returned, and if it failed whether by a mistake of the user's
     failure: Exception | None = None
     if accelerator.is_main_process:
         try:
             result[0] = work()
         except Exception as error:
-            failure, result[1] = error, {"mistake": isinstance(error, ValueError)}
+            failure, result[1] = error, isinstance(error, ValueError)
     broadcast_object_list(result)
     if failure is not None:
         raise failure
     if result[1] is not None:
-        raise ElsewhereError(**result[1])
+        raise ElsewhereError(mistake=result[1])
     found: T = result[0]
     return found
 

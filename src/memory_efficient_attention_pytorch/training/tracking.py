@@ -69,12 +69,6 @@ class Callback:
     def notice(self, text: str) -> None:
         """Report something the user should know, such as a damaged checkpoint that was skipped."""
 
-    def abandoned(self, text: str) -> None:
-        """Report that another process died, named in `text`, and that this one is about to end.
-
-        Called on a display that was not made for the main process.
-        """
-
     def close(self) -> None:
         """Release resources; no more events follow."""
 

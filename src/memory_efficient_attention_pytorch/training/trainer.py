@@ -15,7 +15,7 @@ from ..models.generation import AutoregressiveWrapper
 from .checkpoints import Checkpoint, TrainState, load_optimizer, load_weights
 from .config import TrainConfig
 from .data import Batches, Corpus, evaluation_starts, shifted
-from .files import WRITE_ERRORS, RunError
+from .files import RunError
 from .interruption import Interrupted, Interruption
 from .model import build_model
 from .optimizer import adamw, learning_rate
@@ -24,7 +24,6 @@ from .processes import ProcessMesh
 from .resources import forget_pages, memory_now, memory_peak
 from .run_directory import RunDirectory
 from .sharding import shard, whole
-from .tokenizers import Tokenizer
 from .tracking import Callback, OutputError, Record, Sample, Step, Validation
 
 if TYPE_CHECKING:
@@ -43,25 +42,23 @@ class Trainer:
     def __init__(
         self,
         accelerator: "Accelerator",
-        processes: ProcessMesh,
         run: RunDirectory,
         config: TrainConfig,
-        corpus: Corpus,
-        tokenizer: Tokenizer,
         callbacks: Sequence[Callback],
         checkpoint: Checkpoint | None,
     ):
-        self.accelerator, self.processes, self.run, self.config = accelerator, processes, run, config
-        self.corpus, self.tokenizer, self.callbacks = corpus, tokenizer, callbacks
+        self.accelerator, self.run, self.config, self.callbacks = accelerator, run, config, callbacks
+        self.processes, self.corpus = ProcessMesh(accelerator, config), Corpus(run.data)
+        self.tokenizer = run.load_tokenizer()
         self.state = checkpoint.state if checkpoint else TrainState()
         self.saved_step = self.state.step if checkpoint else None
-        self.batches = Batches(corpus.train, config, processes.data_size, processes.data_rank)
+        self.batches = Batches(self.corpus.train, config, self.processes.data_size, self.processes.data_rank)
         self._check_position()
 
         torch.manual_seed(config.seed)
         # No process ever holds the whole of a sharded model that is filled from a checkpoint.
         with torch.device("meta") if checkpoint and config.shard else contextlib.nullcontext():
-            self.model = build_model(config, tokenizer.num_tokens)
+            self.model = build_model(config, self.tokenizer.num_tokens)
         if config.shard:
             shard(self.model, accelerator)
         if checkpoint:
@@ -83,24 +80,19 @@ class Trainer:
         be written. A checkpoint is saved first on Interrupted, and in a single process on the last two.
         """
         try:
-            with Interruption() as interruption:
+            with self.run.clear_about_writing(self._last_good), Interruption() as interruption:
                 if self.saved_step is None:  # there was no checkpoint
                     self._validate()
                 while self.state.step < self.config.steps:
                     self._step(interruption)
                     self._after_step(interruption)
-            self._draw(at_last=True)
+                self._draw(at_last=True)
             return self.state
         except (BrokenPipeError, OutputError):
             # The output is gone. With several processes this one cannot get the others to save at the same step.
             if self.accelerator.num_processes == 1:
                 self.save()
             raise
-        except WRITE_ERRORS as error:
-            raise RunError(
-                f"cannot write to {self.run.path} ({error}); {self._last_good()}; "
-                f"make it writable again and go on with: mea train --resume {self.run.quoted}"
-            ) from error
 
     def _step(self, interruption: Interruption) -> None:
         began = time.perf_counter()
