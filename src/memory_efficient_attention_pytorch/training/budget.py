@@ -71,7 +71,7 @@ class Memory:
         )
 
 
-def prepare(device: torch.device) -> None:
+def preload(device: torch.device) -> None:
     """Load what a run loads on first use, so that it counts as memory taken before the model.
 
     Also have the C library return freed memory: blocks that it holds could not be predicted.
@@ -111,12 +111,12 @@ def within_budget(
 
     Settings that it has stay as they are, and all of them where they are `settled`, as in a run that goes on; a budget
     of "auto" becomes a size, by what is `free` (`least_free`). Several processes share the model, and then the tokens,
-    only where nothing fits otherwise. Call `prepare` before. Raises ValueError, with the changes that would make it
+    only where nothing fits otherwise. Call `preload` before. Raises ValueError, with the changes that would make it
     fit, where nothing does.
     """
     before = memory_now(device)
     budget = _budget(config, device, before, processes, free)
-    beside = before + (_BESIDE if device.type == "cpu" else 0)
+    beside = before + (0 if device.type == "cuda" else _BESIDE)
     # Another process, or this run when it goes on, may itself take a little more than this one.
     room = budget - beside - (0 if settled else _NOISE)
 
@@ -141,7 +141,7 @@ def within_budget(
         chosen = chosen.updated({"memory_budget": f"{budget // _MIB}MiB"})
     # The process's peak includes what was in use for a moment before, such as for tokenising.
     predicted = max(standing + made.peak_bytes, memory_peak(device))
-    choice = _choice(chosen, made.options, standing) + _divided(resolve(config, device), division)
+    choice = _choice(chosen, made.options, standing) + _division_in_words(resolve(config, device), division)
     return chosen, Memory(_kind(device), budget, before, predicted, choice)
 
 
@@ -252,7 +252,7 @@ def _enough_processes(
     return ""
 
 
-def _divided(config: TrainConfig, division: Division) -> str:
+def _division_in_words(config: TrainConfig, division: Division) -> str:
     """Return what was decided about the processes, in words."""
     changed = {name: value for name, value in division.items() if value != getattr(config, name)}
     if not changed:
@@ -328,4 +328,4 @@ def _parameter_bytes(config: TrainConfig, num_tokens: int) -> int:
 
 
 def _kind(device: torch.device) -> str:
-    return "resident memory of the process" if device.type == "cpu" else f"PyTorch's allocations on {device}"
+    return f"PyTorch's allocations on {device}" if device.type == "cuda" else "resident memory of the process"

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 import torch
 
 from ..common.errors import brought_by
-from .budget import Memory, fastest_that_fits, least_free, prepare, within_budget
+from .budget import Memory, fastest_that_fits, least_free, preload, within_budget
 from .checkpoints import Checkpoint, TrainState
 from .config import TrainConfig, dump_config
 from .data import Corpus, check_length
@@ -132,7 +132,7 @@ def _settle(
             # A run that stores activations has the memory, and clearing the same pages in every step costs 4 to 10 %.
             return_freed_blocks()
         return config, None, f"memory: {fit}" if fit else ""
-    prepare(device)
+    preload(device)
     free = least_free(accelerator) if config.memory_budget == "auto" else None
     config, memory = _on_main(
         accelerator,
