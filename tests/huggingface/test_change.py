@@ -2,64 +2,22 @@
 
 import copy
 import itertools
-import pickle
 
-import numpy as np
 import pytest
 import torch
 
 pytest.importorskip("transformers")
 
-from memory_efficient_attention_pytorch.huggingface import feed_forward, make_memory_efficient, restore
-from memory_efficient_attention_pytorch.huggingface.attention import memory_efficient_attention
-from memory_efficient_attention_pytorch.huggingface.logits import LazyLogits
-from memory_efficient_attention_pytorch.huggingface.visibility import NAME, memory_efficient_mask
-from memory_efficient_attention_pytorch.torch_internals.capabilities import taken_away
+from memory_efficient_attention_pytorch.huggingface import make_memory_efficient, restore
 
 from .models import FAMILIES, KINDS, MORE, of_family, small_model, tokens
+from .steps import assert_same_step, inputs, step
 
-pytestmark = pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning"),
+    pytest.mark.usefixtures("chunks_of_a_few_tokens"),
+]
 CLOSE = {torch.float64: 1e-6, torch.float32: 2e-5}
-
-
-@pytest.fixture(autouse=True)
-def chunks_of_a_few_tokens(monkeypatch):
-    monkeypatch.setattr(feed_forward, "chunks_for", lambda x, hidden: min(3, x.shape[1]))
-
-
-def padded(side, ids):
-    mask = torch.ones_like(ids)
-    mask[0, :5] = 0
-    mask = mask if side == "left" else mask.flip(1)
-    return {"attention_mask": mask, "labels": ids.masked_fill(mask == 0, -100)}
-
-
-def packed(ids):
-    lengths = (7, 1, ids.shape[1] - 8)
-    positions = torch.cat([torch.arange(n) for n in lengths])
-    return {"position_ids": positions.expand(len(ids), -1), "labels": ids, "use_cache": False}
-
-
-def inputs(case, ids):
-    if case in ("left", "right"):
-        return padded(case, ids)
-    return packed(ids) if case == "packed" else {"labels": ids}
-
-
-def step(model, ids=None, **given):
-    model.zero_grad(set_to_none=True)
-    loss = model(**given if ids is None else {"input_ids": ids, **given}).loss
-    loss.backward()
-    return loss.detach(), {n: p.grad.clone() for n, p in model.named_parameters() if p.grad is not None}
-
-
-def assert_same_step(found, expected, tolerance):
-    torch.testing.assert_close(found[0], expected[0], rtol=tolerance, atol=tolerance, check_dtype=False)
-    assert found[1].keys() == expected[1].keys()
-    for name in expected[1]:
-        scale = max(1.0, expected[1][name].abs().max().item())
-        error = (found[1][name] - expected[1][name]).abs().max().item()
-        assert error <= tolerance * scale, (name, error)
 
 
 @pytest.mark.parametrize("case", ["plain", "left", "right", "packed"])
@@ -237,15 +195,6 @@ def test_learned_keys_are_trained_as_before(kind, side):
         assert {part for part, _ in report.changed} == {"attention", "2 MLPs", "loss"}
 
 
-def test_a_cache_that_checkpoints_drop_is_refused():
-    model, ids = small_model("Llama"), tokens()
-    with torch.no_grad():
-        cache = model.eval()(input_ids=ids[:, :9], use_cache=True).past_key_values
-    make_memory_efficient(model.train())
-    with pytest.raises(NotImplementedError, match=r"not 14 × 14 \(checkpointed layers are given no cache\)"):
-        model(input_ids=ids[:, 9:], past_key_values=cache, labels=ids[:, 9:])
-
-
 def test_what_is_saved_is_what_was_there(tmp_path):
     model = small_model("Gemma2")
     model.save_pretrained(tmp_path / "before")
@@ -253,136 +202,6 @@ def test_what_is_saved_is_what_was_there(tmp_path):
     model.save_pretrained(tmp_path / "after")
     for name in ("config.json", "model.safetensors"):
         assert (tmp_path / "before" / name).read_bytes() == (tmp_path / "after" / name).read_bytes()
-
-
-def test_logits_exist_only_when_touched():
-    model, ids = small_model("Gemma2"), tokens()
-    expected = model(input_ids=ids, labels=ids).logits
-    make_memory_efficient(model)
-    logits = model(input_ids=ids, labels=ids).logits
-    assert isinstance(logits, LazyLogits)
-    assert logits._made is None
-    assert (logits.shape, logits.dtype, logits.device) == (expected.shape, expected.dtype, expected.device)
-    assert logits.float()._made is None
-    assert logits._made is None
-    torch.testing.assert_close(logits.float().materialize(), expected.float())
-    torch.testing.assert_close(torch.softmax(logits, -1), expected.softmax(-1))
-    torch.testing.assert_close(logits[:, -1] + 1, expected[:, -1] + 1)
-    assert isinstance(model(input_ids=ids).logits, torch.Tensor)
-
-
-def test_logits_have_the_gradients_of_the_forward_pass_that_made_them():
-    model, ids = small_model("Gemma2"), tokens()
-
-    def step():
-        model.zero_grad()
-        output = model(input_ids=ids, labels=ids)
-        with torch.no_grad():
-            first = output.logits[0, 0, 0].item()
-        (output.loss + first + output.logits.square().mean()).backward()
-        return first, [p.grad.clone() for p in model.parameters()]
-
-    expected = step()
-    make_memory_efficient(model)
-    torch.testing.assert_close(step(), expected, rtol=1e-6, atol=1e-6)
-    for without in (torch.no_grad, torch.inference_mode):
-        with without():
-            output = model(input_ids=ids, labels=ids)
-        assert isinstance(output.logits, torch.Tensor)  # as Trainer asks
-        assert not output.logits.float().sum().requires_grad
-        assert not output.logits.sum().requires_grad
-
-
-class _Itself(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, x):
-        return torch.relu(x)
-
-
-@pytest.mark.filterwarnings("ignore:To copy construct")
-def test_code_that_asks_for_tensors_by_isinstance_gets_the_logits_of_an_evaluation():
-    """PyTorch's own as well, which reads a tensor's memory from whatever passes for one."""
-    model, ids = small_model("Llama"), tokens()
-    with torch.no_grad():
-        expected = model(input_ids=ids, labels=ids).logits
-        make_memory_efficient(model)
-        uses = (
-            *(torch.tensor, torch.as_tensor, torch.asarray, expected.new_tensor, copy.copy, copy.deepcopy),
-            lambda logits: pickle.loads(pickle.dumps(logits)),
-            lambda logits: torch.vmap(torch.clone)(logits),
-            lambda logits: torch.from_dlpack(logits),
-        )
-        for use in uses:
-            logits = model(input_ids=ids, labels=ids).logits
-            assert logits._made is None
-            torch.testing.assert_close(use(logits) + 0, expected)
-        torch.testing.assert_close(_Itself.apply(model(input_ids=ids, labels=ids).logits), expected.relu())
-        with taken_away("without_contents"):
-            assert type(model(input_ids=ids, labels=ids).logits) is torch.Tensor
-
-
-@pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Granite"])
-def test_mixed_precision_makes_no_logits(kind):
-    """accelerate converts what a model returns to fp32, at each step."""
-    from accelerate.utils import convert_outputs_to_fp32
-
-    model, ids = small_model(kind, torch.float32), tokens()
-    called = convert_outputs_to_fp32(torch.autocast("cpu", torch.bfloat16)(lambda: model(input_ids=ids, labels=ids)))
-    expected = called()
-    make_memory_efficient(model)
-    found = called()
-    assert type(found.logits) is LazyLogits
-    assert found.logits._made is None
-    assert found.logits.dtype == expected.logits.dtype == torch.float32
-    torch.testing.assert_close(found.loss, expected.loss, rtol=1e-2, atol=1e-2)
-    torch.testing.assert_close(found.logits.materialize(), expected.logits, rtol=2e-2, atol=2e-2)
-
-
-@pytest.mark.parametrize("precision", [{}, {"bf16": True}])
-def test_a_trainer_evaluates_and_predicts_as_before(precision, tmp_path, monkeypatch):
-    from transformers import Trainer, TrainingArguments
-
-    data = [{"input_ids": row, "labels": row} for row in tokens(batch=5, length=12)]
-    made, materialize = [], LazyLogits.materialize
-    monkeypatch.setattr(LazyLogits, "materialize", lambda logits: [made.append(1), materialize(logits)][1])
-
-    def found(model, **options):
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), report_to=[], use_cpu=True, disable_tqdm=True, per_device_eval_batch_size=2,
-            **precision,
-        )  # fmt: skip
-        trainer = Trainer(model, arguments, eval_dataset=data, **options)
-        loss = trainer.evaluate()["eval_loss"]
-        return (loss, trainer.predict(data).predictions) if options else loss
-
-    def metrics(prediction):
-        return {"sum": float(prediction.predictions.sum())}
-
-    expected = found(small_model("Llama", torch.float32), compute_metrics=metrics)
-    model = small_model("Llama", torch.float32)  # accelerate replaces a model's forward, and so its loss is left
-    make_memory_efficient(model)
-    assert found(model) == pytest.approx(expected[0], rel=1e-2 if precision else 1e-5)
-    assert not made
-    tolerance = 2e-2 if precision else 2e-5
-    loss, predictions = found(model, compute_metrics=metrics)
-    assert loss == pytest.approx(expected[0], rel=tolerance)
-    assert made
-    assert predictions.shape == (5, 12, 61)
-    torch.testing.assert_close(*map(torch.from_numpy, (predictions, expected[1])), rtol=tolerance, atol=tolerance)
-
-
-def test_the_loss_takes_the_arguments_of_the_library():
-    model, ids = small_model("Llama"), tokens()
-    shifted = ids.roll(-1, 1).masked_fill(ids > 50, -7)
-    cases = (
-        {"num_items_in_batch": torch.tensor(17)},
-        {"shift_labels": shifted, "ignore_index": -7},
-        {"num_items_in_batch": 5, "ignore_index": 4},
-    )
-    expected = [step(model, ids, labels=ids, **case) for case in cases]
-    make_memory_efficient(model, checkpoint=False)
-    for case, step_before in zip(cases, expected, strict=True):
-        assert_same_step(step(model, ids, labels=ids, **case), step_before, 1e-6)
 
 
 def test_masks_of_four_dimensions_are_taken():
@@ -425,58 +244,6 @@ def test_restore_leaves_no_trace():
     assert len(model.model.embed_tokens._forward_hooks) == hooks
 
 
-def test_what_cannot_be_served_is_refused_by_name():
-    model, ids = small_model("Llama"), tokens()
-    with pytest.raises(ValueError, match="one that make_memory_efficient changed"):
-        restore(model)
-    make_memory_efficient(model)
-    with pytest.raises(ValueError, match="model"):
-        make_memory_efficient(model)
-    with pytest.raises(NotImplementedError, match="LlamaAttention of layer 0: output_attentions"):
-        model(input_ids=ids, output_attentions=True)
-    with pytest.raises(ValueError, match=r"labels: expected a number for each of the logits, \(2, 5\), got \(2, 23\)"):
-        model(input_ids=ids, labels=ids, logits_to_keep=5)
-    with pytest.raises(ValueError, match="a model of transformers"):
-        make_memory_efficient(torch.nn.Linear(2, 2))
-
-
-def test_a_model_whose_mask_would_be_lost_keeps_its_attention():
-    from transformers import MambaConfig, MambaForCausalLM
-
-    model = MambaForCausalLM(MambaConfig(vocab_size=61, hidden_size=32, num_hidden_layers=2, state_size=4)).train()
-    ids = tokens()
-    expected = step(model, ids, labels=ids)
-    report = make_memory_efficient(model)
-    assert "makes its own masks, which would be lost" in dict(report.left)["attention"]
-    assert model.config._attn_implementation != NAME
-    assert_same_step(step(model, ids, labels=ids), expected, 2e-5)
-
-
-@pytest.mark.parametrize(
-    ("given", "why"),
-    [
-        ({"attention_mask": None}, "it passes no mask for 2 queries and 5 keys"),
-        ({"attention_mask": memory_efficient_mask(1, 3, 5, q_offset=2)}, "its mask is for 3 × 5 tokens, not 2 × 5"),
-        ({"cache": object()}, "a paged cache is not supported"),
-        ({"softcap": 2.0, "position_bias": torch.zeros(1, 1, 2, 5)}, "softcap: not together with a bias"),
-        ({"output_attentions": True}, "output_attentions"),
-    ],
-)
-def test_attention_that_would_be_wrong_is_refused_by_the_layer(given, why):
-    layer = small_model("Llama").model.layers[1].self_attn
-    query, key = torch.randn(1, 4, 2, 8), torch.randn(1, 2, 5, 8)
-    arguments = {"attention_mask": memory_efficient_mask(1, 2, 5, q_offset=3), **given}
-    with pytest.raises(NotImplementedError, match=f"LlamaAttention of layer 1: .*{why}"):
-        memory_efficient_attention(layer, query, key, key, **arguments)
-
-
-def test_what_is_not_recognised_is_left_and_said():
-    report = make_memory_efficient(small_model("GptOss"))
-    assert all("experts" in why for _, why in report.left)
-    assert len(report.left) == 2
-    assert "mixture of experts" in str(report)
-
-
 def test_dropout_has_its_own_expectation():
     model, ids = small_model("Llama", attention_dropout=0.5), tokens(batch=64, length=8)
     model.train()
@@ -489,83 +256,3 @@ def test_dropout_has_its_own_expectation():
     ours = losses()
     assert ours.std() > 0
     assert (ours.mean() - own.mean()).abs() < 4 * (own.var() / 30 + ours.var() / 30).sqrt()
-
-
-def test_a_trainer_accumulates_the_same_gradients(tmp_path):
-    from transformers import Trainer, TrainingArguments
-
-    def trained(change):
-        model = small_model("Llama", torch.float32)
-        if change:
-            make_memory_efficient(model)
-        data = [{"input_ids": row, "labels": row} for row in tokens(batch=8, length=12)]
-        arguments = TrainingArguments(
-            output_dir=str(tmp_path), max_steps=2, per_device_train_batch_size=2, gradient_accumulation_steps=2,
-            learning_rate=1e-2, report_to=[], use_cpu=True, save_strategy="no", optim="sgd", disable_tqdm=True,
-        )  # fmt: skip
-        Trainer(model, arguments, train_dataset=data).train()
-        return model.state_dict()
-
-    expected, found = trained(False), trained(True)
-    for name, value in expected.items():
-        torch.testing.assert_close(found[name], value, rtol=2e-5, atol=2e-5)
-
-
-class Causal(torch.nn.Module):
-    """Linear layers alone, and every token sees those before it."""
-
-    def __init__(self):
-        super().__init__()
-        self.up, self.down = torch.nn.Linear(4, 9), torch.nn.Linear(9, 4)
-
-    def forward(self, x):
-        return self.down(self.up(x).cumsum(1))
-
-
-def test_what_mixes_tokens_is_not_cut():
-    found = list(feed_forward.candidates(torch.nn.ModuleDict({"mixer": Causal()})))
-    assert [(name, why) for name, _, why in found] == [("mixer", "a token's output depends on other tokens")]
-
-
-def test_labels_are_taken_by_position():
-    model, ids = small_model("Llama"), tokens()
-    expected = model(ids, labels=ids).loss
-    make_memory_efficient(model)
-    output = model(ids, None, None, None, None, ids)
-    torch.testing.assert_close(output.loss, expected, rtol=1e-6, atol=1e-6, check_dtype=False)
-    assert output.logits._made is None
-
-
-def test_logits_that_a_model_makes_contiguous_stay_lazy():
-    import transformers
-
-    config = transformers.OPTConfig(
-        vocab_size=61, hidden_size=32, ffn_dim=48, num_hidden_layers=2, num_attention_heads=4, word_embed_proj_dim=32,
-        max_position_embeddings=64, dropout=0.0,
-    )  # fmt: skip
-    model, ids = transformers.OPTForCausalLM(config).train(), tokens()
-    expected = step(model, ids, labels=ids)
-    make_memory_efficient(model)
-    assert_same_step(step(model, ids, labels=ids), expected, 2e-5)
-    logits = model(input_ids=ids, labels=ids).logits
-    assert logits._made is None
-
-
-@pytest.mark.parametrize(
-    "of",
-    [
-        lambda x: x // 2,
-        lambda x: 2 // x,
-        lambda x: x % 2,
-        lambda x: 2 % x,
-        lambda x: +x,
-        lambda x: torch.tensor(100.0 in x),
-        lambda x: np.array(x.detach(), copy=True)[0].sum(),
-        lambda x: torch.stack(list(reversed(x))),
-    ],
-)
-def test_any_operator_makes_logits(of):
-    model, ids = small_model("Llama"), tokens()
-    expected = of(model(input_ids=ids, labels=ids).logits)
-    make_memory_efficient(model)
-    torch.testing.assert_close(of(model(input_ids=ids, labels=ids).logits), expected, check_dtype=False)
