@@ -98,3 +98,79 @@ def test_any_module_is_as_close():
     held = sum(state[part] for part in STATE) + rows * 64 * 4
     measured = held + measure_peak(f"{__file__}:perceptron", {"rows": rows}, threads=THREADS).peak_bytes
     assert abs(made.peak_bytes / measured - 1) < 0.05
+
+
+def convolutions():
+    return nn.Sequential(nn.Conv1d(256, 512, 5, padding=2), nn.GELU(), nn.Conv1d(512, 256, 5, padding=2))
+
+
+def encoder():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True), 2).eval()
+
+
+def attention():
+    return AttendsToItself(256, 4, batch_first=True).eval()
+
+
+def halves():
+    return nn.Sequential(nn.Linear(256, 2048), nn.GELU(), nn.Linear(2048, 256)).half()
+
+
+class AttendsToItself(nn.MultiheadAttention):
+    def forward(self, x):
+        return super().forward(x, x, x, need_weights=False)[0]
+
+
+def of_pytorch(kind, shape, training):
+    model = globals()[kind]()
+    dtype = next(model.parameters()).dtype
+    x = torch.randn(shape).to(dtype)
+    if not training:
+        with torch.no_grad():
+            model(x[:1, :16])
+            return torch.no_grad()(lambda: model(x))
+    zero_grads(model)
+    model(x[:1, :, :256]).square().mean().backward()
+    return lambda: model(x).square().mean().backward()
+
+
+@pytest.mark.filterwarnings("ignore:enable_nested_tensor is True:UserWarning")
+@pytest.mark.parametrize(
+    ("kind", "shape", "training"),
+    [
+        ("convolutions", (4, 256, 4096), True),
+        ("encoder", (4, 1024, 256), False),
+        ("attention", (1, 2048, 256), False),
+        ("halves", (4, 2048, 256), True),
+    ],
+)
+def test_layers_of_pytorch_are_as_close(kind, shape, training):
+    model = globals()[kind]()
+    x = torch.empty(shape, device="meta", dtype=next(model.parameters()).dtype)
+    made = plan(
+        model,
+        example_inputs=x,
+        training=training,
+        loss_fn=(lambda output: output.square().mean()) if training else None,
+        optimizer=None,
+        device="cpu",
+        threads=THREADS,
+    )
+    state = made.timeline.breakdown(0)
+    held = sum(state[part] for part in STATE) + x.nbytes
+    arguments = {"kind": kind, "shape": list(shape), "training": training}
+    measured = held + measure_peak(f"{__file__}:of_pytorch", arguments, threads=THREADS).peak_bytes
+    assert abs(made.peak_bytes - measured) < 0.06 * measured + 3 * MIB, (made.peak_bytes / MIB, measured / MIB)
+
+
+def test_what_an_optimizer_allocates_when_it_is_made_is_its_state():
+    options = {"batch_size": 1, "seq_len": 64, "device": "cpu", "threads": THREADS}
+    rows = plan(CONFIG, optimizer="adagrad", **options).timeline.breakdown(0)
+    assert rows["optimizer"] >= rows["parameters"]
+
+
+def test_sparse_gradients_are_refused_by_name():
+    model = nn.Embedding(1000, 8, sparse=True)
+    tokens = torch.zeros(2, 9, dtype=torch.long, device="meta")
+    with pytest.raises(NotImplementedError, match="cannot be dry-run: its result is sparse"):
+        plan(model, example_inputs=tokens, loss_fn=torch.sum, optimizer="sgd", keep_gradients=False, device="cpu")

@@ -102,6 +102,11 @@ class CpuAccounting(Accounting):
             taken += 0 if tensors[0].transpose(1, 2).is_contiguous() else tensors[0].nbytes
         elif name == _PRODUCT:
             taken += 0 if tensors[0].is_contiguous() else tensors[0].nbytes
+        elif name == "aten::convolution_backward":
+            taken += tensors[0].nbytes + tensors[1].nbytes  # in oneDNN's layout
+        elif name in _FUSED_ATTENTION:
+            x, heads = tensors[0], arguments[_FUSED_ATTENTION[name]]
+            taken += 3 * x.nbytes + x.shape[0] * heads * x.shape[1] ** 2 * x.element_size()  # q, k, v and all scores
         elif name == "aten::logsumexp":
             taken += tensors[0].nbytes
         elif name in ("aten::sum", "aten::mean") and keywords.get("dtype") not in (None, tensors[0].dtype):
@@ -130,6 +135,8 @@ def has_amx() -> bool:
 
 _COPIED = ("all_gather", "reduce_scatter")
 _CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
+# Of PyTorch's own layers in eval mode without gradients, by the place of their argument for the number of heads.
+_FUSED_ATTENTION = {"aten::_transformer_encoder_layer_fwd": 2, "aten::_native_multi_head_attention": 4}
 # oneDNN's operators, which not every build has.
 _PRODUCT, _TILE_PRODUCT = "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise_"
 # Kept by matrix products and the C library's heap after first use.
@@ -162,7 +169,9 @@ def _is_ragged(length: int) -> bool:
 def _converted(tensors: list[Tensor]) -> int:
     """Return the bytes of converted copies: element-wise CPU kernels first copy operands to a common dtype."""
     floating = [tensor for tensor in tensors if tensor.is_floating_point() and tensor.dim()]
-    common = functools.reduce(torch.promote_types, (tensor.dtype for tensor in floating), torch.bfloat16)
+    if not floating:
+        return 0
+    common = functools.reduce(torch.promote_types, (tensor.dtype for tensor in floating))
     return sum(tensor.numel() * common.itemsize for tensor in floating if tensor.dtype != common)
 
 

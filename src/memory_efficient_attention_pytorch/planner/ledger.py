@@ -59,7 +59,8 @@ class Ledger(TorchDispatchMode):
     It is also the :class:`common.dry_run.DryRun` that the package's own code asks. ``every_part``: run loops in full,
     which changes nothing but the time.
 
-    Raises NotImplementedError, naming operation and module, where a shape or a number depends on the data.
+    Raises NotImplementedError, naming operation and module, where a shape or a number depends on the data, and where
+    memory is not known: in oneDNN's LSTM and sparse tensors.
     """
 
     def __init__(
@@ -225,21 +226,27 @@ class Ledger(TorchDispatchMode):
         if self.phase == "optimizer" and operator_name(func) == "aten::_local_scalar_dense":
             return 1.0  # a step counter: an update's memory does not depend on how many came before
         place = self._place()
+        if operator_name(func) in _UNKNOWN:
+            raise self._refused(func, place, "what oneDNN keeps for backward is not known")
         if func is aten.add.Tensor:
             func, args = self._as_the_engine_adds(func, args)
         try:
             result = self._result(func, args, kwargs)
         except self._refusals as error:
-            raise NotImplementedError(
-                f"{func} in {place.module or 'the ' + place.phase} cannot be dry-run: the shape of its result, or a "
-                "number that the code reads, depends on the data"
-            ) from error
-        category = self._categorize(self.phase, place)
-        self.enter(category, (leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)))
+            why = "the shape of its result, or a number that the code reads, depends on the data"
+            raise self._refused(func, place, why) from error
+        made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
+        if any(tensor.layout != torch.strided for tensor in made):
+            raise self._refused(func, place, "its result is sparse")
+        self.enter(self._categorize(self.phase, place), made)
         self._flops += count_flops(func, args, kwargs, result) * self._weight
         workspace = self._accounting.workspace(func, args, kwargs)
         self._note(place, str(func), workspace)
         return result
+
+    def _refused(self, func: Any, place: Place, why: str) -> NotImplementedError:
+        where = place.module or f"the {place.phase}"
+        return NotImplementedError(f"{func} in {where} cannot be dry-run: {why}")
 
     def _result(self, func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         """Return what the operation returns: for the commonest in-place ones the first argument, once accepted."""
@@ -321,6 +328,7 @@ class Ledger(TorchDispatchMode):
         self._live["allocator"] += sign * held.times * self._accounting.rounding(held.nbytes)
 
 
+_UNKNOWN = ("aten::mkldnn_rnn_layer",)
 # They write into their first argument and return it.
 _IN_PLACE = frozenset(
     {aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.lerp_.Scalar, aten.addcmul_.default}

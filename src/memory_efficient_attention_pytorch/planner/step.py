@@ -149,8 +149,8 @@ def _set_up(trained: list[nn.Parameter], step: Step, ledger: Ledger, at_once: bo
             parameter.grad = torch.empty_like(parameter)
     optimizer = None
     if step.optimizer is not None and trained:
-        optimizer = _optimizer(step.optimizer, trained, at_once)
         with ledger.during("optimizer"):
+            optimizer = _optimizer(step.optimizer, trained, at_once)
             optimizer.step()
     if not step.keep_gradients:
         for parameter in trained:
