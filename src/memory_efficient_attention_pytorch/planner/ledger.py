@@ -60,7 +60,7 @@ class Ledger(TorchDispatchMode):
     which changes nothing but the time.
 
     Raises NotImplementedError, naming operation and module, where a shape or a number depends on the data, and where
-    memory is not known: in oneDNN's LSTM and sparse tensors.
+    memory is not known: in oneDNN's LSTM and tensors without strides, such as sparse ones.
     """
 
     def __init__(
@@ -236,8 +236,8 @@ class Ledger(TorchDispatchMode):
             why = "the shape of its result, or a number that the code reads, depends on the data"
             raise self._refused(func, place, why) from error
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if any(tensor.layout != torch.strided for tensor in made):
-            raise self._refused(func, place, "its result is sparse")
+        if unlike := {str(tensor.layout) for tensor in made} - {"torch.strided"}:
+            raise self._refused(func, place, f"its result is {unlike.pop()}, whose memory is not known")
         self.enter(self._categorize(self.phase, place), made)
         self._flops += count_flops(func, args, kwargs, result) * self._weight
         workspace = self._accounting.workspace(func, args, kwargs)
