@@ -42,6 +42,8 @@ def test_limit_is_enforced():
 def test_only_a_cpu_is_limited():
     with pytest.raises(ValueError, match="limit_bytes: expected None but on a CPU, got 1024"):
         measure_peak(f"{__file__}:double", {"mib": 1}, device="cuda", limit_bytes=1024)
+    with pytest.raises(MemoryError):
+        measure_peak(f"{__file__}:double", {"mib": 64}, device="cpu:0", threads=1, limit_bytes=1024)
 
 
 def test_failures_carry_their_cause():

@@ -108,6 +108,10 @@ def encoder():
     return nn.TransformerEncoder(nn.TransformerEncoderLayer(256, 4, 1024, batch_first=True), 2).eval()
 
 
+def wide_encoder():
+    return nn.TransformerEncoder(nn.TransformerEncoderLayer(64, 4, 2048, batch_first=True), 2).eval()
+
+
 def attention():
     return AttendsToItself(256, 4, batch_first=True).eval()
 
@@ -140,6 +144,7 @@ def of_pytorch(kind, shape, training):
     [
         ("convolutions", (4, 256, 4096), True),
         ("encoder", (4, 1024, 256), False),
+        ("wide_encoder", (32, 128, 64), False),
         ("attention", (1, 2048, 256), False),
         ("halves", (4, 2048, 256), True),
     ],
@@ -169,8 +174,18 @@ def test_what_an_optimizer_allocates_when_it_is_made_is_its_state():
     assert rows["optimizer"] >= rows["parameters"]
 
 
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors:UserWarning")
+def test_nested_tensors_are_refused_by_name():
+    x, padding = torch.empty(2, 9, 256, device="meta"), torch.zeros(2, 9, dtype=torch.bool, device="meta")
+    given = {"src": x, "src_key_padding_mask": padding}
+    with pytest.raises(
+        NotImplementedError, match=r"_nested_tensor_from_mask.* cannot be dry-run: what a nested tensor takes"
+    ):
+        plan(encoder(), example_inputs=given, training=False, device="cpu")
+
+
 def test_sparse_gradients_are_refused_by_name():
     model = nn.Embedding(1000, 8, sparse=True)
     tokens = torch.zeros(2, 9, dtype=torch.long, device="meta")
-    with pytest.raises(NotImplementedError, match="cannot be dry-run: its result is torch.sparse_coo"):
+    with pytest.raises(NotImplementedError, match=r"cannot be dry-run: its result is torch\.sparse_coo"):
         plan(model, example_inputs=tokens, loss_fn=torch.sum, optimizer="sgd", keep_gradients=False, device="cpu")

@@ -387,7 +387,8 @@ def test_a_module_that_holds_what_it_computed():
             self.layer = nn.Linear(8, 8)
 
         def forward(self, x):
-            self.mean = self.layer(x).mean()
+            out = self.layer(x)
+            self.mean, self.seen = out.mean(), [out]
             return self.mean
 
     held = Held()

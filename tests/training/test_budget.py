@@ -213,7 +213,7 @@ def test_what_a_run_could_not_have_is_not_advised(alone, monkeypatch, length, ad
 
     monkeypatch.setattr(budget, "plan", with_remedies)
     config = dataclasses.replace(WIDE, shard=False, context_parallel=1, seq_len=3)  # so that little is looked for
-    with pytest.raises(ValueError, match=r", and 8 MiB stay free: .* would fit$") as refused:
+    with pytest.raises(ValueError, match=r", and 8 MiB more must stay free: .* would fit$") as refused:
         alone(config, 24 * MIB, 1)
     assert re.findall(r"--seq-len (\d+)", str(refused.value)) == advised
 

@@ -74,7 +74,7 @@ def measure_peak(
         RuntimeError: the function or the step failed in another way; contains the process's stderr.
         subprocess.TimeoutExpired: ``timeout`` has passed.
     """
-    require(limit_bytes is None or device == "cpu", "limit_bytes", "None but on a CPU", limit_bytes)
+    require(limit_bytes is None or torch.device(device).type == "cpu", "limit_bytes", "None but on a CPU", limit_bytes)
     request = {
         "target": target,
         "arguments": dict(arguments or {}),

@@ -18,7 +18,7 @@ _SECONDS_BETWEEN_LINES = 10.0
 
 
 def make_display(*, quiet: bool) -> Callable[[bool], Callback]:
-    """Return a function that makes each process's display: only the main one prints."""
+    """Return a function that makes each process's display: only the main one shows progress."""
 
     def display(main: bool) -> Callback:
         if quiet or not main:

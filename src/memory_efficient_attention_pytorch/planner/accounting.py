@@ -106,7 +106,10 @@ class CpuAccounting(Accounting):
             taken += tensors[0].nbytes + tensors[1].nbytes  # in oneDNN's layout
         elif name in _FUSED_ATTENTION:
             x, heads = tensors[0], arguments[_FUSED_ATTENTION[name]]
-            taken += 3 * x.nbytes + x.shape[0] * heads * x.shape[1] ** 2 * x.element_size()  # q, k, v and all scores
+            batch, tokens, _ = x.shape
+            attention = 3 * x.nbytes + batch * heads * tokens**2 * x.element_size()  # q, k, v and all scores
+            wide = arguments[_FIRST_OF_FEED_FORWARD].shape[0] if name == _ENCODER_LAYER else 0
+            taken += max(attention, x.nbytes + batch * tokens * wide * x.element_size())
         elif name == "aten::logsumexp":
             taken += tensors[0].nbytes
         elif name in ("aten::sum", "aten::mean") and keywords.get("dtype") not in (None, tensors[0].dtype):
@@ -136,7 +139,8 @@ def has_amx() -> bool:
 _COPIED = ("all_gather", "reduce_scatter")
 _CPU_ATTENTION = "aten::_scaled_dot_product_flash_attention_for_cpu"
 # Of PyTorch's own layers in eval mode without gradients, by the place of their argument for the number of heads.
-_FUSED_ATTENTION = {"aten::_transformer_encoder_layer_fwd": 2, "aten::_native_multi_head_attention": 4}
+_ENCODER_LAYER, _FIRST_OF_FEED_FORWARD = "aten::_transformer_encoder_layer_fwd", 14
+_FUSED_ATTENTION = {_ENCODER_LAYER: 2, "aten::_native_multi_head_attention": 4}
 # oneDNN's operators, which not every build has.
 _PRODUCT, _TILE_PRODUCT = "mkldnn::_linear_pointwise", "mkldnn::_convolution_pointwise_"
 # Kept by matrix products and the C library's heap after first use.

@@ -60,7 +60,7 @@ class Ledger(TorchDispatchMode):
     which changes nothing but the time.
 
     Raises NotImplementedError, naming operation and module, where a shape or a number depends on the data, and where
-    memory is not known: in oneDNN's LSTM and tensors without strides, such as sparse ones.
+    memory is not known: in oneDNN's LSTM and tensors without strides, sparse and nested ones.
     """
 
     def __init__(
@@ -226,8 +226,8 @@ class Ledger(TorchDispatchMode):
         if self.phase == "optimizer" and operator_name(func) == "aten::_local_scalar_dense":
             return 1.0  # a step counter: an update's memory does not depend on how many came before
         place = self._place()
-        if operator_name(func) in _UNKNOWN:
-            raise self._refused(func, place, "what oneDNN keeps for backward is not known")
+        if (name := operator_name(func)) in _UNKNOWN:
+            raise self._refused(func, place, f"{_UNKNOWN[name]} is not known")
         if func is aten.add.Tensor:
             func, args = self._as_the_engine_adds(func, args)
         try:
@@ -328,7 +328,10 @@ class Ledger(TorchDispatchMode):
         self._live["allocator"] += sign * held.times * self._accounting.rounding(held.nbytes)
 
 
-_UNKNOWN = ("aten::mkldnn_rnn_layer",)
+_UNKNOWN = {
+    "aten::mkldnn_rnn_layer": "what oneDNN allocates for an LSTM",
+    "aten::_nested_tensor_from_mask": "what a nested tensor takes",
+}
 # They write into their first argument and return it.
 _IN_PLACE = frozenset(
     {aten.add_.Tensor, aten.sub_.Tensor, aten.mul_.Tensor, aten.lerp_.Scalar, aten.addcmul_.default}

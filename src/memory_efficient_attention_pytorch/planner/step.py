@@ -182,7 +182,7 @@ def fake_copy(model: nn.Module, device: torch.device, dtype: torch.dtype | None 
             fake = nn.Parameter(fake, requires_grad=tensor.requires_grad)
         memo[id(tensor)] = fake
     # Other tensors that a module holds are on the device if they were on one, else on the host.
-    for held in (value for module in model.modules() for value in vars(module).values()):
+    for held in (leaf for module in model.modules() for leaf in tree_leaves(vars(module))):
         if isinstance(held, Tensor) and (held.device.type != "cpu" or not held.is_leaf):
             memo.setdefault(id(held), _fake(held, torch.device("cpu") if held.device.type == "cpu" else device))
     return copy.deepcopy(model, memo)

@@ -135,7 +135,7 @@ def within_budget(
         # What is free on a CPU would be shared by more.
         shared = config.memory_budget == "auto" and device.type == "cpu"
         enough = "" if settled or shared or room <= 0 else _enough_processes(config, device, processes, fits)
-        raise ValueError(_refusal(made, budget, standing, enough))
+        raise ValueError(_refusal(made, budget, standing, 0 if settled else _NOISE, enough))
     chosen = step.config.updated(made.settings)
     if config.memory_budget == "auto":
         chosen = chosen.updated({"memory_budget": f"{budget // _MIB}MiB"})
@@ -297,7 +297,7 @@ def _choice(chosen: TrainConfig, options: tuple[Option, ...], standing: int) -> 
     return f"chosen: {taken.name}, since the next faster way, {faster[-1].name}, takes {more} ({shown})"
 
 
-def _refusal(made: Plan, budget: int, standing: int, processes: str) -> str:
+def _refusal(made: Plan, budget: int, standing: int, spare: int, processes: str) -> str:
     options = {"batch_size": "--batch-size", "seq_len": "--seq-len", "depth": "--depth"}
     remedies = dict(made.remedies)
     if "seq_len" in remedies:
@@ -309,10 +309,11 @@ def _refusal(made: Plan, budget: int, standing: int, processes: str) -> str:
     enough = standing + made.remedies["budget"] + _NOISE
     changes.append(f"--memory-budget {-(-enough // _MIB)}MiB")
     changes += [processes] if processes else []
+    more = f", and {format_size(spare)} more must stay free" if spare else ""
     return (
         f"memory_budget: the leanest settings take {format_size(standing + made.peak_bytes)} of the "
-        f"{format_size(budget)} allowed, {format_size(standing)} of it before the model, and {format_size(_NOISE)} "
-        f"stay free: {' or '.join(changes)} would fit"
+        f"{format_size(budget)} allowed, {format_size(standing)} of it before the model{more}: "
+        f"{' or '.join(changes)} would fit"
     )
 
 

@@ -115,7 +115,7 @@ def _settle(
 ) -> tuple[TrainConfig, Memory | None, str]:
     """Make every open choice, for the memory budget or the free memory.
 
-    Returns the configuration, the budget's memory, and a sentence on the settings chosen for free memory.
+    Returns the configuration, the budget's memory, and a line on what was chosen for it or for free memory, or "".
     settled: the run is resumed; whatever is free now, it computes as before.
     """
     device, processes = accelerator.device, accelerator.num_processes
