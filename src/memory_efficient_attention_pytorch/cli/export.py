@@ -12,11 +12,11 @@ Then in Python, with transformers installed:
 
 import argparse
 import contextlib
-import sys
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-from .terminal import fitted
+from .terminal import note
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -42,7 +42,7 @@ def run(args: argparse.Namespace) -> int:
         args.directory.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"DIR: expected a name in UTF-8, for safetensors, got {args.directory!r}") from error
-    loaded = load_run(args.run, checkpoint=args.checkpoint, report=_note)
+    loaded = load_run(args.run, checkpoint=args.checkpoint, report=partial(note, "mea export"))
     own, end = loaded.tokenizer, loaded.tokenizer.end_id
     keywords = model_keywords(loaded.config, own.num_tokens)
     model = MemoryEfficientForCausalLM.of(loaded.model, keywords, eos_token_id=end, pad_token_id=end)
@@ -56,10 +56,6 @@ def run(args: argparse.Namespace) -> int:
         raise RunError(f"cannot write to {directory} ({error}): nothing was written") from error
     print(f"written to {directory}")
     return 0
-
-
-def _note(text: str) -> None:
-    print(fitted(f"mea export: note: {text}", sys.stderr), file=sys.stderr, flush=True)
 
 
 @contextlib.contextmanager

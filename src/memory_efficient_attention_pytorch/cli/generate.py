@@ -15,9 +15,10 @@ import sys
 import time
 from collections import Counter
 from collections.abc import Iterator, Sequence
+from functools import partial
 from typing import TYPE_CHECKING, TextIO
 
-from .terminal import fitted, visible
+from .terminal import note, visible
 
 if TYPE_CHECKING:
     import torch
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
     from ..training.run_directory import LoadedRun
     from ..training.tokenizers import Tokenizer
 
+_COMMAND = "mea generate"
 _STANDARD_INPUT = "-"
 # Most tokens that are decoded again for each new one: otherwise the time per token would grow with the text.
 _LONGEST_CONTEXT = 64
@@ -82,7 +84,7 @@ def _load(args: argparse.Namespace) -> "LoadedRun":
     from ..training.run_directory import load_run
 
     accelerator = None if args.device == "cpu" else torch.accelerator.current_accelerator(check_available=True)
-    return load_run(args.run, checkpoint=args.checkpoint, device=accelerator or "cpu", report=_note)
+    return load_run(args.run, checkpoint=args.checkpoint, device=accelerator or "cpu", report=partial(note, _COMMAND))
 
 
 def _standard_input() -> str:
@@ -155,11 +157,7 @@ def _note_length(wrapper: "AutoregressiveWrapper", longest: int, tokens: int) ->
         "recompute": f"the model reads the last {limit} again for each token, since its learned positions end there, "
         "which takes longer",
     }[wrapper.beyond_max_seq_len]
-    _note(f"prompt and text may exceed {limit} tokens, the length the model was trained on: beyond it {how}")
-
-
-def _note(text: str) -> None:
-    print(fitted(f"mea generate: note: {text}", sys.stderr), file=sys.stderr, flush=True)
+    note(_COMMAND, f"prompt and text may exceed {limit} tokens, the length the model was trained on: beyond it {how}")
 
 
 def _print_texts(texts: "Sequence[_Text]", steps: "Iterator[torch.Tensor]") -> int:

@@ -29,6 +29,11 @@ def fitted(text: str, stream: TextIO | None = None) -> str:
     return wrapped(text, shutil.get_terminal_size().columns) if stream.isatty() else text
 
 
+def note(command: str, text: str) -> None:
+    """Print what the user of a command should know to standard error."""
+    print(fitted(f"{command}: note: {text}", sys.stderr), file=sys.stderr, flush=True)
+
+
 def visible(text: str) -> str:
     """Make text safe for a terminal: control characters become dots."""
     return "".join(c if c.isprintable() or c in "\n\t" else "·" for c in text)
