@@ -126,24 +126,6 @@ def test_half_the_bytes_in_half_the_precision():
     assert full == 2 * half
 
 
-def test_any_module_with_example_inputs():
-    model = nn.Sequential(nn.Embedding(100, 16), nn.Linear(16, 100))
-
-    def loss(logits):
-        return nn.functional.cross_entropy(logits.flatten(0, 1), torch.zeros(logits.shape[:2].numel()).long())
-
-    fixed = plan(model, example_inputs=torch.zeros(2, 50, dtype=torch.long), loss_fn=loss)
-    assert fixed.batch_size is None
-    made_up = plan(
-        model,
-        batch_size=2,
-        seq_len=50,
-        example_inputs=lambda batch, length: (torch.zeros(batch, length, dtype=torch.long, device="meta"),),
-        loss_fn=loss,
-    )
-    np.testing.assert_array_equal(fixed.timeline.live, made_up.timeline.live)
-
-
 def test_a_budget_picks_the_fastest_settings_that_fit():
     everything = planned(budget="1GiB")
     assert everything.options[0].name == "store everything"
@@ -320,12 +302,6 @@ def test_generation_holds_the_cache_and_neither_gradients_nor_optimizer(kv_heads
     assert made.peak_bytes < planned(config, seq_len=1000, device=device).peak_bytes + last["attention"]
 
 
-def test_inference_of_any_module():
-    made = plan(nn.Linear(8, 8), example_inputs=torch.zeros(100, 8), training=False, device="cpu")
-    assert made.breakdown["parameters"] == (64 + 8) * 4
-    assert made.breakdown["streams"] == 2 * 100 * 8 * 4
-
-
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -377,27 +353,6 @@ def test_a_budget_does_not_hide_what_is_wrong(wrong):
 def test_a_backend_that_keeps_for_itself_is_planned_without_keeping():
     config = {**CONFIG, "backend": "sdpa", "depth": 6}
     assert not planned(config, budget="1MiB").settings.get("keep_attention")
-
-
-@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated:FutureWarning")
-def test_a_module_that_holds_what_it_computed():
-    class Held(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.layer = nn.Linear(8, 8)
-
-        def forward(self, x):
-            out = self.layer(x)
-            self.mean, self.seen = out.mean(), [out]
-            return self.mean
-
-    held = Held()
-    before = planned(held, example_inputs=torch.zeros(2, 8), batch_size=None, seq_len=None)
-    held(torch.zeros(2, 8))
-    after = planned(held, example_inputs=torch.zeros(2, 8), batch_size=None, seq_len=None)
-    assert before.peak_bytes == after.peak_bytes
-    normed = nn.utils.weight_norm(nn.Conv1d(4, 4, 3))
-    planned(normed, example_inputs=torch.zeros(2, 4, 9), loss_fn=torch.sum, batch_size=None, seq_len=None)
 
 
 @pytest.mark.parametrize("without", [torch.no_grad, torch.inference_mode])
