@@ -319,12 +319,16 @@ def test_memory_in_a_reversible_block():
 
 
 @pytest.mark.parametrize("groups", [2, 4])
-@pytest.mark.parametrize("reversible", [True, False])
-def test_every_group_is_recomputed_once(groups, reversible):
-    """Per group: a product in and one out; again in (and out, to be subtracted); gradients: out 2, in 3 and 1."""
+@pytest.mark.parametrize("place", [None, 0, 1, 2, 3])
+def test_every_group_is_recomputed_once(groups, place):
+    """Per group: a product in and one out; again in; gradients: out 2, in 3 and 1.
+
+    Out again, to be subtracted, only within a chain: its first step's input nobody needs, its last one's is kept.
+    """
     net, x = big(groups), torch.randn(1, 256, BIG, requires_grad=True)
-    count = step(ReversibleSequence([(net, nn.Identity())]) if reversible else net, x)
-    assert products(count) == groups * (2 + (2 if reversible else 1) + 6)
+    steps = [net if place == number else nn.Identity() for number in range(4)]
+    count = step(net if place is None else ReversibleSequence([steps[:2], steps[2:]]), x)
+    assert products(count) == groups * (2 + (2 if place in (1, 2) else 1) + 6)
     assert count.fused == groups * 3, "the attention kernel: forward, once more, backward"
     frozen = big(groups).requires_grad_(False)
     assert products(step(frozen, x)) == groups * (2 + 1 + 2)

@@ -70,12 +70,17 @@ def test_no_product_for_gradients_that_nobody_wants():
 
 
 @pytest.mark.parametrize("chunks", [1, 4])
-def test_a_feed_forward_in_a_reversible_block_is_recomputed_once(chunks):
-    """Norm and feed-forward chunk by chunk: 2 products forward, 2 again and 4 for gradients, per chunk."""
-    net = ReversibleSequence([(nn.Identity(), PreNorm(D, FeedForward(D, C, chunks)))])
+@pytest.mark.parametrize("last", [False, True])
+def test_a_feed_forward_in_a_reversible_block_is_recomputed_once(chunks, last):
+    """Norm and feed-forward chunk by chunk: 2 products forward, 2 again and 4 for gradients, per chunk.
+
+    The last step of a chain keeps its input, so that its output is not computed again to be subtracted.
+    """
+    feed = PreNorm(D, FeedForward(D, C, chunks))
+    net = ReversibleSequence([(nn.Identity(), feed), *([] if last else [(nn.Identity(), nn.Identity())])])
     x = torch.randn(1, N, D, requires_grad=True)
     count = step(net, x)
-    assert products(count) == (2 + 2 + 4) * chunks
+    assert products(count) == (2 + (1 if last else 2) + 4) * chunks
     # A norm forward and one again per chunk: it belongs to the piece.
     assert count.calls["native_layer_norm"] == 2 * chunks
     assert count.calls["native_layer_norm_backward"] == chunks

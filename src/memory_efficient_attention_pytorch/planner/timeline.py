@@ -126,8 +126,8 @@ def _stretch(shallow: Segment, deeper: Segment, repeats: int) -> Segment:
     added = len(long) - len(short)
     if not short and not long:
         return shallow
-    # Among equal blocks any may be the added one. The middle one is taken, since the first and the last may differ.
-    place = (_common(short, long) + len(short) - _common(short[::-1], long[::-1])) // 2
+    # Among equal blocks any may be the added one.
+    place = _middle(short, len(short) - _common(short[::-1], long[::-1]), _common(short, long))
     if added < 0 or _names(short) != _names(long[:place] + long[place + added :]):
         raise ValueError("the blocks are not alike: another one does more than add its own operations")
     before = deeper[1][:place] - shallow[1][:place]
@@ -140,6 +140,21 @@ def _stretch(shallow: Segment, deeper: Segment, repeats: int) -> Segment:
     rows += [block + (repeats - 1) * first + i * (last - first) for i in range(repeats)]
     rows.append(shallow[1][place:] + repeats * after)
     return _renumbered(long, place, added, repeats), np.concatenate(rows)
+
+
+def _middle(operations: Sequence[Operation], least: int, most: int) -> int:
+    """Return a place from ``least`` to ``most``: between two blocks, or in the middle of the second of three.
+
+    What a library keeps from an operation on it keeps from the first or last block on, never from the added one.
+    """
+    places: dict[str, list[int]] = {}
+    for place, operation in enumerate(operations):
+        if number := _NUMBER.search(operation.module):
+            places.setdefault(number[0], []).append(place)
+    half, odd = divmod(len(places), 2)
+    inner = list(places.values())[half] if places else [least, most]
+    middle = (inner[0] + inner[-1]) // 2 if odd or not places else inner[0]
+    return max(least, min(middle, most))
 
 
 def _names(operations: Sequence[Operation]) -> list[str]:

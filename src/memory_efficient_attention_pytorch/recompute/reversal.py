@@ -2,6 +2,9 @@
 
 Two streams, ``y1 = x1 + f(x2)`` and ``y2 = x2 + g(y1)`` (Gomez et al., "The reversible residual network", 2017,
 arXiv:1707.04585). A block is the same step twice: ``(a, b) → (b, a + f(b))``.
+
+Backward has no use for the a of the first step, and that of the last is kept in the place of the sum, which nobody
+needs once the loss has seen it. So the branches of these two are differentiated without computing their values again.
 """
 
 from __future__ import annotations
@@ -67,8 +70,9 @@ class Chain:
 
     def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool, in_pieces: bool) -> None:
         self.grid, self.dtype, self.rebuild, self.in_pieces = grid, dtype, rebuild, in_pieces
-        self.streams: tuple[Tensor, Tensor] | None = None
-        self.started = self.watched = False
+        self.streams: tuple[Tensor, Tensor] | None = None  # b, then c, or a where that is known
+        self.last_input: Tensor | None = None
+        self.steps, self.watched = 0, False
         self._own: list[weakref.ref[torch.UntypedStorage]] = []
         self._peaks: list[Tensor] = []
         self._left: list[tuple[weakref.ref[torch.UntypedStorage], int]] = []
@@ -107,10 +111,10 @@ class Chain:
                 stacklevel=3,
             )
 
-    def begin(self, y1: Tensor, y2: Tensor, *gradients: Tensor) -> None:
-        """Start backward from the last block's output; the steps may overwrite ``gradients``."""
+    def begin(self, b: Tensor, a: Tensor, *gradients: Tensor) -> None:
+        """Start backward, given the last step's input; the steps may overwrite ``gradients``."""
         # New tensor objects, so that any other tensor that shares their memory belongs to someone else.
-        self.streams = (y1.detach(), y2.detach())
+        self.streams = (b.detach(), a.detach())
         self.own(*gradients)
 
     def own(self, *gradients: Tensor) -> None:
@@ -138,7 +142,8 @@ class _Step(torch.autograd.Function):
         ctx: Any, chain: Chain, branch: Branch, replay: Replay, a: Tensor, b: Tensor, *inputs: Tensor
     ) -> tuple[Tensor, Tensor]:
         ctx.chain, ctx.branch, ctx.replay, ctx.inputs = chain, branch, replay, len(inputs)
-        ctx.first, chain.started = not chain.started, True
+        ctx.number, chain.steps = chain.steps, chain.steps + 1
+        chain.last_input = None
         c = a.clone(memory_format=torch.contiguous_format)
 
         def add(index: Index, value: Tensor) -> None:
@@ -147,6 +152,8 @@ class _Step(torch.autograd.Function):
         with replay.first():
             branch.run(b.to(chain.dtype), inputs, add)
         ctx.save_for_backward(None if chain.rebuild else b, *inputs, *replay.release())
+        if chain.rebuild:
+            chain.last_input = a.detach()
         # Detached, b is an output of its own and no view: hooks that FSDP puts on outputs refuse views.
         return b.detach(), c
 
@@ -156,20 +163,22 @@ class _Step(torch.autograd.Function):
         chain, branch = ctx.chain, ctx.branch
         b, *rest = ctx.saved_tensors
         inputs, kept = rest[: ctx.inputs], rest[ctx.inputs :]
-        c = None
+        first, last = ctx.number == 0, ctx.number == chain.steps - 1
+        needs_streams = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+        rebuild = chain.rebuild and needs_streams and not first and not last
+        a = None
         if chain.rebuild:
             assert chain.streams is not None, "a step of a reversible chain ran backward before its end did"
-            b, c = chain.streams
+            b, a = chain.streams
             chain.streams = None
-            if memory_is_shared(c):
+            if rebuild and memory_is_shared(a):
                 # A hook or a module kept what it saw, or a graph is retained for another pass.
-                c = c.clone()
-        needs_streams = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
+                a = a.clone()
         total = chain.overwritable(grad_b) if needs_streams else None
 
         def subtract(index: Index, value: Tensor) -> None:
-            assert c is not None
-            c[index].sub_(chain.onto_grid(value))
+            assert a is not None
+            a[index].sub_(chain.onto_grid(value))
 
         with ctx.replay.again(kept):
             grads = branch.differentiate(
@@ -177,12 +186,12 @@ class _Step(torch.autograd.Function):
                 inputs,
                 ctx.needs_input_grad[5:],
                 grad_c,
-                subtract if needs_streams and chain.rebuild else None,
+                subtract if rebuild else None,
                 adding_to(total),
             )
         if total is None:
             return (None, None, None, None, None, *grads)
-        chain.streams = None if ctx.first or c is None else (c, b)
+        chain.streams = None if first or a is None else (a, b)
         chain.own(*([grad_c] if chain.owns(grad_c) else []), total)
         return (None, None, None, grad_c, total, *grads)
 
@@ -196,7 +205,9 @@ class ChainEnd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, spare: bool, y1: Tensor, y2: Tensor) -> Tensor:
         ctx.chain, ctx.spare = chain, spare
-        ctx.save_for_backward(*((y1, y2) if chain.rebuild else ()))
+        if chain.rebuild:
+            a, chain.last_input = chain.last_input, None
+            ctx.save_for_backward(y1, y2 if a is None else a)
         return y1.detach()
 
     @staticmethod
