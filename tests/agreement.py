@@ -16,6 +16,24 @@ def gradients(out: Tensor, wanted: Iterable[Tensor], seed: int = 1, **kwargs) ->
     return torch.autograd.grad(out, tuple(wanted), cotangent.to(out.dtype), **kwargs)
 
 
+def backward(out: Tensor, **kwargs) -> None:
+    """As :func:`gradients`, into ``.grad``."""
+    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+    out.backward(cotangent.to(out.dtype), **kwargs)
+
+
+def filled(leaves: Sequence[Tensor], value: float = 0.5) -> list[Tensor]:
+    """The leaves' new gradients, all of this value."""
+    for leaf in leaves:
+        leaf.grad = torch.full_like(leaf, value)
+    return [leaf.grad for leaf in leaves]
+
+
+def plus(found: Iterable[Tensor], value: float = 0.5) -> list[Tensor]:
+    """What is found where gradients were ``filled`` before."""
+    return [value + g for g in found]
+
+
 def difference(ours: Tensor, truth: Tensor) -> float:
     """Largest difference over the largest true value."""
     assert ours.shape == truth.shape, f"shape {tuple(ours.shape)}, expected {tuple(truth.shape)}"

@@ -18,7 +18,6 @@ from tests.reference import assert_as_accurate
 
 B, H, KV, N, M, D = 2, 4, 2, 50, 61, 8
 f64 = torch.float64
-SIDE = 10
 
 
 def causal(score, b, h, q, k):

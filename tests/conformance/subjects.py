@@ -1,6 +1,6 @@
 """Everything of the package that can be differentiated, each beside the same computed by PyTorch's autograd alone."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -22,6 +22,7 @@ from memory_efficient_attention_pytorch import (
 from memory_efficient_attention_pytorch.flash_attention import FlashAttentionFunction
 from memory_efficient_attention_pytorch.memory_efficient_attention import memory_efficient_attention
 from tests import reference
+from tests.agreement import gradients
 from tests.branches import IN_PIECES, TokenMLP, layers, plain
 from tests.conformance.cases import PATHS, LearnedBias
 
@@ -63,6 +64,9 @@ class Subject:
 
     def __call__(self) -> Tensor:
         return self.net(*self.inputs)
+
+    def true_gradients(self, leaves: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
+        return gradients(self.truth(*self.inputs), self.leaves if leaves is None else leaves)
 
 
 class Function(nn.Module):
@@ -395,3 +399,4 @@ DROPPING: dict[str, Callable[[], Subject]] = {
     "transformer, pieces": lambda: transformer(dropout=0.3, head_chunks=2, ff_chunks=2),
     "transformer, attention kept": lambda: transformer(dropout=0.3, head_chunks=2, keep_attention=True),
 }
+EVERYTHING = {**SUBJECTS, **{f"{name}, dropping": make for name, make in DROPPING.items()}}

@@ -1,50 +1,17 @@
 """What autograd's users may do, and find right or refused: one suite over everything that can be differentiated."""
 
 import re
-from contextlib import ExitStack, contextmanager
 
 import pytest
 import torch
-from torch.autograd.graph import get_gradient_edge, register_multi_grad_hook, save_on_cpu, saved_tensors_hooks
+from torch.autograd.graph import save_on_cpu, saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
-from tests.agreement import assert_same, gradients, with_seed
+from tests.agreement import assert_same, backward, filled, gradients, plus, with_seed
 from tests.conformance.cases import result_or_message
-from tests.conformance.subjects import DROPPING, SUBJECTS
+from tests.conformance.subjects import DROPPING, EVERYTHING
 
-EVERYTHING = {**SUBJECTS, **{f"{name}, dropping": make for name, make in DROPPING.items()}}
 SECOND_TIME, ONCE, IN_PLACE = "second time", "differentiable once|derivative", "modified by an inplace operation"
-
-
-@pytest.fixture(params=SUBJECTS)
-def subject(request):
-    return SUBJECTS[request.param]()
-
-
-@pytest.fixture(params=EVERYTHING)
-def any_subject(request):
-    """Also those whose dropout only they themselves can draw."""
-    return EVERYTHING[request.param]()
-
-
-def truth_of(subject, leaves=None):
-    return gradients(subject.truth(*subject.inputs), subject.leaves if leaves is None else leaves)
-
-
-def backward(out, **kwargs):
-    """As `gradients`, into ``.grad``."""
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    out.backward(cotangent.to(out.dtype), **kwargs)
-
-
-def filled(leaves, value=0.5):
-    for leaf in leaves:
-        leaf.grad = torch.full_like(leaf, value)
-    return [leaf.grad for leaf in leaves]
-
-
-def plus(found, value=0.5):
-    return [value + g for g in found]
 
 
 # The gradients
@@ -128,7 +95,7 @@ def test_several_forwards_before_a_backward(any_subject):
 
 def test_gradients_of_several_passes_are_summed_in_place(subject):
     """Of a graph that is kept, and of another batch."""
-    leaves, truth = subject.leaves, truth_of(subject)
+    leaves, truth = subject.leaves, subject.true_gradients()
     before = filled(leaves)
     out = subject()
     backward(out, retain_graph=True)
@@ -139,7 +106,7 @@ def test_gradients_of_several_passes_are_summed_in_place(subject):
 
 
 def test_a_gradient_that_comes_or_goes_between_forward_and_backward(subject):
-    leaves, truth = subject.leaves, truth_of(subject)
+    leaves, truth = subject.leaves, subject.true_gradients()
     filled(leaves)
     out = subject()
     for leaf in leaves:
@@ -174,7 +141,7 @@ def test_a_second_derivative_is_refused_or_right(subject):
 
 @pytest.mark.filterwarnings("ignore:Using backward.. with create_graph")
 def test_a_pass_that_makes_a_graph_makes_a_new_gradient(subject):
-    leaves, truth = subject.leaves, truth_of(subject)
+    leaves, truth = subject.leaves, subject.true_gradients()
     for retain_graph in (None, False):
         before = filled(leaves)
         backward(subject(), create_graph=True, retain_graph=retain_graph)
@@ -188,7 +155,7 @@ def test_a_pass_that_makes_a_graph_makes_a_new_gradient(subject):
 
 
 def test_autograd_grad_of_any_one_leaf(subject):
-    truth, leaves = truth_of(subject), subject.leaves
+    truth, leaves = subject.true_gradients(), subject.leaves
     before, out = filled(leaves), subject()
     for leaf, true in zip(leaves, truth, strict=True):
         assert_same(gradients(out, [leaf], retain_graph=True), [true], subject.tolerance)
@@ -197,7 +164,7 @@ def test_autograd_grad_of_any_one_leaf(subject):
 
 
 def test_backward_of_any_one_leaf_adds_to_no_other(subject):
-    truth, leaves = truth_of(subject), subject.leaves
+    truth, leaves = subject.true_gradients(), subject.leaves
     out = subject()
     for leaf, true in zip(leaves, truth, strict=True):
         before = filled(leaves)
@@ -210,7 +177,7 @@ def test_backward_of_any_one_leaf_adds_to_no_other(subject):
 
 def test_frozen_leaves(subject):
     """Each leaf in turn is the only one that wants a gradient, and every third one wants none."""
-    truth, leaves = truth_of(subject), subject.leaves
+    truth, leaves = subject.true_gradients(), subject.leaves
     for trained in [[leaf] for leaf in leaves] + [[x for i, x in enumerate(leaves) if i % 3 != k] for k in range(3)]:
         for leaf in leaves:
             leaf.requires_grad_(any(leaf is one for one in trained))
@@ -224,7 +191,7 @@ def test_frozen_leaves(subject):
 
 def test_inputs_without_a_gradient(subject):
     """The parameters get theirs all the same, and frozen leaves keep the gradient that they have."""
-    truth = truth_of(subject)
+    truth = subject.true_gradients()
     before = filled(subject.leaves)
     for x in subject.inputs:
         x.requires_grad_(False)
@@ -266,119 +233,6 @@ def test_eval_mode(any_subject):
     assert_same(gradients(out, any_subject.leaves), gradients(truth, any_subject.leaves), any_subject.tolerance)
 
 
-# Hooks
-
-
-@contextmanager
-def tensor_hook(leaf, seen):
-    with leaf.register_hook(lambda g: seen.append(g.clone())):
-        yield
-
-
-@contextmanager
-def hook_on_many(leaf, seen):
-    with register_multi_grad_hook([leaf], lambda g: seen.append(g[0].clone())):
-        yield
-
-
-@contextmanager
-def hook_before_node(leaf, seen):
-    with get_gradient_edge(leaf).node.register_prehook(lambda g: seen.append(g[0].clone())):
-        yield
-
-
-@contextmanager
-def hook_after_node(leaf, seen):
-    with get_gradient_edge(leaf).node.register_hook(lambda _, g: seen.append(g[0].clone())):
-        yield
-
-
-@pytest.mark.parametrize("hook", [tensor_hook, hook_on_many, hook_before_node, hook_after_node])
-def test_hooks_see_the_whole_gradient_of_this_pass_alone_and_once(subject, hook):
-    leaves, truth = subject.leaves, truth_of(subject)
-    filled(leaves)
-    out = subject()
-    seen = [[] for _ in leaves]
-    with ExitStack() as hooks:
-        for leaf, record in zip(leaves, seen, strict=True):
-            hooks.enter_context(hook(leaf, record))
-        backward(out)
-    assert [len(record) for record in seen] == [1] * len(leaves)
-    assert_same([record[0] for record in seen], truth, subject.tolerance)
-    assert_same([leaf.grad for leaf in leaves], plus(truth), subject.tolerance)
-
-
-def test_hooks_may_change_the_gradient(subject):
-    leaves, truth = subject.leaves, truth_of(subject)
-    for leaf in leaves:
-        leaf.register_hook(lambda g: 3 * g)
-    assert_same(gradients(subject(), leaves), [3 * g for g in truth], subject.tolerance)
-    filled(leaves)
-    backward(subject())
-    assert_same([leaf.grad for leaf in leaves], plus([3 * g for g in truth]), subject.tolerance)
-
-
-def test_hooks_after_accumulation_see_the_sum_once(subject):
-    leaves, truth, seen = subject.leaves, truth_of(subject), []
-    filled(leaves)
-    for leaf in leaves:
-        leaf.register_post_accumulate_grad_hook(lambda leaf: seen.append((leaf, leaf.grad.clone())))
-    backward(subject())
-    assert len(seen) == len(leaves)
-    found = {id(leaf): g for leaf, g in seen}
-    assert_same([found[id(leaf)] for leaf in leaves], plus(truth), subject.tolerance)
-
-
-def test_an_optimizer_stepping_in_hooks(request, subject):
-    """Each leaf steps as soon as its gradient is there, while others are still to be found."""
-    other = SUBJECTS[request.node.callspec.params["subject"]]()
-    with torch.no_grad():
-        for mine, theirs in zip(subject.leaves, other.leaves, strict=True):
-            theirs.copy_(mine)
-        for mine, theirs in zip(subject.inputs, other.inputs, strict=True):
-            theirs.copy_(mine)
-    places = {leaf: i for i, leaf in enumerate(subject.leaves)}
-    optimizers = {leaf: torch.optim.SGD([leaf], lr=0.01, momentum=0.9) for leaf in subject.leaves}
-
-    def step_now(leaf):
-        optimizers[leaf].step()
-        optimizers[leaf].zero_grad(set_to_none=places[leaf] % 2 == 0)
-
-    for leaf in subject.leaves:
-        leaf.register_post_accumulate_grad_hook(step_now)
-    after_all = torch.optim.SGD(other.leaves, lr=0.01, momentum=0.9)
-    for _ in range(2):
-        backward(subject())
-        after_all.zero_grad()
-        backward(other.truth(*other.inputs))
-        after_all.step()
-    assert_same(subject.leaves, other.leaves, 100 * subject.tolerance)
-
-
-def test_hooks_on_the_module_run_and_may_change_what_it_returns(subject):
-    seen = []
-    subject.net.register_forward_pre_hook(lambda module, inputs: seen.append("before"))
-    subject.net.register_forward_hook(lambda module, inputs, out: (seen.append("after"), out * out.sin())[1])
-    ours = subject()
-    assert seen == ["before", "after"]
-    truth = subject.truth(*subject.inputs)
-    truth = truth * truth.sin()
-    assert_same([ours], [truth], subject.tolerance)
-    assert_same(gradients(ours, subject.leaves), gradients(truth, subject.leaves), 10 * subject.tolerance)
-    assert seen == ["before", "after"]
-
-
-def test_a_backward_hook_on_the_module_sees_its_cotangent_once(subject):
-    if not any(x.requires_grad for x in subject.inputs):
-        pytest.skip("a full backward hook is about inputs that want a gradient")
-    truth, seen = truth_of(subject), []
-    subject.net.register_full_backward_hook(lambda module, of_in, of_out: seen.append(of_out[0].clone()))
-    out = subject()
-    assert_same(gradients(out, subject.leaves), truth, subject.tolerance)
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    assert_same(seen, [cotangent.to(out.dtype)], 0.0)
-
-
 # What is saved
 
 
@@ -411,7 +265,7 @@ def test_inside_a_checkpoint(any_subject, use_reentrant):
 
 def test_a_change_in_place_between_forward_and_backward_is_refused(subject):
     """Or has nothing to do with what backward needs, and then the gradients are right."""
-    truth, leaves, refused = truth_of(subject), subject.leaves, 0
+    truth, leaves, refused = subject.true_gradients(), subject.leaves, 0
     for leaf in leaves:
         out, before = subject(), leaf.detach().clone()
         with torch.no_grad():
