@@ -330,7 +330,11 @@ def test_every_group_is_recomputed_once(groups, place):
     count = step(net if place is None else ReversibleSequence([steps[:2], steps[2:]]), x)
     assert products(count) == groups * (2 + (2 if place in (1, 2) else 1) + 6)
     assert count.fused == groups * 3, "the attention kernel: forward, once more, backward"
-    frozen = big(groups).requires_grad_(False)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+def test_frozen_groups_cost_no_product_for_their_weights(groups):
+    frozen, x = big(groups).requires_grad_(False), torch.randn(1, 256, BIG, requires_grad=True)
     assert products(step(frozen, x)) == groups * (2 + 1 + 2)
 
 

@@ -77,7 +77,8 @@ def test_a_feed_forward_in_a_reversible_block_is_recomputed_once(chunks, last):
     The last step of a chain keeps its input, so that its output is not computed again to be subtracted.
     """
     feed = PreNorm(D, FeedForward(D, C, chunks))
-    net = ReversibleSequence([(nn.Identity(), feed), *([] if last else [(nn.Identity(), nn.Identity())])])
+    others = [(nn.Identity(), nn.Identity())]
+    net = ReversibleSequence([*others, (nn.Identity(), feed), *([] if last else others)])
     x = torch.randn(1, N, D, requires_grad=True)
     count = step(net, x)
     assert products(count) == (2 + (1 if last else 2) + 4) * chunks

@@ -204,6 +204,27 @@ def test_no_cache_is_no_reason_to_store_activations():
     assert saved_bytes(net, x, cache=None) == saved_bytes(net, x)
 
 
+@pytest.mark.parametrize("depth", [1, 2, 3])
+def test_the_input_may_be_overwritten_before_backward(depth):
+    net, x = ReversibleSequence(plain(depth=depth)), tokens()
+    truth, given = gradients(net(x), net.parameters()), x.clone()
+    out = net(given)
+    with torch.no_grad():
+        given.zero_()
+    assert_same(gradients(out, net.parameters()), truth, 0.0)
+
+
+def test_a_hook_that_changes_what_the_last_block_was_given_is_refused():
+    net = ReversibleSequence(plain(depth=2))
+
+    def zero(module, args, out):
+        args[1].detach().zero_()
+
+    net[-1].register_forward_hook(zero)
+    with pytest.raises(ValueError, match="a reversible block's input: expected to be left unchanged"):
+        net(tokens(requires_grad=True))
+
+
 def test_a_hook_that_changes_what_the_last_block_returns_is_refused_too():
     for change in (lambda y1, y2: (2 * y1, y2), lambda y1, y2: (y1, y2.mul_(2))):
         net = ReversibleSequence(plain())

@@ -145,16 +145,15 @@ def _stretch(shallow: Segment, deeper: Segment, repeats: int) -> Segment:
 def _middle(operations: Sequence[Operation], least: int, most: int) -> int:
     """Return a place from ``least`` to ``most``: between two blocks, or in the middle of the second of three.
 
-    What a library keeps from an operation on it keeps from the first or last block on, never from the added one.
+    Buffers that a library keeps from their first use on belong to the first block that runs, not to each added one.
     """
     places: dict[str, list[int]] = {}
     for place, operation in enumerate(operations):
         if number := _NUMBER.search(operation.module):
             places.setdefault(number[0], []).append(place)
     half, odd = divmod(len(places), 2)
-    inner = list(places.values())[half] if places else [least, most]
-    middle = (inner[0] + inner[-1]) // 2 if odd or not places else inner[0]
-    return max(least, min(middle, most))
+    inner = list(places.values())[half] if places else [(least + most) // 2]
+    return max(least, min(inner[len(inner) // 2 if odd else 0], most))
 
 
 def _names(operations: Sequence[Operation]) -> list[str]:

@@ -4,7 +4,8 @@ Two streams, ``y1 = x1 + f(x2)`` and ``y2 = x2 + g(y1)`` (Gomez et al., "The rev
 arXiv:1707.04585). A block is the same step twice: ``(a, b) → (b, a + f(b))``.
 
 Backward has no use for the a of the first step, and that of the last is kept in the place of the sum, which nobody
-needs once the loss has seen it. So the branches of these two are differentiated without computing their values again.
+needs once the loss has seen it. So these two need no values of their branches again: what is written by hand leaves out
+the last product.
 """
 
 from __future__ import annotations
@@ -70,9 +71,10 @@ class Chain:
 
     def __init__(self, grid: Grid | None, dtype: torch.dtype, rebuild: bool, in_pieces: bool) -> None:
         self.grid, self.dtype, self.rebuild, self.in_pieces = grid, dtype, rebuild, in_pieces
-        self.streams: tuple[Tensor, Tensor] | None = None  # b, then c, or a where that is known
-        self.last_input: Tensor | None = None
+        # Of the step that backward has come to: b, a + f(b) and False, or b, a and True.
+        self.streams: tuple[Tensor, Tensor, bool] | None = None
         self.steps, self.watched = 0, False
+        self._last_a: tuple[Tensor, int] | None = None
         self._own: list[weakref.ref[torch.UntypedStorage]] = []
         self._peaks: list[Tensor] = []
         self._left: list[tuple[weakref.ref[torch.UntypedStorage], int]] = []
@@ -93,6 +95,19 @@ class Chain:
         expected = "to reach the next block unchanged (reversible=False allows any)"
         require(untouched, "a reversible block's output", expected, "other values, from a hook perhaps")
 
+    def keep(self, a: Tensor | None) -> None:
+        """Keep the last step's ``a`` so far, with its version, for :meth:`kept`."""
+        self._last_a = None if a is None or not self.rebuild else (a.detach(), version(a))
+
+    def kept(self) -> Tensor | None:
+        """Hand over the last step's ``a`` if the chain made it. Raises ValueError if it was changed since."""
+        if self._last_a is None:
+            return None
+        (a, before), self._last_a = self._last_a, None
+        expected = "to be left unchanged (reversible=False allows any)"
+        require(version(a) == before, "a reversible block's input", expected, "other values, from a hook perhaps")
+        return a
+
     def watch(self, stream: Tensor) -> None:
         """Remember the stream's largest magnitude, for :meth:`report`."""
         if self.grid is not None and stream.numel() and not is_fake(stream):
@@ -111,10 +126,10 @@ class Chain:
                 stacklevel=3,
             )
 
-    def begin(self, b: Tensor, a: Tensor, *gradients: Tensor) -> None:
-        """Start backward, given the last step's input; the steps may overwrite ``gradients``."""
+    def begin(self, b: Tensor, other: Tensor, is_a: bool, *gradients: Tensor) -> None:
+        """Start backward at the last step, given its b and a, or their sum; steps may overwrite ``gradients``."""
         # New tensor objects, so that any other tensor that shares their memory belongs to someone else.
-        self.streams = (b.detach(), a.detach())
+        self.streams = (b.detach(), other.detach(), is_a)
         self.own(*gradients)
 
     def own(self, *gradients: Tensor) -> None:
@@ -143,7 +158,7 @@ class _Step(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         ctx.chain, ctx.branch, ctx.replay, ctx.inputs = chain, branch, replay, len(inputs)
         ctx.number, chain.steps = chain.steps, chain.steps + 1
-        chain.last_input = None
+        chain.keep(None)
         c = a.clone(memory_format=torch.contiguous_format)
 
         def add(index: Index, value: Tensor) -> None:
@@ -152,8 +167,8 @@ class _Step(torch.autograd.Function):
         with replay.first():
             branch.run(b.to(chain.dtype), inputs, add)
         ctx.save_for_backward(None if chain.rebuild else b, *inputs, *replay.release())
-        if chain.rebuild:
-            chain.last_input = a.detach()
+        # The a of the first two steps is the chain's input, which is not the chain's to keep.
+        chain.keep(a if ctx.number > 1 else None)
         # Detached, b is an output of its own and no view: hooks that FSDP puts on outputs refuse views.
         return b.detach(), c
 
@@ -163,14 +178,13 @@ class _Step(torch.autograd.Function):
         chain, branch = ctx.chain, ctx.branch
         b, *rest = ctx.saved_tensors
         inputs, kept = rest[: ctx.inputs], rest[ctx.inputs :]
-        first, last = ctx.number == 0, ctx.number == chain.steps - 1
         needs_streams = ctx.needs_input_grad[3] or ctx.needs_input_grad[4]
-        rebuild = chain.rebuild and needs_streams and not first and not last
-        a = None
+        a, rebuild = None, False
         if chain.rebuild:
             assert chain.streams is not None, "a step of a reversible chain ran backward before its end did"
-            b, a = chain.streams
+            b, a, is_a = chain.streams
             chain.streams = None
+            rebuild = needs_streams and ctx.number > 0 and not is_a
             if rebuild and memory_is_shared(a):
                 # A hook or a module kept what it saw, or a graph is retained for another pass.
                 a = a.clone()
@@ -191,7 +205,7 @@ class _Step(torch.autograd.Function):
             )
         if total is None:
             return (None, None, None, None, None, *grads)
-        chain.streams = None if first or a is None else (a, b)
+        chain.streams = None if ctx.number == 0 or a is None else (a, b, False)
         chain.own(*([grad_c] if chain.owns(grad_c) else []), total)
         return (None, None, None, grad_c, total, *grads)
 
@@ -205,9 +219,9 @@ class ChainEnd(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, chain: Chain, spare: bool, y1: Tensor, y2: Tensor) -> Tensor:
         ctx.chain, ctx.spare = chain, spare
-        if chain.rebuild:
-            a, chain.last_input = chain.last_input, None
-            ctx.save_for_backward(y1, y2 if a is None else a)
+        a = chain.kept()
+        ctx.is_a = a is not None
+        ctx.save_for_backward(*((y1, y2 if a is None else a) if chain.rebuild else ()))
         return y1.detach()
 
     @staticmethod
@@ -215,7 +229,7 @@ class ChainEnd(torch.autograd.Function):
     def backward(ctx: Any, of_sum: Tensor) -> tuple[None, None, Tensor, Tensor]:
         own = (of_sum, of_sum.clone()) if ctx.spare and ctx.chain.rebuild else ()
         if ctx.chain.rebuild:
-            ctx.chain.begin(*ctx.saved_tensors, *own)
+            ctx.chain.begin(*ctx.saved_tensors, ctx.is_a, *own)
         return None, None, *(own or (of_sum, of_sum))
 
 
