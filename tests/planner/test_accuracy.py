@@ -146,7 +146,7 @@ def of_pytorch(kind, shape, training):
         ("encoder", (4, 1024, 256), False),
         ("wide_encoder", (32, 128, 64), False),
         ("attention", (1, 2048, 256), False),
-        ("halves", (4, 2048, 256), True),
+        ("halves", (2, 2048, 256), True),
     ],
 )
 def test_layers_of_pytorch_are_as_close(kind, shape, training):

@@ -1,8 +1,8 @@
 """Rows of a reversible language model's loss: the sum of its two streams, normed, a chunk of tokens at a time.
 
 Neither the sum of the streams nor its norm exists as a whole. Besides the first stream and the last step's other input,
-which reversal needs anyway, only the gradient of the sum is kept for backward. Where gradients wait for backward, it is
-the second stream.
+which reversal needs anyway, only the gradient of the sum is kept for backward; where gradients wait for backward, it is
+the second stream instead.
 """
 
 from __future__ import annotations
