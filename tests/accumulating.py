@@ -81,12 +81,6 @@ def by_hand(net, batches, start=0.0, loss=loss_of):
     return total
 
 
-def filled(net, value):
-    for p in net.parameters():
-        p.grad = torch.full_like(p, value)
-    return [p.grad for p in net.parameters()]
-
-
 def matrices(net):
     """Shapes of the weights whose gradients our own backward passes gather."""
     return {p.shape for n, p in net.named_parameters() if p.dim() == 2 and "emb" not in n}

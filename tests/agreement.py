@@ -12,26 +12,34 @@ from tests.memory.live_bytes import PRODUCTS, LiveBytes
 
 def gradients(out: Tensor, wanted: Iterable[Tensor], seed: int = 1, **kwargs) -> tuple[Tensor | None, ...]:
     """Gradients of ``(out * c).sum()`` for a fixed random c, so that no two outputs weigh alike."""
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
-    return torch.autograd.grad(out, tuple(wanted), cotangent.to(out.dtype), **kwargs)
+    return torch.autograd.grad(out, tuple(wanted), cotangent_of(out, seed), **kwargs)
 
 
 def backward(out: Tensor, **kwargs) -> None:
     """As :func:`gradients`, into ``.grad``."""
-    cotangent = torch.randn(out.shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-    out.backward(cotangent.to(out.dtype), **kwargs)
+    out.backward(cotangent_of(out), **kwargs)
 
 
-def filled(leaves: Sequence[Tensor], value: float = 0.5) -> list[Tensor]:
+def cotangent_of(out: Tensor, seed: int = 1) -> Tensor:
+    """The c of :func:`gradients`, the same in every dtype but for rounding."""
+    return torch.randn(out.shape, generator=torch.Generator().manual_seed(seed), dtype=torch.float64).to(out.dtype)
+
+
+BEFORE = 0.5
+"""What :func:`filled` gradients are made of."""
+
+
+def filled(leaves: Iterable[Tensor], value: float = BEFORE) -> list[Tensor]:
     """The leaves' new gradients, all of this value."""
+    leaves = list(leaves)
     for leaf in leaves:
         leaf.grad = torch.full_like(leaf, value)
     return [leaf.grad for leaf in leaves]
 
 
-def plus(found: Iterable[Tensor], value: float = 0.5) -> list[Tensor]:
-    """What is found where gradients were ``filled`` before."""
-    return [value + g for g in found]
+def plus(found: Iterable[Tensor]) -> list[Tensor]:
+    """The sums of what is found and what gradients were ``filled`` with."""
+    return [BEFORE + g for g in found]
 
 
 def difference(ours: Tensor, truth: Tensor) -> float:

@@ -25,18 +25,17 @@ from tests.accumulating import (
     Head,
     Language,
     by_hand,
-    filled,
     inputs,
     loss_of,
     matrices,
 )
-from tests.agreement import assert_same
+from tests.agreement import assert_same, filled
 
 
 @pytest.mark.parametrize("kind", MAKERS)
 def test_it_is_the_same_tensor_with_the_sum_in_it(kind):
     net, batches = MAKERS[kind](), inputs()
-    before = filled(net, 0.5)
+    before = filled(net.parameters(), 0.5)
     places = [g.data_ptr() for g in before]
     with FreshTotals() as fresh:
         for x in batches:
@@ -53,7 +52,7 @@ def test_zeros_change_nothing(kind):
     net, (x,) = MAKERS[kind](), inputs(1)
     loss_of(net, x).backward()
     first = [p.grad.clone() for p in net.parameters()]
-    filled(net, 0.0)
+    filled(net.parameters(), 0.0)
     loss_of(net, x).backward()
     assert all(torch.equal(p.grad, g) for p, g in zip(net.parameters(), first, strict=True))
 
@@ -120,7 +119,7 @@ def test_inside_pieces_of_another_branch():
     outer.net = nn.Sequential(FeedForward(24, 2, chunks=3), nn.Tanh(), nn.Linear(24, 24))
     batches = inputs()
     truth = by_hand(outer, batches, 0.5)
-    filled(outer, 0.5)
+    filled(outer.parameters(), 0.5)
     for x in batches:
         loss_of(outer, x).backward()
     assert_same([p.grad for p in outer.parameters()], truth, TOLERANCE)
@@ -128,7 +127,7 @@ def test_inside_pieces_of_another_branch():
 
 def test_a_pass_that_fails_midway_loses_nothing_of_the_ones_before():
     net, (x,) = FeedForward(24, 4, chunks=4), inputs(1, requires_grad=True)
-    before = filled(net, 0.5)
+    before = filled(net.parameters(), 0.5)
 
     def fail(gradient):
         raise KeyError("midway")
@@ -139,7 +138,7 @@ def test_a_pass_that_fails_midway_loses_nothing_of_the_ones_before():
     handle.remove()
     assert all(p.grad is g for p, g in zip(net.parameters(), before, strict=True))
     truth = by_hand(net, [x], 0.5)
-    filled(net, 0.5)
+    filled(net.parameters(), 0.5)
     loss_of(net, x).backward()
     assert_same([p.grad for p in net.parameters()], truth, TOLERANCE)
 
@@ -147,7 +146,7 @@ def test_a_pass_that_fails_midway_loses_nothing_of_the_ones_before():
 def test_tensors_kept_elsewhere():
     net, (x,) = Head(), inputs(1)
     truth = by_hand(net, [x], 0.5)
-    filled(net, 0.5)
+    filled(net.parameters(), 0.5)
     with torch.autograd.graph.saved_tensors_hooks(lambda t: t.detach().clone(), lambda t: t):
         loss = loss_of(net, x)
     loss.backward()
@@ -191,7 +190,7 @@ class Products(TorchDispatchMode):
 def test_products_in_fp16_do_not_wait():
     """They would be rounded after a loss scaler's factor, which may be too large for them."""
     head, hidden = Head(), torch.randn(64, 24)
-    filled(head, 0.5)
+    filled(head.parameters(), 0.5)
     for dtype, waits in ((torch.float32, True), (torch.bfloat16, True), (torch.float16, False)):
         assert gradients_wait(dtype, hidden.shape, head.weight) == waits
 
@@ -235,7 +234,7 @@ def test_waiting_gradients_of_a_model_under_autocast(exact):
     found = []
     for there in (False, True):
         if there:
-            filled(net, 0.0)
+            filled(net.parameters(), 0.0)
         with torch.autocast("cpu", torch.bfloat16):
             loss = loss_of(net, x)
         loss.backward()
@@ -253,7 +252,7 @@ def test_what_comes_before_the_logits_is_repeated_as_it_was(autocast):
     found = []
     for there in (False, True):
         if there:
-            filled(modules, 0.0)
+            filled(modules.parameters(), 0.0)
         torch.manual_seed(3)
         with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
             rows = normed_sum(norm, *net.streams(x))
@@ -275,7 +274,7 @@ def test_a_loss_scaler():
     scaler = torch.amp.GradScaler("cpu", init_scale=2.0**12)
     optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
     before = [p.detach().clone() for p in net.parameters()]
-    filled(net, 0.0)
+    filled(net.parameters(), 0.0)
     for x in batches:
         scaler.scale(loss_of(net, x)).backward()
     scaler.step(optimizer)

@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from memory_efficient_attention_pytorch import FeedForward, linear_cross_entropy
-from tests.accumulating import MAKERS, TOLERANCE, FreshTotals, Head, by_hand, filled, inputs, loss_of, matrices
-from tests.agreement import assert_same
+from tests.accumulating import MAKERS, TOLERANCE, FreshTotals, Head, by_hand, inputs, loss_of, matrices
+from tests.agreement import assert_same, filled
 
 
 @contextmanager
@@ -39,7 +39,7 @@ def hook_after_node(net, seen):
 @pytest.mark.parametrize("watching", [hook, hook_on_many, hook_on_node, hook_after_node])
 def test_hooks_that_have_been_removed_count_no_more(watching):
     net, (x,) = Head(), inputs(1)
-    filled(net, 0.5)
+    filled(net.parameters(), 0.5)
     loss = loss_of(net, x)
     with FreshTotals() as fresh, watching(net, []):
         loss.backward()
@@ -52,7 +52,7 @@ def test_hooks_that_have_been_removed_count_no_more(watching):
 def test_post_accumulate_hooks_see_the_sum_once():
     net, (x,), seen = FeedForward(24, 4, chunks=4), inputs(1), []
     truth = by_hand(net, [x], 0.5)
-    before = filled(net, 0.5)
+    before = filled(net.parameters(), 0.5)
     for p in net.parameters():
         p.register_post_accumulate_grad_hook(lambda p: seen.append((p, p.grad.clone())))
     with FreshTotals() as fresh:
@@ -90,7 +90,7 @@ def test_gradients_of_another_kind_are_left_to_autograd(kind, what):
 def test_a_weight_that_is_no_leaf(reduction):
     """Nobody asks for its gradient, which PyTorch would warn of."""
     net, (x,) = Head(reduction), inputs(1)
-    before, labels = filled(net, 0.5), torch.arange(40).view(2, 20)
+    before, labels = filled(net.parameters(), 0.5), torch.arange(40).view(2, 20)
     options = {"reduction": reduction, "chunk_size": 7}
     truth = torch.autograd.grad(linear_cross_entropy(x, net.weight, labels, **options).sum(), net.weight)[0]
     linear_cross_entropy(x, 2 * (net.weight / 2), labels, **options).sum().backward()
@@ -100,7 +100,7 @@ def test_a_weight_that_is_no_leaf(reduction):
 def test_low_precision_is_summed_apart_in_fp32():
     net, (x,) = FeedForward(24, 4, chunks=4).bfloat16(), inputs(1, dtype=torch.bfloat16)
     alone = by_hand(net, [x])
-    before = filled(net, 0.5)
+    before = filled(net.parameters(), 0.5)
     with FreshTotals() as fresh:
         loss_of(net, x).backward()
     assert matrices(net) <= set(fresh.shapes)
@@ -110,7 +110,7 @@ def test_low_precision_is_summed_apart_in_fp32():
 def test_frozen_leaves_keep_the_gradient_they_have():
     net, (x,) = FeedForward(24, 4, chunks=4), inputs(1)
     truth = by_hand(net, [x], 0.5)
-    before = filled(net, 0.5)
+    before = filled(net.parameters(), 0.5)
     net.net[0].weight.requires_grad_(False)
     loss_of(net, x).backward()
     assert torch.equal(before[0], torch.full_like(before[0], 0.5))

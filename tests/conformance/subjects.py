@@ -1,6 +1,6 @@
 """Everything of the package that can be differentiated, each beside the same computed by PyTorch's autograd alone."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -65,8 +65,8 @@ class Subject:
     def __call__(self) -> Tensor:
         return self.net(*self.inputs)
 
-    def true_gradients(self, leaves: Sequence[Tensor] | None = None) -> tuple[Tensor | None, ...]:
-        return gradients(self.truth(*self.inputs), self.leaves if leaves is None else leaves)
+    def true_gradients(self) -> tuple[Tensor | None, ...]:
+        return gradients(self.truth(*self.inputs), self.leaves)
 
 
 class Function(nn.Module):

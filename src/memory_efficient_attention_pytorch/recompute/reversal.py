@@ -182,6 +182,7 @@ class _Step(torch.autograd.Function):
         a, rebuild = None, False
         if chain.rebuild:
             assert chain.streams is not None, "a step of a reversible chain ran backward before its end did"
+            # Unless it is a already, the second is a + f(b), from which the pieces are subtracted below.
             b, a, is_a = chain.streams
             chain.streams = None
             rebuild = needs_streams and ctx.number > 0 and not is_a
@@ -213,6 +214,7 @@ class _Step(torch.autograd.Function):
 class ChainEnd(torch.autograd.Function):
     """Returns the first stream. Its gradient, that of the streams' sum and so of both, starts the chain's backward.
 
+    Saves the first stream, which is the last step's b, and that step's a or, if the chain did not make it, the second.
     spare: the gradient is not shared, so the steps may overwrite it.
     """
 
