@@ -1,6 +1,6 @@
 """Two computations of the same thing compared: outputs, gradients by their largest relative difference, work done."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import pytest
 import torch
@@ -48,6 +48,17 @@ def difference(ours: Tensor, truth: Tensor) -> float:
     if not truth.numel():
         return 0.0
     return ((ours.double() - truth.double()).abs().max() / truth.double().abs().max().clamp(min=1e-30)).item()
+
+
+def furthest(differences: Iterable[float]) -> float:
+    """The largest, or NaN where one is: Python's ``max`` passes over a NaN that does not come first."""
+    return torch.tensor([*differences], dtype=torch.float64).max().item()
+
+
+def apart(ours: Mapping[str, Tensor], truth: Mapping[str, Tensor]) -> float:
+    """Largest difference between tensors of the same name, of which both have the same."""
+    assert ours.keys() == truth.keys()
+    return furthest((ours[name] - truth[name]).abs().max().item() for name in truth)
 
 
 def assert_same(ours: Sequence[Tensor | None], truth: Sequence[Tensor | None], tolerance: float) -> None:

@@ -212,11 +212,14 @@ def test_a_single_querys_bias_is_laid_out_as_cudas_kernels_read_it(bias, dtype):
     assert added.stride(-2) % 8 == 0
 
 
-@pytest.mark.parametrize("masked", [{}, {"mask": torch.rand(1, 13) > 0.2}, {"attn_bias": torch.randn(1, 2, 13, 13)}])
-def test_cudnns_kernel_gets_no_mask(masked, monkeypatch):
+@pytest.mark.parametrize(
+    "given", [{"causal": True}, {}, {"mask": torch.rand(1, 13) > 0.2}, {"attn_bias": torch.randn(1, 2, 13, 13)}]
+)
+def test_cudnns_kernel_gets_only_what_is_causal(given, monkeypatch):
     q, _, _ = qkv(n=13, h=2, kv=2, d=16)
-    request = replace(build_request(q, q, q, **masked), device_type="cuda")
-    for kernels, serves in (({"efficient", "cudnn"}, not masked), ({"efficient"}, True), ({"cudnn"}, False)):
+    request = replace(build_request(q, q, q, **given), device_type="cuda")
+    causal = "causal" in given
+    for kernels, serves in (({"efficient", "cudnn"}, causal), ({"efficient"}, True), ({"cudnn"}, False)):
         monkeypatch.setattr(sdpa, "fused_kernels", lambda *_, kernels=kernels: kernels)
         assert (sdpa.Sdpa().objection(request, q, q, q) is None) is serves
 

@@ -54,7 +54,8 @@ def results(backend, case, tensors):
 
 
 def error(found, truth):
-    return max((a.double() - b).norm() / b.norm() for a, b in zip(found, truth, strict=True))
+    # Not Python's max, which passes over NaN.
+    return torch.stack([(a.double() - b).norm() / b.norm() for a, b in zip(found, truth, strict=True)]).max()
 
 
 def agrees(backend, case, tensors):
@@ -185,6 +186,7 @@ def test_attention_kept_in_host_memory_takes_none_of_the_device():
         loss = model(tokens[:, :-1], labels=tokens[:, 1:])
         kept[keep] = (torch.cuda.memory_allocated() - before) / (8192 * 256 * 4)
         loss.backward()
+        del loss  # whose graph holds this model while the next one is measured
     assert kept[True] >= kept[False] + 4
     assert kept["cpu"] <= kept[False] + 0.01
 

@@ -10,6 +10,7 @@ import torch
 
 from memory_efficient_attention_pytorch.training.parts import load_parts, shapes_in
 from memory_efficient_attention_pytorch.training.runs import start_run
+from tests.agreement import apart
 from tests.cli import train_command
 from tests.training.divided_runs import REFUSED, RESUMED, RUNS, config, quiet, run_all
 
@@ -38,11 +39,6 @@ def weights(run, step=4):
     return tensors
 
 
-def off_by(one, other):
-    assert one.keys() == other.keys()
-    return max((one[name] - other[name]).abs().max().item() for name in one)
-
-
 @pytest.mark.parametrize("case", RUNS)
 def test_the_loss_curve_is_that_of_one_process(case, directory, tmp_path):
     """In bf16 the processes add in another order, so products round otherwise."""
@@ -54,13 +50,13 @@ def test_the_loss_curve_is_that_of_one_process(case, directory, tmp_path):
         assert len(found) == count
         assert found == pytest.approx(truth, rel=tolerance), name
         assert max(found) - min(found) > 5 * tolerance  # it learns: the weights take part
-    assert off_by(weights(directory / case), weights(tmp_path / "one")) < 5 * tolerance
+    assert apart(weights(directory / case), weights(tmp_path / "one")) < 5 * tolerance
 
 
 def test_a_run_goes_on_to_the_bit(directory):
     for name in ("loss", "validation_loss", "gradient_norm", "sample"):
         assert measured(directory / "half", name) == measured(directory / RESUMED, name)
-    assert off_by(weights(directory / "half"), weights(directory / RESUMED)) == 0
+    assert apart(weights(directory / "half"), weights(directory / RESUMED)) == 0
 
 
 @pytest.mark.parametrize("case", REFUSED)

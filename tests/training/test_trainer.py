@@ -20,6 +20,7 @@ from memory_efficient_attention_pytorch.training.optimizer import adamw, learnin
 from memory_efficient_attention_pytorch.training.run_directory import RunDirectory
 from memory_efficient_attention_pytorch.training.runs import resume_run, start_run
 from memory_efficient_attention_pytorch.training.tracking import Callback, Step, Validation, read_metrics
+from tests.agreement import apart
 
 TINY = {"dim": 16, "depth": 2, "heads": 2, "dim_head": 8, "seq_len": 16, "device": "cpu", "evaluation_windows": 4}
 
@@ -38,11 +39,6 @@ def train(text, out, callback=None, **options):
 
 def weights(outcome):
     return load_file(outcome.run.checkpoints.find().files("model")[0])
-
-
-def largest_difference(one, other):
-    assert one.keys() == other.keys()
-    return max((one[key] - other[key]).abs().max().item() for key in one)
 
 
 def test_the_loop_is_plain_training(text, tmp_path):
@@ -69,14 +65,14 @@ def test_the_loop_is_plain_training(text, tmp_path):
             group["lr"] = rate
         optimizer.step()
         optimizer.zero_grad()
-    assert largest_difference(weights(outcome), model.state_dict()) < 2e-6
+    assert apart(weights(outcome), model.state_dict()) < 2e-6
 
 
 def test_accumulation_does_not_change_what_is_learned(text, tmp_path):
     whole = train(text, tmp_path / "whole", batch_size=4)
     parts = train(text, tmp_path / "parts", batch_size=1, accumulation=4)
     assert parts.state.tokens == whole.state.tokens == 4 * 4 * 16
-    assert largest_difference(weights(whole), weights(parts)) < 2e-6
+    assert apart(weights(whole), weights(parts)) < 2e-6
 
 
 def test_two_processes_learn_what_one_does_with_two_batches(text, tmp_path):
@@ -96,7 +92,7 @@ def test_two_processes_learn_what_one_does_with_two_batches(text, tmp_path):
     assert result.returncode == 0, result.stderr
     assert result.stdout.count("done: 4 steps") == 1
     two = load_file(tmp_path / "two/checkpoints/step-00000004/model.safetensors")
-    assert largest_difference(weights(one), two) < 2e-6
+    assert apart(weights(one), two) < 2e-6
     mine, theirs = (validations(folder) for folder in (tmp_path / "one", tmp_path / "two"))
     assert [step for step, _ in mine] == [step for step, _ in theirs] == [0, 2, 4]
     assert [loss for _, loss in mine] == pytest.approx([loss for _, loss in theirs], abs=1e-5)
@@ -125,7 +121,7 @@ def test_a_sharded_model_learns_what_a_whole_one_does_and_goes_on_in_one_process
     run("--resume=two", "--steps=6")
     resume_run(tmp_path / "alone", {"steps": 6, "batch_size": 4, "shard": False}, lambda main: Callback())
     for folder in (two, tmp_path / "alone"):
-        assert largest_difference(load_file(sixth), weights_of(folder, 6)) < 2e-6
+        assert apart(load_file(sixth), weights_of(folder, 6)) < 2e-6
         assert [step for step, _ in validations(folder)] == [0, 2, 4, 6]
     assert load_run(two, checkpoint="last").config.shard
     with pytest.raises(ValueError, match="start several with torchrun"):
@@ -147,7 +143,7 @@ def validations(folder):
 def test_stored_and_rebuilt_activations_learn_alike(text, tmp_path):
     rebuilt = train(text, tmp_path / "rebuilt", batch_size=2, reversible=True)
     stored = train(text, tmp_path / "stored", batch_size=2, reversible=False)
-    assert largest_difference(weights(rebuilt), weights(stored)) < 1e-5
+    assert apart(weights(rebuilt), weights(stored)) < 1e-5
 
 
 def test_a_run_that_goes_on_computes_as_it_began_whatever_is_free(text, tmp_path, monkeypatch):
@@ -159,7 +155,7 @@ def test_a_run_that_goes_on_computes_as_it_began_whatever_is_free(text, tmp_path
     monkeypatch.setattr("memory_efficient_attention_pytorch.training.budget.available_memory", lambda device: 1)
     resumed = resume_run(begun.run.path, {}, lambda main: Callback())
     assert resumed.config == begun.config
-    assert largest_difference(weights(whole), weights(resumed)) == 0
+    assert apart(weights(whole), weights(resumed)) == 0
     scarce = train(text, tmp_path / "scarce", steps=1, **options)
     assert (scarce.config.reversible, scarce.config.keep_attention) == (True, False)
 
@@ -169,12 +165,12 @@ def test_validations_and_samples_do_not_change_what_is_learned(text, tmp_path):
         text, tmp_path / "often", batch_size=2, dropout=0.2, evaluate_every=1, sample_every=1, sample_tokens=4
     )
     seldom = train(text, tmp_path / "seldom", batch_size=2, dropout=0.2, evaluate_every=100)
-    assert largest_difference(weights(often), weights(seldom)) == 0
+    assert apart(weights(often), weights(seldom)) == 0
 
 
 def test_another_seed_learns_something_else(text, tmp_path):
     one, other = (train(text, tmp_path / str(seed), batch_size=2, seed=seed) for seed in (0, 1))
-    assert largest_difference(weights(one), weights(other)) > 1e-3
+    assert apart(weights(one), weights(other)) > 1e-3
 
 
 def test_the_batches_divided_otherwise_go_on_the_same(text, tmp_path):
@@ -183,7 +179,7 @@ def test_the_batches_divided_otherwise_go_on_the_same(text, tmp_path):
     train(text, tmp_path / "half", batch_size=4, steps=3, warmup_steps=0, final_learning_rate=1.0)
     changes = {"steps": 6, "batch_size": 2, "accumulation": 2}
     resumed = resume_run(tmp_path / "half", changes, lambda main: Callback())
-    assert largest_difference(weights(whole), weights(resumed)) < 2e-6
+    assert apart(weights(whole), weights(resumed)) < 2e-6
 
 
 def test_a_finished_run_loads_with_its_tokenizer(text, tmp_path):
@@ -192,7 +188,7 @@ def test_a_finished_run_loads_with_its_tokenizer(text, tmp_path):
     assert config == outcome.config
     assert tokenizer.decode(tokenizer.encode("line 7 of a text")) == "line 7 of a text"
     assert not model.training
-    assert largest_difference(weights(outcome), model.state_dict()) == 0
+    assert apart(weights(outcome), model.state_dict()) == 0
 
     best = load_run(tmp_path / "run").model
     corpus = Corpus(outcome.run.data)
@@ -251,7 +247,7 @@ def test_what_a_callback_raises_ends_the_run_and_leaves_it_resumable(text, tmp_p
     with pytest.raises(KeyError):
         train(text, tmp_path / "run", Failing(), batch_size=2, checkpoint_every=1)
     resumed = resume_run(tmp_path / "run", {}, lambda main: Callback())
-    assert largest_difference(weights(resumed), weights(train(text, tmp_path / "whole", batch_size=2))) == 0
+    assert apart(weights(resumed), weights(train(text, tmp_path / "whole", batch_size=2))) == 0
 
 
 def test_what_was_validated_before_the_first_step_is_not_validated_again(text, tmp_path):

@@ -36,8 +36,9 @@ class Sdpa(Fused):
         if reason is not None:
             return reason
         kernels = fused_kernels(request, q, k, v)
-        if "cudnn" in kernels and (request.bias is not None or request.visibility.mask is not None):
-            return "PyTorch may take cuDNN's kernel, whose gradients beside a mask may be NaN (pytorch issue 196678)"
+        if "cudnn" in kernels and not request.visibility.plain_causal:
+            # It reads keys beyond the last as zeros, unless causality hides them: exp(0 − lse) overflows.
+            return "PyTorch may take cuDNN's kernel, whose gradients may be NaN (pytorch issue 196678)"
         if kernels - {"cudnn"}:
             return None
         if request.device_type == "cuda":
