@@ -43,7 +43,7 @@ KINDS: dict[str, dict[str, Any]] = {
     "Granite": {"logits_scaling": 4.0, "attention_multiplier": 0.3},
     "Cohere": {"logit_scale": 0.25},
 }
-CONFIGS = {"Gemma3": "Gemma3TextConfig"}
+CONFIGS = {"Gemma3": "Gemma3TextConfig", "Gemma4": "Gemma4TextConfig", "Inkling2": "Inkling2TextConfig"}
 # Decoders beside those: the configuration, and what is left of them and why.
 FIXED = "{}ForCausalLM has no exchangeable attention"
 DROPOUTS = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
@@ -52,6 +52,13 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
     "Cohere2": ({"logit_scale": 0.25, **SLIDING}, {}),
     "Exaone4": (SLIDING, {}),
     "Gemma": ({}, {}),
+    "Gemma4": (
+        {
+            **{"num_kv_shared_layers": 1, "layer_types": ["full_attention"] * 2, "vocab_size_per_layer_input": 61},
+            **{"hidden_size_per_layer_input": 8, "global_head_dim": 8},
+        },
+        {},
+    ),
     "Glm4": ({}, {}),
     "Ministral": (SLIDING, {}),
     "Nemotron": ({}, {}),
@@ -67,7 +74,7 @@ MORE: dict[str, tuple[dict[str, Any], dict[str, str]]] = {
 
 
 def small_model(kind: str, dtype: torch.dtype = torch.float64, seed: int = 0, **options: Any) -> Any:
-    own = {**SMALL, **(MORE[kind][0] if kind in MORE else KINDS[kind]), **options}
+    own = {**SMALL, **(MORE[kind][0] if kind in MORE else KINDS.get(kind, {})), **options}
     if kind in ("GPT2", "Falcon", "GPTJ", "Mpt"):  # these have the widths of old ones
         own = {k: v for k, v in own.items() if k not in ("num_key_value_heads", "head_dim", "intermediate_size")}
     if kind == "GptOss":
@@ -116,6 +123,12 @@ FAMILIES: dict[str, tuple[str, str, dict[str, Any], dict[str, str]]] = {
         "ViTForImageClassification",
         "ViTConfig",
         {**IMAGES, **UNDROPPED, "num_labels": 3},
+        {"loss": "it has no language model head"},
+    ),
+    "BEiT": (
+        "BeitForImageClassification",
+        "BeitConfig",
+        {**IMAGES, **UNDROPPED, "num_labels": 3, "drop_path_rate": 0.0, "use_relative_position_bias": True},
         {"loss": "it has no language model head"},
     ),
     "SigLIP": (
@@ -231,6 +244,7 @@ def of_family(name: str) -> tuple[Any, dict[str, Any], dict[str, str]]:
     images = {"pixel_values": torch.randn(2, 3, 12, 12, dtype=torch.float64)}
     answers = {"labels": ids[:, :9].contiguous()}
     inputs = {
+        "BEiT": {**images, "labels": torch.tensor([0, 2])},
         "ViT": {**images, "labels": torch.tensor([0, 2])},
         "SigLIP": {"input_ids": ids, **images, "return_loss": True},
         "RoBERTa": {**words, "labels": torch.tensor([0, 1])},

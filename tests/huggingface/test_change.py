@@ -100,6 +100,30 @@ def test_other_decoders_give_the_same_step_and_text_and_say_what_is_left(kind):
     assert_writes_the_same(model.eval())
 
 
+@pytest.mark.parametrize("case", ["plain", "right"])
+def test_a_model_that_reads_its_mask_gets_one_and_a_warning(case):
+    """Doge adds a mask of its own to it, at each layer."""
+    ids = tokens()
+    model, given = small_model("Doge"), inputs(case, ids)
+    expected = step(model, ids, **given)
+    make_memory_efficient(model)
+    with pytest.warns(UserWarning, match="the model itself reads its mask, which is made as a tensor"):
+        found = step(model, ids, **given)
+    assert_same_step(found, expected, CLOSE[torch.float64])
+
+
+def test_each_query_has_a_score_without_a_value():
+    """Inkling 2 computes it from the query's token. Its router has no fp64."""
+    own = {"unpadded_vocab_size": 61, "d_rel": 4, "rel_extent": 32, "n_routed_experts": 4, "num_experts_per_tok": 2}
+    own |= {"moe_intermediate_size": 16, "sliding_window_size": 6, "experts_implementation": "eager"}
+    own |= {"swa_num_attention_heads": 4, "swa_num_key_value_heads": 2, "swa_head_dim": 8}
+    model, ids = small_model("Inkling2", torch.float32, **own), tokens()
+    expected = step(model, ids, labels=ids)
+    assert any("sink_proj" in name for name in expected[1])
+    make_memory_efficient(model)
+    assert_same_step(step(model, ids, labels=ids), expected, CLOSE[torch.float32])
+
+
 @pytest.mark.parametrize("name", FAMILIES)
 def test_encoders_both_halves_images_and_experts_give_the_same_step_and_say_what_is_left(name):
     model, given, left = of_family(name)

@@ -53,6 +53,7 @@ def test_a_model_whose_mask_would_be_lost_keeps_its_attention():
         ({"cache": object()}, "a paged cache is not supported"),
         ({"softcap": 2.0, "position_bias": torch.zeros(1, 1, 2, 5)}, "softcap: not together with a bias"),
         ({"output_attentions": True}, "output_attentions"),
+        ({"indices": torch.zeros(1, 2, 1, dtype=torch.int32)}, "keys that an indexer chose"),
     ],
 )
 def test_attention_that_would_be_wrong_is_refused_by_the_layer(given, why):

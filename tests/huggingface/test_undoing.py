@@ -10,7 +10,7 @@ pytest.importorskip("transformers")
 
 from memory_efficient_attention_pytorch.huggingface import feed_forward, make_memory_efficient, restore
 from memory_efficient_attention_pytorch.huggingface.logits import LazyLogits
-from memory_efficient_attention_pytorch.huggingface.visibility import NAME, Visible
+from memory_efficient_attention_pytorch.huggingface.visibility import NAME
 from memory_efficient_attention_pytorch.recompute.host_inputs import InputsOnHost
 
 from .models import small_model, tokens
@@ -163,10 +163,3 @@ def test_a_second_model_is_left_by_its_name():
     report = make_memory_efficient(both)
     assert ("reference", "another model: call make_memory_efficient on it") in report.left
     assert both["reference"].config._attn_implementation != NAME
-
-
-def test_a_model_that_reads_its_mask_is_told():
-    mask = Visible(3, 3, {})
-    for use in (lambda: mask[:, 0], lambda: mask + 1, lambda: list(mask), lambda: mask.sum()):
-        with pytest.raises((TypeError, AttributeError), match=r"attention_mask: the model itself .* attention=False"):
-            use()

@@ -1,7 +1,5 @@
 """transformers' masks are the same functions of indices here, told apart where attention has an argument for them."""
 
-import copy
-
 import pytest
 import torch
 
@@ -143,11 +141,3 @@ def test_masks_that_models_make_are_those_of_its_own_attention(name, cache, padd
     seen = torch.ones(2, queries, dtype=torch.bool) if padding is None else padding[:, -queries:]
     found = attend(q, k, v, visible)
     torch.testing.assert_close(found.mT.transpose(1, 3)[seen], expected.mT.transpose(1, 3)[seen])
-
-
-def test_a_model_that_reads_its_mask_itself_is_told_what_to_do():
-    mask = memory_efficient_mask(2, 12, 12)
-    assert not hasattr(mask, "dtype")
-    with pytest.raises(AttributeError, match=r"attention_mask: .*its mask's 'dtype'.*restore\(model\)"):
-        mask.dtype  # noqa: B018
-    assert copy.deepcopy(mask).arguments == mask.arguments

@@ -11,7 +11,8 @@ from transformers import AttentionInterface, AttentionMaskInterface
 
 from ..attention.functional import dot_product_attention
 from ..common.divided import refuse_divided, within
-from .visibility import NAME, Visible, memory_efficient_mask
+from .visibility import NAME, memory_efficient_mask
+from .visible import Visible
 
 
 def memory_efficient_attention(
@@ -25,19 +26,20 @@ def memory_efficient_attention(
     is_causal: bool | None = None,
     softcap: float | None = None,
     s_aux: Tensor | None = None,
+    sinks: Tensor | None = None,
     position_bias: Tensor | None = None,
     cache: Any = None,
     **others: Any,
 ) -> tuple[Tensor, None]:
     """Compute attention as transformers' interface has it: query ``(b, h, n, d)`` → ``(b, n, h, e)`` and None.
 
-    softcap: scores become ``softcap · tanh(score / softcap)`` (Gemma 2). s_aux: ``(h,)``, a score per head that takes
-    part in the softmax and has no value (gpt-oss): with log-sum-exp L the output is multiplied by
-    ``sigmoid(L − s_aux)``.
+    softcap: scores become ``softcap · tanh(score / softcap)`` (Gemma 2). s_aux: ``(h,)``, or sinks: ``(b, h, n, 1)``,
+    a score that takes part in the softmax and has no value (gpt-oss, Inkling 2): with log-sum-exp L the output is
+    multiplied by ``sigmoid(L − s_aux)``.
 
     Raises:
-        NotImplementedError: attention weights or a paged cache are asked for, the mask is missing, softcap comes with a
-            bias, or the model does not support tokens divided over processes.
+        NotImplementedError: attention weights, a paged cache or chosen keys are asked for, the mask is missing, softcap
+            comes with a bias, or the model does not support tokens divided over processes.
     """
     divided = attention_mask.divided if isinstance(attention_mask, Visible) else None
     if divided is None:
@@ -46,6 +48,8 @@ def memory_efficient_attention(
         raise _refusal(module, "output_attentions: attention weights are never computed as a whole")
     if cache is not None:
         raise _refusal(module, "cache: a paged cache is not supported")
+    if any(others.get(name) is not None for name in ("indices", "block_indices")):
+        raise _refusal(module, "indices: keys that an indexer chose are not supported")
     arguments = _what_is_seen(module, query, key, attention_mask, is_causal)
     if softcap is not None and (position_bias is not None or "attn_bias" in arguments):
         raise _refusal(module, "softcap: not together with a bias")
@@ -59,11 +63,13 @@ def memory_efficient_attention(
         raise _refusal(module, "position_bias: not supported where tokens are divided over processes")
     # A checkpoint recomputes this in backward, perhaps outside the user's ``with``.
     with nullcontext() if divided is None else within(divided):
-        if s_aux is None:
+        if s_aux is not None:
+            sinks = s_aux.view(1, -1, 1, 1)
+        if sinks is None:
             out = dot_product_attention(query, key, value, **options)
         else:
             out, lse = dot_product_attention(query, key, value, return_lse=True, **options)
-            out = out * torch.sigmoid(lse - s_aux.view(1, -1, 1).to(lse.dtype)).unsqueeze(-1).to(out.dtype)
+            out = out * torch.sigmoid(lse.unsqueeze(-1) - sinks.to(lse.dtype)).to(out.dtype)
     return out.transpose(1, 2).contiguous(), None
 
 

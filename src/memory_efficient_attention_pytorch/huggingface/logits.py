@@ -208,7 +208,7 @@ def objection(model: PreTrainedModel) -> str | None:
     if head is None:
         return "it has no language model head"
     if type(head) is not nn.Linear:
-        return f"its head is not a plain linear layer: {type(head).__name__}"
+        return f"its head is not a plain linear layer: {type(head).__module__}.{type(head).__name__}"
     if getattr(model, "loss_function", None) is not ForCausalLMLoss:
         return "its loss is not ForCausalLMLoss"
     if "loss_function" not in inspect.unwrap(type(model).forward).__code__.co_names:

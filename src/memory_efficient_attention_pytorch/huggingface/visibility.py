@@ -19,49 +19,12 @@ from transformers import masking_utils
 from ..attention.mask_function import MaskFunction
 from ..common.divided import Divided, refuse_divided
 from ..common.errors import require
+from .visible import Visible
 
 NAME = "memory_efficient"
 """The name under which attention and masks are registered with transformers."""
 
 IndexFunction = Callable[..., Any]
-
-
-@dataclass(frozen=True)
-class Visible:
-    """Arguments of :func:`dot_product_attention` that travel through a model in place of its mask.
-
-    queries, keys: the numbers the mask is for. Layers share the object and so what has been learnt of its tiles.
-    """
-
-    queries: int
-    keys: int
-    arguments: dict[str, Any]
-    divided: Divided | None = None
-    ndim = 4  # transformers passes 4-d masks on unchanged
-
-    @property
-    def shape(self) -> tuple[int, int, int, int]:
-        return 1, 1, self.queries, self.keys
-
-    def contiguous(self) -> Visible:
-        return self
-
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):
-            raise AttributeError(name)
-        raise AttributeError(_no_tensor(repr(name)))
-
-    def __getitem__(self, *_: Any) -> Any:
-        raise TypeError(_no_tensor("values"))
-
-    __len__ = __iter__ = __add__ = __radd__ = __mul__ = __rmul__ = __invert__ = __getitem__
-
-
-def _no_tensor(wanted: str) -> str:
-    return (
-        f"attention_mask: the model itself asks for its mask's {wanted}, but make_memory_efficient keeps no tensor "
-        "of it; restore(model) brings back the model's own attention, which attention=False leaves"
-    )
 
 
 @dataclass(frozen=True)
@@ -122,6 +85,7 @@ def memory_efficient_mask(
     mask_function: IndexFunction = masking_utils.causal_mask_function,
     attention_mask: Tensor | Visible | DividedTokens | None = None,
     use_vmap: bool = False,
+    device: torch.device | str = "cpu",
     **ignored: Any,
 ) -> Visible:
     """Make a mask for ``AttentionMaskInterface``: query i is at ``i + q_offset``, key j at ``j + kv_offset``."""
@@ -129,7 +93,7 @@ def memory_efficient_mask(
         return attention_mask
     parts = None if use_vmap else _simple(mask_function)
     if isinstance(attention_mask, DividedTokens):
-        return _of_divided(attention_mask, q_length, kv_length, parts)
+        return _of_divided(attention_mask, batch_size, (q_length, kv_length), torch.device(device), parts)
     refuse_divided("a model whose loss make_memory_efficient left unchanged")
     arguments: dict[str, Any] = {}
     padding = _padding(attention_mask, kv_length, kv_offset)
@@ -158,18 +122,20 @@ def memory_efficient_mask(
             return seen if padding is None else seen & padding[batch, key]
 
         arguments["mask"] = MaskFunction(visible)
-    return Visible(q_length, kv_length, arguments)
+    return Visible(batch_size, q_length, kv_length, arguments, torch.device(device))
 
 
-def _of_divided(tokens: DividedTokens, queries: int, keys: int, parts: _Simple | None) -> Visible:
+def _of_divided(
+    tokens: DividedTokens, batch: int, sizes: tuple[int, int], device: torch.device, parts: _Simple | None
+) -> Visible:
     known = parts is not None and parts.document_ids is None and parts.chunks is None
-    if parts is None or not known or (queries, keys) != (tokens.divided.local_tokens,) * 2:
+    if parts is None or not known or sizes != (tokens.divided.local_tokens,) * 2:
         raise NotImplementedError("mask: tokens divided over processes support only causality and windows")
     sides = (parts.left, parts.right)
     given: dict[str, Any] = {"mask": tokens.padding, "document_ids": tokens.document_ids}
     given |= {"causal": parts.causal, "window": None if sides == (None, None) else sides}
     arguments = {name: value for name, value in given.items() if value is not None}
-    return Visible(queries, keys, arguments, tokens.divided)
+    return Visible(batch, *sizes, arguments, device, tokens.divided)
 
 
 def _padding(attention_mask: Tensor | None, keys: int, offset: int) -> Tensor | None:
