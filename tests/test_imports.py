@@ -182,8 +182,8 @@ def test_the_names_of_version_0_1_are_only_passed_on(name):
 
 
 PRIVATE = re.compile(
-    r"torch\._(?!_)|import torch\._|from torch\._|\b_cdata\b|ops\.mkldnn|ops\.aten\._|\baten\._|hooks_dict"
-    r"|\._\w+_hooks\b|\._version\b|\._use_count|_sequence_nr|ctypes\.pythonapi|\._schema\b"
+    r"torch\.(utils\.)?_(?!_)|import torch\._|from torch\._|\._modules\b|\b_cdata\b|ops\.mkldnn"
+    r"|ops\.aten\._|\baten\._|hooks_dict|\._\w+_hooks\b|\._version\b|\._use_count|_sequence_nr|ctypes\.pythonapi|\._schema\b"
 )
 
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from ..common.errors import require_positive_int
+from ..torch_internals.trees import tree_leaves
 
 KIB, MIB = 2**10, 2**20
 PAGE = 4 * KIB

@@ -19,11 +19,10 @@ from typing import Any, NamedTuple, TypeVar
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from ..common.dry_run import Alike
 from ..torch_internals.fake import around_calls, graph, holders, knows_contents
+from ..torch_internals.trees import TorchDispatchMode, tree_leaves
 from .accounting import Accounting, Loop, operator_name
 from .flops import count_flops
 from .timeline import CATEGORIES, Operation, Timeline, as_row

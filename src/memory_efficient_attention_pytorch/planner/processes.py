@@ -8,9 +8,9 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..distributed import ContextParallel
+from ..torch_internals.trees import tree_leaves, tree_map_only
 from .ledger import Ledger
 
 

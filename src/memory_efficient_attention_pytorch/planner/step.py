@@ -13,12 +13,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_leaves, tree_map_only
 
 from ..common.divided import within
 from ..common.dry_run import STAND_IN, watched_by
 from ..common.errors import require
 from ..torch_internals.fake import fake_tensors
+from ..torch_internals.trees import tree_leaves, tree_map_only
 from .accounting import Accounting
 from .ledger import Ledger, Place
 from .processes import ShardedParameters, divided_tokens

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
@@ -15,7 +14,7 @@ from ..distributed.exchange import Layout
 from ..layers.cache import KVCache
 from ..models.config import TransformerConfig
 from ..models.transformer import Transformer
-from ..torch_internals.hooks import forward_hooks
+from ..torch_internals.hooks import children, forward_hooks, with_children
 from .accounting import Accounting
 from .step import OptimizerMaker, Step, dry_run
 from .timeline import Timeline, at_depth
@@ -155,11 +154,9 @@ def shortened(model: Transformer, depth: int) -> Transformer:
     """Return a Transformer of the first ``depth`` blocks, which shares the model's modules."""
     if depth == len(model.layers):
         return model
-    layers = copy.copy(model.layers)
-    layers.__dict__["_modules"] = dict(list(model.layers._modules.items())[:depth])
+    layers = with_children(model.layers, dict(list(children(model.layers).items())[:depth]))
     layers.args_route = {keyword: list(routes)[:depth] for keyword, routes in model.layers.args_route.items()}
-    short = copy.copy(model)
-    short.__dict__["_modules"] = {**model._modules, "layers": layers}
+    short: Transformer = with_children(model, {**children(model), "layers": layers})
     return short
 
 

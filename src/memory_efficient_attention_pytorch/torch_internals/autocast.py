@@ -7,7 +7,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_leaves, tree_map_only
+
+from .trees import tree_leaves, tree_map_only
 
 Arguments = tuple[Any, ...]
 Keywords = dict[str, Any]

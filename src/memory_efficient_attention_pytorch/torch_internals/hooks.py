@@ -1,7 +1,8 @@
-"""Hooks of modules, tensors and graph nodes; and a module's parameters and buffers."""
+"""Hooks of modules, tensors and graph nodes; and a module's children, parameters and buffers."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,6 +91,18 @@ def put_parameter(module: nn.Module, name: str, tensor: Tensor) -> None:
     """Replace the module's parameter (or plain attribute) by ``tensor``, of any class, as ``functional_call`` does."""
     places: dict[str, Any] = module._parameters if name in module._parameters else vars(module)
     places[name] = tensor
+
+
+def children(module: nn.Module) -> dict[str, nn.Module | None]:
+    """The module's children by name, a shared one under each of its names."""
+    return dict(module._modules)
+
+
+def with_children(module: nn.Module, children: Mapping[str, nn.Module | None]) -> Any:
+    """A shallow copy of the module with these children, which shares all else."""
+    changed = copy.copy(module)
+    changed.__dict__["_modules"] = dict(children)
+    return changed
 
 
 def get_buffer(module: nn.Module, name: str) -> Tensor | None:
