@@ -292,7 +292,7 @@ def test_upstream_classes_are_keyword_only_but_for_two():
     assert isinstance(PreNorm(16, FeedForward(16, 2, 1)), nn.Module)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bool])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bool, torch.complex64])
 def test_documents_of_the_right_shape_that_are_no_integers(dtype):
     with pytest.raises(ValueError, match="document_ids: expected an integer dtype"):
         dot_product_attention(**qkv(), document_ids=torch.zeros(2, 6, dtype=dtype))

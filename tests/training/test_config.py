@@ -66,7 +66,6 @@ def test_defaults_left_out_are_taken(tmp_path):
         ("vocab_size = 100", "vocab_size must be a finite number of at least 257"),
         ("exact = true\nreversible = false", "contradict"),
         ("heads = 6\nkv_heads = 4", "kv_heads must divide heads"),
-        ("heads = 6\nhead_chunks = 4", "head_chunks must divide heads"),
         ("dim_head = 15", "rotary positions need an even dim_head, got 15"),
         ("validation_fraction = 1", "validation_fraction must lie between 0 and 1"),
         ("dropout = 1", "dropout must be below 1"),

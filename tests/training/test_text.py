@@ -252,6 +252,15 @@ def test_a_tokenizer_that_cannot_read_the_text_says_so(tmp_path):
         list(SubwordTokenizer(tmp_path / "tokenizer.json").encode_stream([b"xyz"]))
 
 
+def test_a_text_without_any_token_is_empty(tmp_path):
+    backend = lowered_words()
+    backend.model = models.WordPiece({"<unk>": 0, "a": 1}, unk_token="<unk>")
+    backend.save(str(tmp_path / "tokenizer.json"))
+    (tmp_path / "spaces.txt").write_text(" \n" * 50)
+    with pytest.raises(ValueError, match="the text is empty"):
+        tokenised(tmp_path, [tmp_path / "spaces.txt"], SubwordTokenizer(tmp_path / "tokenizer.json"))
+
+
 @given(st.text(max_size=60), st.integers(min_value=1, max_value=7))
 def test_text_in_chunks_cut_anywhere_is_decoded_whole(text, size):
     encoded = text.encode()

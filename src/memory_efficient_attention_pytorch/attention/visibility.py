@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from ..common.errors import require
+from ..common.precision import is_integer
 from ..common.products import MULTIPLE
 from ..torch_internals.tensors import is_fake
 from .broadcasting import EVERYTHING, canonical_broadcast, narrow_broadcast
@@ -130,8 +131,7 @@ class Visibility:
             mask = mask[:, None, None, :] if padding else canonical_broadcast(mask, shape, "mask")
         if document_ids is not None:
             require(isinstance(document_ids, Tensor), "document_ids", "a tensor", type(document_ids).__name__)
-            integers = not document_ids.is_floating_point() and document_ids.dtype != torch.bool
-            require(integers, "document_ids", "an integer dtype", document_ids.dtype)
+            require(is_integer(document_ids), "document_ids", "an integer dtype", document_ids.dtype)
             fits = document_ids.shape == (b, m) and n <= m
             expected = f"shape (batch, keys) = {(b, m)} with no more queries than keys"
             require(fits, "document_ids", expected, f"{tuple(document_ids.shape)} and {n} queries")

@@ -19,6 +19,11 @@ def full_dtype(dtype: torch.dtype) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32)
 
 
+def is_integer(tensor: Tensor) -> bool:
+    """Return whether the tensor holds integers, of any width; booleans are none."""
+    return not tensor.is_floating_point() and not tensor.is_complex() and tensor.dtype != torch.bool
+
+
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
     """Return autocast's dtype on the device, None if it is off."""
     kind = device.type

@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..attention.request import AttentionRequest
-from ..attention.tiles import Tiled
+from ..attention.tiles import Tiled, empty_results
 from ..attention.visibility import Block
 from ..attention.way import BackwardInputs, Way
 from .exchange import Layout, all_to_all
@@ -55,10 +55,9 @@ class AllToAll(Way):
         return count > 1 or held <= _at_once(request)
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        # Token-major in memory, so that merging the heads afterwards is a view. Padding tokens attend to nothing.
-        out = v.new_zeros(request.b, q.shape[2], request.h, request.e).transpose(1, 2)
-        lse = v.new_full(out.shape[:3], float("-inf"), dtype=request.compute_dtype)
-        results = (out, lse, torch.zeros_like(lse)) if request.keeps_rest else (out, lse)
+        # Padding tokens attend to nothing.
+        block = Block(slice(0, request.h), slice(0, q.shape[2]), slice(0, 0))
+        results = empty_results(replace(request, block=block), v)
         for turn, own in self._turns(request):
             found = self.within.forward(own, *(self._to_heads(x, turn) for x in (q, k, v)))
             for x, total in zip(found, results, strict=True):

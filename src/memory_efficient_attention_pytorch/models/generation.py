@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from ..attention.visibility import window_sides
 from ..common.errors import require, require_positive_int
+from ..common.precision import is_integer
 from ..layers.attention import Attention
 from ..layers.cache import KVCache
 
@@ -286,8 +287,7 @@ def _evaluating(net: nn.Module, modules: Sequence[nn.Module]) -> Iterator[None]:
 
 def _check_prompts(tokens: Tensor, mask: Tensor | None) -> tuple[Tensor, Tensor | None]:
     """Validate prompts; return them as int64 with the mask, None if it hides nothing."""
-    integers = not tokens.is_floating_point() and not tokens.is_complex() and tokens.dtype != torch.bool
-    fits = tokens.dim() == 2 and tokens.shape[1] > 0 and integers
+    fits = tokens.dim() == 2 and tokens.shape[1] > 0 and is_integer(tokens)
     expected = "integers of shape (batch, tokens) with at least one token"
     require(fits, "start_tokens", expected, f"{tokens.dtype} {tuple(tokens.shape)}")
     if mask is None:

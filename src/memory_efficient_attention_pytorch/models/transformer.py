@@ -15,7 +15,7 @@ from ..attention.visibility import Mask
 from ..common.compiled import eagerly
 from ..common.divided import active
 from ..common.errors import require
-from ..common.precision import autocast_dtype
+from ..common.precision import autocast_dtype, is_integer
 from ..layers.attention import Attention, FlashAttention
 from ..layers.cache import KVCache
 from ..layers.feedforward import FeedForward, PreNorm
@@ -208,7 +208,7 @@ class Transformer(nn.Module):
 
     def _check(self, x: Tensor, labels: Tensor | None, mask: Mask | None, cache: KVCache | None) -> None:
         embedded = x.is_floating_point() and x.dim() == 3 and x.shape[2] == self.dim
-        fits = embedded or (x.dim() == 2 and _is_integer(x))
+        fits = embedded or (x.dim() == 2 and is_integer(x))
         expected = f"integers of shape (batch, tokens), or embeddings (batch, tokens, {self.dim})"
         require(fits, "x", expected, f"{x.dtype} {tuple(x.shape)}")
         if embedded:
@@ -216,7 +216,7 @@ class Transformer(nn.Module):
         if labels is not None:
             expected = f"a number for each token of x, {tuple(x.shape[:2])}"
             require(labels.shape == x.shape[:2], "labels", expected, tuple(labels.shape))
-            require(_is_integer(labels), "labels", "an integer dtype", labels.dtype)
+            require(is_integer(labels), "labels", "an integer dtype", labels.dtype)
         if callable(mask):
             require(cache is None, "mask", "a tensor together with a cache, which may drop keys", "a function")
         elif mask is not None:
@@ -228,10 +228,6 @@ class Transformer(nn.Module):
             require(self.causal, "cache", "none with a model that is not causal", "one")
             # Other libraries' caches do not ask.
             require(not torch.is_grad_enabled(), "cache", "torch.no_grad() or inference_mode()", "gradients enabled")
-
-
-def _is_integer(x: Tensor) -> bool:
-    return not x.is_floating_point() and not x.is_complex() and x.dtype != torch.bool
 
 
 def pieces_chosen(

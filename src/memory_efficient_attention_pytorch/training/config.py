@@ -299,8 +299,6 @@ def _check_combination(config: TrainConfig) -> None:
         raise ValueError(f"validation_fraction must lie between 0 and 1, got {config.validation_fraction}")
     if config.kv_heads is not None and config.heads % config.kv_heads:
         raise ValueError(f"kv_heads must divide heads ({config.heads}), got {config.kv_heads}")
-    if config.head_chunks is not None and config.heads % config.head_chunks:
-        raise ValueError(f"head_chunks must divide heads ({config.heads}), got {config.head_chunks}")
     if config.positions == "rotary" and config.dim_head % 2:
         raise ValueError(f"rotary positions need an even dim_head, got {config.dim_head}")
     if config.exact and config.reversible is False:

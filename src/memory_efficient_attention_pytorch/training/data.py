@@ -99,7 +99,7 @@ def tokenise(
                 if not held_out:
                     _move_tail(train, validation, round(count * validation_fraction) * end.itemsize)
             sizes = [file.tell() // end.itemsize for file in (train, validation)]
-        if not total_bytes:
+        if not total_tokens:
             raise ValueError("data: the text is empty, there is nothing to learn from")
         info = CorpusInfo(
             dtype=np.dtype(dtype).name,

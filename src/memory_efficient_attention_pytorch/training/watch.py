@@ -121,10 +121,14 @@ def _connect(rank: int, world: int) -> dict[int, socket.socket]:
             server.settimeout(60)
             while len(found) < world - 1:
                 connection, _ = server.accept()
-                connection.settimeout(60)
-                greeting = connection.recv(20, socket.MSG_WAITALL)
-                if secrets.compare_digest(greeting[:16], secret):
+                connection.settimeout(10)
+                greeting = b""
+                with contextlib.suppress(OSError):  # a stranger hung up, or says nothing
+                    greeting = connection.recv(20, socket.MSG_WAITALL)
+                if len(greeting) == 20 and secrets.compare_digest(greeting[:16], secret):
                     found[struct.unpack("!i", greeting[16:])[0]] = connection
+                else:
+                    connection.close()
     for connection in found.values():
         connection.settimeout(None)
         connection.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
