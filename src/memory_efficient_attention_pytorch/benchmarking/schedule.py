@@ -6,10 +6,14 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from math import ceil
 from statistics import median
+from typing import TYPE_CHECKING
 
 from ..common.errors import require, require_positive_int
+from ..models.config import knob
 from .shape import Shape
-from .systems import System
+
+if TYPE_CHECKING:  # imports PyTorch, for which the command line's help does not wait
+    from .systems import System
 
 
 @dataclass(frozen=True)
@@ -19,22 +23,25 @@ class Settings:
     ``base`` is compared in ``rounds`` rounds of ``repeats`` timed steps after a first one; besides, there is one run
     for each other value of ``lengths``, ``depths`` (at ``sweep_seq_len`` tokens) and ``vocabularies`` (likewise).
     A run whose step is expected to take longer than ``step_limit`` seconds is left out and reported as such; within a
-    run, steps are repeated until ``patience`` seconds have passed. ``keep_freed`` lets the CPU's allocator keep freed
-    blocks below 4 MiB, as `mea train` does: faster, with a little more memory.
+    run, steps are repeated until ``patience`` seconds have passed. ``keep_freed``: faster, with a little more memory.
     """
 
     base: Shape = field(default_factory=Shape)
-    rounds: int = 3
-    repeats: int = 5
-    lengths: tuple[int, ...] = (1024, 2048, 4096, 16384, 32768, 65536, 131072)
-    depths: tuple[int, ...] = (2, 8, 24)
-    vocabularies: tuple[int, ...] = (256, 32000)
-    sweep_seq_len: int = 4096
-    step_limit: float = 150.0
+    rounds: int = field(default=3, metadata=knob("rounds at the compared shape"))
+    repeats: int = field(default=5, metadata=knob("most timed steps in a process"))
+    lengths: tuple[int, ...] = field(
+        default=(1024, 2048, 4096, 16384, 32768, 65536, 131072), metadata=knob("sequence lengths")
+    )
+    depths: tuple[int, ...] = field(default=(2, 8, 24), metadata=knob("layers"))
+    vocabularies: tuple[int, ...] = field(default=(256, 32000), metadata=knob("vocabularies"))
+    sweep_seq_len: int = field(default=4096, metadata=knob("tokens in depth and vocabulary runs"))
+    step_limit: float = field(default=150.0, metadata=knob("leave out runs with steps of more seconds"))
     patience: float = 20.0
-    device: str = "cpu"
-    threads: int | None = None
-    keep_freed: bool = False
+    device: str = field(default="cpu", metadata=knob("cpu, cuda or cuda:N"))
+    threads: int | None = field(default=None, metadata=knob("CPU threads", unset="PyTorch's"))
+    keep_freed: bool = field(
+        default=False, metadata=knob("let the allocator keep freed blocks below 4 MiB, as mea train does")
+    )
 
     def __post_init__(self) -> None:
         require_positive_int("rounds", self.rounds)

@@ -14,8 +14,9 @@ import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
+from ..benchmarking.schedule import QUICK, Settings
 from ..benchmarking.shape import SHAPE_FIELDS, Shape
 from ..common.errors import MissingExtraError, brought_by
 from .parser import add_options, given_options
@@ -24,38 +25,25 @@ from .terminal import fitted
 if TYPE_CHECKING:
     from ..benchmarking.results import Results
     from ..benchmarking.runner import Progress
-    from ..benchmarking.schedule import Settings
     from ..benchmarking.systems import System
 
 _PROGRESS = "{:<9}{:<24}{:>7}{:>7}{:>7}  {:<16}{:>8}"
+_METHOD = ("device", "threads", "rounds", "repeats", "step_limit", "keep_freed")
+_SWEEPS = ("lengths", "depths", "vocabularies", "sweep_seq_len")
 DEFAULT_OUTPUT = Path("benchmarks") / "results"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.usage = "mea bench [options]"
-    parser.add_argument("--quick", action="store_true", help="tiny shapes, one round")
+    parser.add_argument("--quick", action="store_true", help="tiny shapes and one round instead of the defaults")
     parser.add_argument("--systems", nargs="+", metavar="NAME", help="only these systems; ratios need sdpa-checkpoint")
     parser.add_argument("--list", action="store_true", help="print the systems and exit")
     parser.add_argument(
         "--output", type=Path, metavar="DIR", help=f"folder for the results (a new one in {DEFAULT_OUTPUT})"
     )
-    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N (%(default)s)")
-    parser.add_argument("--threads", type=int, metavar="N", help="CPU threads (PyTorch's default)")
-    parser.add_argument("--rounds", type=int, metavar="N", help="rounds at the compared shape (3)")
-    parser.add_argument("--repeats", type=int, metavar="N", help="most timed steps in a process (5)")
-    parser.add_argument("--step-limit", type=float, metavar="SECONDS", help="leave out runs with longer steps (150)")
-    parser.add_argument(
-        "--keep-freed",
-        action="store_true",
-        help="let the allocator keep freed blocks below 4 MiB, as mea train does",
-    )
-    shape = parser.add_argument_group("the compared shape")
-    add_options(shape, Shape, SHAPE_FIELDS)
-    sweeps = parser.add_argument_group("other shapes, one run each; without a value: none")
-    sweeps.add_argument("--lengths", type=int, nargs="*", metavar="N", help="sequence lengths (1024 to 131072)")
-    sweeps.add_argument("--depths", type=int, nargs="*", metavar="N", help="layers (2 8 24)")
-    sweeps.add_argument("--vocabularies", type=int, nargs="*", metavar="N", help="vocabularies (256 32000)")
-    sweeps.add_argument("--sweep-seq-len", type=int, metavar="N", help="tokens in depth and vocabulary runs (4096)")
+    add_options(parser, Settings, _METHOD)
+    add_options(parser.add_argument_group("the compared shape"), Shape, SHAPE_FIELDS)
+    add_options(parser.add_argument_group("other shapes, one run each; without a value: none"), Settings, _SWEEPS)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -73,7 +61,7 @@ def measure(args: argparse.Namespace, systems: Sequence[System]) -> int:
         print(*(f"{system.name:<{width}}  {system.label}" for system in systems), sep="\n")
         return 0
     settings = _settings(args)
-    output = args.output or _new_folder(args.device, args.quick)
+    output = args.output or _new_folder(settings.device, args.quick)
     file = output / "results.json"
     print(_PROGRESS.format("run", "system", "tokens", "layers", "vocab.", f"{'units':>6}{'seconds':>10}", "left"))
     try:
@@ -86,17 +74,9 @@ def measure(args: argparse.Namespace, systems: Sequence[System]) -> int:
 
 
 def _settings(args: argparse.Namespace) -> Settings:
-    from ..benchmarking.schedule import QUICK, Settings
-
-    def chosen(*names: str) -> dict[str, Any]:
-        values = {name: getattr(args, name) for name in names}
-        return {name: tuple(v) if isinstance(v, list) else v for name, v in values.items() if v is not None}
-
     start = QUICK if args.quick else Settings()
     base = replace(start.base, **given_options(args, SHAPE_FIELDS))
-    sweeps = chosen("lengths", "depths", "vocabularies", "sweep_seq_len")
-    method = chosen("rounds", "repeats", "step_limit", "device", "threads", "keep_freed")
-    return replace(start, base=base, **sweeps, **method)
+    return replace(start, base=base, **given_options(args, _METHOD + _SWEEPS))
 
 
 def _new_folder(device: str, quick: bool) -> Path:

@@ -71,23 +71,29 @@ def add_options(
     for name in names:
         field, kind = fields[name], value_type(config, name)
         about, default = field.metadata, {name: field.default, **(defaults or {})}[name]
-        shown = about["unset"] if default in (None, ()) else default
+        # Several values have the type of the default's; without one, where there is a default, there are none.
+        each = kind if kind is not tuple else type(default[0]) if default else str
+        shown = about["unset"] if default is None else default
         if isinstance(default, bool):
             shown = "on" if default else "off"
+        elif isinstance(default, tuple):
+            shown = " ".join(map(str, default))
         help = about["help"] + (f" (default: {shown})" if shown != "" else "")
         options: dict[str, Any] = {"default": argparse.SUPPRESS, "help": help}
-        metavar = about.get("metavar") or {int: "N", float: "X"}.get(kind, "")
+        metavar = about.get("metavar") or {int: "N", float: "X"}.get(each)
         if kind is bool:
             options |= {"action": Switch, "choices": about["choices"] or None}
         elif about["choices"]:
             options |= {"choices": about["choices"]}
         elif kind is tuple:
-            options |= {"nargs": "+", "action": "extend", "metavar": metavar}
+            nargs = "*" if default else "+"
+            options |= {"type": each, "nargs": nargs, "action": "extend", "metavar": metavar}
         else:
             options |= {"type": kind, "metavar": metavar}
         parser.add_argument("--" + name.replace("_", "-"), **options)
 
 
 def given_options(args: argparse.Namespace, names: Iterable[str]) -> dict[str, Any]:
-    """Return the options added by `add_options` that were given."""
-    return {name: getattr(args, name) for name in names if hasattr(args, name)}
+    """Return the options added by `add_options` that were given; of several values a tuple."""
+    given = {name: getattr(args, name) for name in names if hasattr(args, name)}
+    return {name: tuple(value) if isinstance(value, list) else value for name, value in given.items()}
