@@ -16,7 +16,6 @@ import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from datetime import date
 from pathlib import Path
 from statistics import median
 from typing import Any
@@ -25,7 +24,7 @@ import torch
 
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.benchmarking.report import table
-from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
+from memory_efficient_attention_pytorch.benchmarking.results import describe_provenance, provenance
 from memory_efficient_attention_pytorch.training import TrainConfig
 from memory_efficient_attention_pytorch.training.files import write_atomically
 from memory_efficient_attention_pytorch.training.model import build_model
@@ -93,7 +92,7 @@ def report(facts: dict[str, Any]) -> str:
         step = (f"{case[key]:.2f} s" for key in ("eager_seconds", "compiled_seconds"))
         kind = "reversible" if case["reversible"] else "stored"
         rows.append([case["model"], kind, str(first), f"{second - first} more", later, *compiling, *step])
-    where = f"{facts['machine']['processor']}, {facts['threads']} threads, torch {facts['torch']}, {facts['date']}"
+    where = describe_provenance(facts)
     return f"Training steps of torch.compile, backend {facts['backend']}: {where}.\n\n{table(head, rows)}\n"
 
 
@@ -121,8 +120,7 @@ def main() -> None:
             told = subprocess.run(command, env=environment, stdout=subprocess.PIPE, text=True, check=True).stdout
         found.append(json.loads(told.splitlines()[-1]))
         print(found[-1], flush=True)
-    facts = {"machine": describe_machine("cpu"), "torch": torch.__version__, "date": str(date.today())}
-    facts |= {"threads": torch.get_num_threads(), "backend": arguments.backend, "cases": found}
+    facts = provenance() | {"threads": torch.get_num_threads(), "backend": arguments.backend, "cases": found}
     arguments.output.mkdir(parents=True, exist_ok=True)
     write_atomically(arguments.output / "compile.json", json.dumps(facts, indent=1) + "\n")
     write_atomically(arguments.output / "compile.md", report(facts))

@@ -13,7 +13,6 @@ import argparse
 import json
 import sys
 import tempfile
-import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import timedelta
@@ -26,7 +25,7 @@ import torch.distributed as dist
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.benchmarking.report import table
-from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
+from memory_efficient_attention_pytorch.benchmarking.results import describe_provenance, provenance
 from memory_efficient_attention_pytorch.distributed import ContextParallel
 from memory_efficient_attention_pytorch.training.files import write_atomically
 
@@ -100,17 +99,15 @@ def main() -> int:
             runs[-1]["share"] = runs[-1]["peak_bytes"] * world / alone["peak_bytes"]
             print(runs[-1], flush=True)
         runs[-len(rows)]["share"] = runs[-len(rows)]["peak_bytes"] / runs[1 - len(rows)]["peak_bytes"]
-    machine = describe_machine("cpu")
     titles = ["", "processes × threads", "way", "MiB of each", "× processes ÷ one's", "seconds, once"]
     cells = [
         [r["row"], f"{r['processes']} × {r['threads']}", r["method"], f"{r['peak_bytes'] / 2**20:.0f}"]
         + [f"{r['share']:.2f}", f"{r['seconds']:.1f}"]
         for r in runs
     ]
-    place = f"{machine['processor']}, {machine['cores']} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
-    text = f"{table(titles, cells)}\n\n{args.tokens:,} tokens; {place}\n"
+    record = provenance() | {"runs": runs}
+    text = f"{table(titles, cells)}\n\n{args.tokens:,} tokens; {describe_provenance(record)}\n"
     args.output.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "runs": runs}
     write_atomically(args.output / "context-parallel.json", json.dumps(record, indent=1) + "\n")
     write_atomically(args.output / "context-parallel.md", text)
     return 0

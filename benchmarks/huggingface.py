@@ -30,7 +30,7 @@ from transformers.modeling_outputs import CausalLMOutput
 
 from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.benchmarking.report import table
-from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
+from memory_efficient_attention_pytorch.benchmarking.results import describe_machine, describe_place
 from memory_efficient_attention_pytorch.huggingface import make_memory_efficient
 from memory_efficient_attention_pytorch.huggingface.planning import ExampleInputs, on_meta
 from memory_efficient_attention_pytorch.planner import Plan, format_size, max_seq_len, parse_size, plan
@@ -134,7 +134,6 @@ def ratio(run: dict[str, Any], first: dict[str, Any], name: str) -> float:
 
 
 def text(record: dict[str, Any]) -> str:
-    machine = record["machine"]
     first = {run["tokens"]: run for run in record["runs"] if run["system"] == "own"}
     rows = [
         [
@@ -153,8 +152,8 @@ def text(record: dict[str, Any]) -> str:
         "One forward and backward, loss included, of a small Llama of transformers: one sequence, dim 512, 4 layers, "
         "8 heads, vocabulary 32000, fp32, random weights. Memory is the peak above the built model and its gradients, "
         "and what the planner says of it beforehand; each in a fresh process, in turn, one step: medians. "
-        f"{machine['processor']}, {machine['cores']} cores, {machine['memory_bytes'] / 1024**3:.0f} GiB; "
-        f"torch {record['torch']}, transformers {record['transformers']}; {', '.join(dates)}.",
+        f"{describe_place(record['machine'])}; torch {record['torch']}, transformers {record['transformers']}; "
+        f"{', '.join(dates)}.",
         table(["tokens", "MB", "planned", "× less", "seconds", "× the first", "rounds"], rows),
     ]
     found = record["longest"]

@@ -11,7 +11,6 @@ With --million only the second: 1,048,576 tokens with a window. Writes memory.js
 import argparse
 import json
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ import torch
 from memory_efficient_attention_pytorch import Transformer
 from memory_efficient_attention_pytorch.benchmarking.measure import measure_peak, zero_grads
 from memory_efficient_attention_pytorch.benchmarking.report import table
-from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
+from memory_efficient_attention_pytorch.benchmarking.results import describe_provenance, provenance
 from memory_efficient_attention_pytorch.training.files import write_atomically
 
 ROOT = Path(__file__).resolve().parent
@@ -84,19 +83,17 @@ def main() -> int:
     for label, changes in rows.items():
         found.append(measure(label, changes))
         print(f"{label:<60}{found[-1]['units']:6.2f} units {found[-1]['seconds']:8.1f} s", flush=True)
-    machine = describe_machine("cpu")
     cells = [
         [run["row"], f"{run['units']:.2f}", f"{run['peak_bytes'] / 2**20:.0f}", f"{run['seconds']:.1f}"]
         for run in found
     ]
-    place = f"{machine['processor']}, {machine['cores']} cores, torch {torch.__version__}, {time.strftime('%Y-%m-%d')}"
     # Seconds of one step each are no comparison: the models of the first table are for its memory alone.
     columns = 4 if args.million else 3
     text = table(["", "units", "MiB", "seconds, once"][:columns], [row[:columns] for row in cells])
     args.output.mkdir(parents=True, exist_ok=True)
-    record = {"machine": machine, "torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "runs": found}
+    record = provenance() | {"runs": found}
     write_atomically(args.output / f"{name}.json", json.dumps(record, indent=1) + "\n")
-    write_atomically(args.output / f"{name}.md", f"{text}\n\n{place}\n")
+    write_atomically(args.output / f"{name}.md", f"{text}\n\n{describe_provenance(record)}\n")
     return 0
 
 

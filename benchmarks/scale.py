@@ -20,10 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
-import torch
 
 from memory_efficient_attention_pytorch.benchmarking.report import between_markers, rewrite, table
-from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
+from memory_efficient_attention_pytorch.benchmarking.results import provenance
 from memory_efficient_attention_pytorch.distributed import all_to_all, ring
 from memory_efficient_attention_pytorch.distributed.exchange import Layout
 from memory_efficient_attention_pytorch.planner import plan
@@ -507,8 +506,7 @@ def write_planned() -> None:
     for devices, context, groups in _to_plan():
         plans.append(plan_one(devices, context, groups))
         print(plans[-1], flush=True)
-    record = {"model": MODEL, "tokens_of_each": TOKENS_EACH, "machine": describe_machine("cpu")}
-    record |= {"torch": torch.__version__, "date": time.strftime("%Y-%m-%d"), "plans": plans}
+    record = {"model": MODEL, "tokens_of_each": TOKENS_EACH, **provenance(), "plans": plans}
     PLANNED.parent.mkdir(parents=True, exist_ok=True)
     write_atomically(PLANNED, json.dumps(record, indent=1) + "\n")
 

@@ -29,7 +29,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from memory_efficient_attention_pytorch.benchmarking.report import table
-from memory_efficient_attention_pytorch.benchmarking.results import describe_machine
+from memory_efficient_attention_pytorch.benchmarking.results import describe_provenance, provenance
 from memory_efficient_attention_pytorch.training import TrainConfig
 from memory_efficient_attention_pytorch.training.files import write_atomically
 
@@ -145,7 +145,7 @@ def write_text(path: Path) -> None:
 
 
 def report(record: dict[str, Any]) -> str:
-    machine, rates = record["machine"], record["tokens_per_second"]
+    rates = record["tokens_per_second"]
     rows = [
         [
             way,
@@ -157,8 +157,7 @@ def report(record: dict[str, Any]) -> str:
     return (
         f"The default size of `mea train` ({OPTIONS.depth} layers of {OPTIONS.dim}, {OPTIONS.heads} heads, "
         f"{OPTIONS.batch_size} × {OPTIONS.seq_len} tokens, bytes, learned positions), fp32; each in a fresh process, "
-        f"in turn, {record['rounds']} rounds of {record['steps']} steps: medians. {machine['processor']}, "
-        f"{record['threads']} threads on {machine['cores']} cores, torch {record['torch']}, {record['date']}.\n\n"
+        f"in turn, {record['rounds']} rounds of {record['steps']} steps: medians. {describe_provenance(record)}.\n\n"
         + table(["", "tokens/s", "÷ plain loop"], rows)
         + "\n"
     )
@@ -184,15 +183,8 @@ def main() -> None:
             for way, found in rates.items():
                 found.append(measure(way, data, options.steps))
                 print(f"{found[-1]:10,.0f} tokens/s  {way}", flush=True)
-    record = {
-        "machine": describe_machine("cpu"),
-        "torch": torch.__version__,
-        "date": time.strftime("%Y-%m-%d"),
-        "threads": options.threads,
-        "rounds": options.rounds,
-        "steps": options.steps,
-        "tokens_per_second": rates,
-    }
+    record = provenance() | {"threads": options.threads, "rounds": options.rounds, "steps": options.steps}
+    record["tokens_per_second"] = rates
     options.output.mkdir(parents=True, exist_ok=True)
     write_atomically(options.output / "training.json", json.dumps(record, indent=1) + "\n")
     write_atomically(options.output / "training.md", report(record))

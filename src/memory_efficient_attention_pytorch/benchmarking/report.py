@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..training.files import write_atomically
-from .results import Results, Run
+from .results import Results, Run, describe_place
 from .summary import GROWTH_FROM, MIB, Row, compared, describe_outcome, growth, peak, series, step_seconds, units
 from .systems import REFERENCE
 
@@ -23,19 +23,13 @@ def comparison(results: Results, elsewhere: Sequence[Results] = ()) -> str:
     """
     parts = [method(results), _comparison_table(results)]
     for other in elsewhere:
-        parts += [f"The same on {_place(other)}; {other.date[:10]}:", _comparison_table(other)]
+        parts += [f"The same on {describe_place(other.machine)}; {other.date[:10]}:", _comparison_table(other)]
     return "\n\n".join(parts)
 
 
 def _comparison_table(results: Results) -> str:
     headings = ["", "memory, units", "memory, MiB", "seconds a step", "memory, relative", "time, relative"]
     return table(headings, [_cells(row) for row in compared(results)])
-
-
-def _place(results: Results) -> str:
-    machine = results.machine
-    place = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
-    return f"{place}, {machine.get('gpu_memory_bytes', machine['memory_bytes']) / 1024**3:.0f} GiB"
 
 
 def method(results: Results) -> str:
@@ -50,7 +44,7 @@ def method(results: Results) -> str:
         f"×{shape.ff_mult}, vocabulary {shape.num_tokens}, fp32 unless a line says otherwise. Memory is the peak "
         f"above the built model and its gradients; a unit is tokens · dim · 4 bytes. {allocator} Each system in fresh "
         f"processes, in turn, {rounds} round{'s' if rounds > 1 else ''}: medians. Relative figures are medians of the "
-        f"ratios to *{results.labels.get(REFERENCE, REFERENCE)}* in the same round. {_place(results)}; "
+        f"ratios to *{results.labels.get(REFERENCE, REFERENCE)}* in the same round. {describe_place(results.machine)}; "
         f"{versions}; {results.date[:10]}."
     )
 

@@ -6,7 +6,7 @@ import datetime
 import json
 import os
 import platform
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -113,6 +113,23 @@ def describe_machine(device: str) -> dict[str, Any]:
         machine["gpu"] = properties.name
         machine["gpu_memory_bytes"] = properties.total_memory
     return machine
+
+
+def provenance() -> dict[str, Any]:
+    """Return what a record of measurements on the CPU begins with: the machine, PyTorch's version and the date."""
+    return {"machine": describe_machine("cpu"), "torch": torch.__version__, "date": str(datetime.date.today())}
+
+
+def describe_provenance(record: Mapping[str, Any]) -> str:
+    """Return in words what ``provenance`` gave a record, and how many ``threads`` it names, if it does."""
+    machine, threads = record["machine"], f"{record['threads']} threads on " if "threads" in record else ""
+    return f"{machine['processor']}, {threads}{machine['cores']} cores, torch {record['torch']}, {record['date']}"
+
+
+def describe_place(machine: Mapping[str, Any]) -> str:
+    """Return in words the GPU of ``describe_machine``, or else its processor and cores, and the memory of that."""
+    place = machine.get("gpu") or f"{machine['processor']}, {machine['cores']} cores"
+    return f"{place}, {machine.get('gpu_memory_bytes', machine['memory_bytes']) / 1024**3:.0f} GiB"
 
 
 def processor() -> str:
