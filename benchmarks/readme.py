@@ -14,19 +14,14 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from memory_efficient_attention_pytorch.benchmarking.report import (
-    BEGIN,
-    END,
-    between_markers,
-    comparison,
-    full,
-    rewrite,
-)
-from memory_efficient_attention_pytorch.benchmarking.results import Results
+from markers import between_markers, rewrite
+
+from memory_efficient_attention_pytorch.benchmarking.report import comparison, comparison_table, full
+from memory_efficient_attention_pytorch.benchmarking.results import Results, describe_place
 
 ROOT = Path(__file__).resolve().parent.parent
 README, DOCS = ROOT / "README.md", ROOT / "docs" / "benchmarks.md"
-MARKERS = BEGIN, END
+MARKERS = "<!-- benchmark: generated from the results, do not edit -->", "<!-- benchmark: end -->"
 OF_MODELS = tuple(marker.replace("benchmark:", "benchmark of transformers' models:") for marker in MARKERS)
 """Around the figures of models of transformers, where a document has these."""
 
@@ -62,6 +57,13 @@ def _kind(results: Results) -> tuple[str, str | None]:
     return results.machine["processor"], results.machine.get("gpu")
 
 
+def with_tables(report: str, results: Results, elsewhere: Sequence[Results]) -> str:
+    """A report on results, with the tables of others after the comparison that it begins with."""
+    own = comparison(results)
+    tables = (f"The same on {describe_place(r.machine)}; {r.date[:10]}:\n\n{comparison_table(r)}" for r in elsewhere)
+    return "\n\n".join([own, *tables]) + report.removeprefix(own)
+
+
 def blocks(results_file: Path) -> list[tuple[Path, tuple[str, str], str]]:
     """Documents, markers and what belongs between them: the table and the plane in the README, all in the docs."""
     results = Results.load(results_file)
@@ -73,8 +75,8 @@ def blocks(results_file: Path) -> list[tuple[Path, tuple[str, str], str]]:
 
     plane = [f"![memory and time]({path})" for path in figures(README, "memory-and-time.png")]
     found = [
-        (README, MARKERS, "\n\n".join([comparison(results, elsewhere), *plane])),
-        (DOCS, MARKERS, full(results, figures(DOCS), elsewhere)),
+        (README, MARKERS, with_tables("\n\n".join([comparison(results), *plane]), results, elsewhere)),
+        (DOCS, MARKERS, with_tables(full(results, figures(DOCS)), results, elsewhere)),
     ]
     if OF_MODELS[0] in README.read_text():
         models = ROOT / "benchmarks" / "results" / "huggingface" / "huggingface.md"

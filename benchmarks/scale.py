@@ -20,8 +20,9 @@ from pathlib import Path
 from typing import Any, NamedTuple, Self
 
 import numpy as np
+from markers import between_markers, rewrite
 
-from memory_efficient_attention_pytorch.benchmarking.report import between_markers, rewrite, table
+from memory_efficient_attention_pytorch.benchmarking.report import table
 from memory_efficient_attention_pytorch.benchmarking.results import provenance
 from memory_efficient_attention_pytorch.distributed import all_to_all, ring
 from memory_efficient_attention_pytorch.distributed.exchange import Layout

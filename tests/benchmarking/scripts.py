@@ -14,5 +14,7 @@ def load_benchmark(name: str) -> ModuleType:
         pytest.skip("benchmarks/ is only in a checkout")
     spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", FOLDER / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(FOLDER)  # a script may import what is beside it
+        spec.loader.exec_module(module)
     return module

@@ -4,7 +4,6 @@ import json
 
 import pytest
 
-from memory_efficient_attention_pytorch.benchmarking.report import BEGIN, END
 from memory_efficient_attention_pytorch.benchmarking.results import Run, begin
 from memory_efficient_attention_pytorch.benchmarking.schedule import Settings
 from memory_efficient_attention_pytorch.benchmarking.systems import find_systems
@@ -18,7 +17,7 @@ def checkout(tmp_path, monkeypatch):
     for name, path in {"README": tmp_path / "README.md", "DOCS": tmp_path / "docs" / "benchmarks.md"}.items():
         monkeypatch.setattr(readme, name, path)
         path.parent.mkdir(exist_ok=True)
-        path.write_text(f"# Title\n{BEGIN}\n{END}\n")
+        path.write_text("# Title\n{}\n{}\n".format(*readme.MARKERS))
     return readme
 
 
@@ -88,6 +87,21 @@ def test_figures_of_models_stand_between_markers_of_their_own(checkout):
     assert "8.5" in checkout.README.read_text()
     (folder / "huggingface" / "huggingface.md").write_text("| 322 MB |\n")
     assert checkout.main(["--check"]) == 1
+
+
+def test_only_the_lines_between_the_markers_are_rewritten(tmp_path):
+    markers, (begin, end) = load_benchmark("markers"), ("<!-- begin -->", "<!-- end -->")
+    document = tmp_path / "README.md"
+    document.write_text(f"before\n{begin}\nold\n{end}\nafter\n")
+    block = "a table\n\nand a figure"
+    assert markers.rewrite(document, block, (begin, end))
+    assert markers.between_markers(document, (begin, end)) == block
+    assert document.read_text().startswith(f"before\n{begin}\n")
+    assert document.read_text().endswith(f"{end}\nafter\n")
+    assert not markers.rewrite(document, block, (begin, end))
+    document.write_text("no markers")
+    with pytest.raises(ValueError, match=r"README\.md"):
+        markers.rewrite(document, block, (begin, end))
 
 
 def test_the_published_figures_are_those_of_the_newest_results(capsys):

@@ -6,14 +6,7 @@ import os
 import pytest
 
 from memory_efficient_attention_pytorch.benchmarking.figures import draw, round_numbers
-from memory_efficient_attention_pytorch.benchmarking.report import (
-    BEGIN,
-    END,
-    between_markers,
-    comparison,
-    full,
-    rewrite,
-)
+from memory_efficient_attention_pytorch.benchmarking.report import comparison, full
 from memory_efficient_attention_pytorch.benchmarking.results import Results, Run, begin
 from memory_efficient_attention_pytorch.benchmarking.schedule import Settings
 from memory_efficient_attention_pytorch.benchmarking.shape import Shape
@@ -94,20 +87,6 @@ def test_the_report_says_what_was_left_out_and_why(results):
     assert [cell.strip() for cell in row.split("|")[2:-1]] == ["9.0", "144", "3", "0.30×", "1.50×"]
     tables = [line for line in text.splitlines() if line.startswith("|")]
     assert all(line.endswith("|") for line in tables)
-
-
-def test_only_the_lines_between_the_markers_are_rewritten(results, tmp_path):
-    document = tmp_path / "README.md"
-    document.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
-    block = comparison(results)
-    assert rewrite(document, block)
-    assert between_markers(document) == block
-    assert document.read_text().startswith(f"before\n{BEGIN}\n")
-    assert document.read_text().endswith(f"{END}\nafter\n")
-    assert not rewrite(document, block)
-    document.write_text("no markers")
-    with pytest.raises(ValueError, match=r"README\.md"):
-        rewrite(document, block)
 
 
 def test_figures_are_drawn_where_there_is_something_to_see(results, tmp_path):

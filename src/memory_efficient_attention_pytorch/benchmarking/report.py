@@ -5,29 +5,20 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..training.files import write_atomically
 from .results import Results, Run, describe_place
 from .summary import GROWTH_FROM, MIB, Row, compared, describe_outcome, growth, peak, series, step_seconds, units
 from .systems import REFERENCE
 
-BEGIN = "<!-- benchmark: generated from the results, do not edit -->"
-END = "<!-- benchmark: end -->"
 _RETURNED = "The allocator returns what is freed at once, from 64 KiB on."
 _KEPT = "The allocator returns freed blocks of 4 MiB at once and may keep smaller ones, as in `mea train`."
 
 
-def comparison(results: Results, elsewhere: Sequence[Results] = ()) -> str:
-    """Return how it was measured, and the table of all systems at the compared shape.
-
-    elsewhere: results measured in the same way on other machines, whose tables follow.
-    """
-    parts = [method(results), _comparison_table(results)]
-    for other in elsewhere:
-        parts += [f"The same on {describe_place(other.machine)}; {other.date[:10]}:", _comparison_table(other)]
-    return "\n\n".join(parts)
+def comparison(results: Results) -> str:
+    """Return how it was measured, and the table of all systems at the compared shape."""
+    return f"{method(results)}\n\n{comparison_table(results)}"
 
 
-def _comparison_table(results: Results) -> str:
+def comparison_table(results: Results) -> str:
     headings = ["", "memory, units", "memory, MiB", "seconds a step", "memory, relative", "time, relative"]
     return table(headings, [_cells(row) for row in compared(results)])
 
@@ -49,9 +40,9 @@ def method(results: Results) -> str:
     )
 
 
-def full(results: Results, figures: Sequence[str] = (), elsewhere: Sequence[Results] = ()) -> str:
+def full(results: Results, figures: Sequence[str] = ()) -> str:
     """Return ``comparison``, figures, tables over length, depth and vocabulary, and what was left out and why."""
-    parts = [comparison(results, elsewhere), *(f"![{Path(name).stem.replace('-', ' ')}]({name})" for name in figures)]
+    parts = [comparison(results), *(f"![{Path(name).stem.replace('-', ' ')}]({name})" for name in figures)]
     sweeps: list[tuple[str, str, Callable[[Run], float], str]] = [
         ("Memory in MiB, by sequence length", "seq_len", lambda run: peak(run) / MIB, ".0f"),
         ("Seconds a step, by sequence length", "seq_len", step_seconds, ".3g"),
@@ -77,35 +68,6 @@ def table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
 
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     return "\n".join([line(headings), line(rule), *map(line, rows)])
-
-
-def between_markers(path: Path, markers: tuple[str, str] = (BEGIN, END)) -> str:
-    """Return the text between the markers of a Markdown file, without the empty lines around it.
-
-    Raises:
-        ValueError: the file does not have both markers once each, in order.
-    """
-    return _split_at_markers(path, *markers)[1].strip("\n")
-
-
-def rewrite(path: Path, block: str, markers: tuple[str, str] = (BEGIN, END)) -> bool:
-    """Put ``block`` between the markers of a Markdown file; return whether that changed it.
-
-    Raises ValueError as ``between_markers`` does.
-    """
-    before, former, after = _split_at_markers(path, *markers)
-    renewed = f"\n\n{block}\n\n"
-    if renewed != former:
-        write_atomically(path, before + renewed + after)
-    return renewed != former
-
-
-def _split_at_markers(path: Path, begin: str, finish: str) -> tuple[str, str, str]:
-    text = path.read_text()
-    if text.count(begin) != 1 or text.count(finish) != 1 or text.index(begin) > text.index(finish):
-        raise ValueError(f"path: expected one line {begin!r} and after it one {finish!r} in {path}")
-    start, end = text.index(begin) + len(begin), text.index(finish)
-    return text[:start], text[start:end], text[end:]
 
 
 def _cells(row: Row) -> list[str]:
