@@ -341,23 +341,21 @@ def replace(run, old, new):
 # The real commands, one after the other
 
 
-def test_a_trained_run_writes_text(tmp_path):
-    folder = tmp_path / "here"
-    folder.mkdir()
-    (folder / "text.txt").write_text(TEXT)
+def test_a_trained_run_writes_text(here):
+    (here / "text.txt").write_text(TEXT)
     tiny = ["--dim=16", "--depth=2", "--heads=2", "--dim-head=8", "--seq-len=16", "--batch-size=2", "--steps=2"]
     options = ["--data=text.txt", "--vocab-size=300", "--quiet", "--sample-every=0", *tiny]
-    result = train_command.mea(folder, "train", *options)
+    result = train_command.mea(here, "train", *options)
     assert result.status == 0, result.error
     arguments = ["--tokens", "40", "--seed", "0"]
-    result = train_command.mea(folder, "generate", "runs/1", *arguments, stdin="a téxt\n".encode())
+    result = train_command.mea(here, "generate", "runs/1", *arguments, stdin="a téxt\n".encode())
     assert result.status == 0, result.error
     assert result.out.startswith("a téxt")
     assert len(result.out) > 20
     assert "note: prompt and text may exceed 16 tokens" in result.error
-    again = train_command.mea(folder, "generate", "runs/1", "--prompt", "a téxt", *arguments)
+    again = train_command.mea(here, "generate", "runs/1", "--prompt", "a téxt", *arguments)
     assert again.out == result.out
 
-    result = train_command.mea(folder, "generate", "runs/2", "--prompt", "a")
+    result = train_command.mea(here, "generate", "runs/2", "--prompt", "a")
     assert (result.status, result.out) == (2, "")
     assert result.error == "mea generate: there is no run directory runs/2\n"

@@ -30,17 +30,8 @@ OFTEN = [
 
 
 @pytest.fixture
-def mea(tmp_path):
-    """Runs `mea` in an empty directory."""
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return functools.partial(train_command.mea, folder)
-
-
-@pytest.fixture
-def here(mea, tmp_path):
-    """The directory `mea` runs in."""
-    return tmp_path / "here"
+def mea(here):
+    return functools.partial(train_command.mea, here)
 
 
 @pytest.fixture

@@ -20,20 +20,6 @@ WATCH = [
 STEPS = 40
 
 
-@pytest.fixture
-def here(tmp_path):
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return folder
-
-
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i} of a text to learn\n" for i in range(300)))
-    return path
-
-
 def options(text, steps=STEPS):
     return ["--data", str(text), *OPTIONS, *WATCH, f"--steps={steps}"]
 

@@ -23,20 +23,6 @@ LOOP = ["--evaluate-every=4", "--evaluation-windows=4", "--checkpoint-every=2", 
 STEPS, WINDOWS = 8, 4
 
 
-@pytest.fixture(scope="module")
-def text(tmp_path_factory):
-    path = tmp_path_factory.mktemp("text") / "text.txt"
-    path.write_text("".join(f"line {i} of a text to learn\n" for i in range(300)))
-    return path
-
-
-@pytest.fixture
-def here(tmp_path):
-    folder = tmp_path / "here"
-    folder.mkdir()
-    return folder
-
-
 def options(text, processes, steps=STEPS):
     return ["--data", str(text), *MODEL, *LOOP, *batch(processes), f"--steps={steps}", "--device=cpu"]
 
