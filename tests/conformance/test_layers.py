@@ -16,7 +16,14 @@ from memory_efficient_attention_pytorch import (
 )
 from memory_efficient_attention_pytorch.cosine_sim_flash_attention import FlashAttention as CosineSimFlashAttention
 from tests import reference
+from tests.agreement import assert_same
 from tests.conformance.cases import LearnedBias
+
+
+def assert_agree(out, truth, wanted):
+    """Outputs, and gradients of what is wanted."""
+    reference.assert_close("out", out, truth, 1e-5)
+    assert_same(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, truth)), 1e-4)
 
 
 @pytest.mark.parametrize(
@@ -32,10 +39,7 @@ def test_attention_layer(causal, memory_efficient, override):
     weights = net.to_q.weight, net.to_kv.weight, net.to_out.weight
     kwargs = {"context": context, "mask": mask, "attn_bias": bias, "causal": causal}
     truth = reference.attention_layer(x, *weights, heads=2, **kwargs)
-    reference.assert_close("out", out, truth, 1e-5)
-    wanted = (x, context, bias, *weights)
-    for ours, true in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, truth)), strict=True):
-        reference.assert_close("gradient", ours, true, 1e-4)
+    assert_agree(out, truth, (x, context, bias, *weights))
 
 
 @pytest.mark.parametrize(
@@ -58,9 +62,7 @@ def test_attention_layer_beyond_upstream(kind, kwargs):
     weights = net.to_q.weight, net.to_kv.weight, net.to_out.weight
     what = {name: value for name, value in kwargs.items() if name != "head_chunks"}
     out, truth = net(x, mask=mask), reference.attention_layer(x, *weights, heads=4, mask=mask, **what)
-    reference.assert_close("out", out, truth, 1e-5)
-    for ours, true in zip(*(torch.autograd.grad(o.square().sum(), (x, *weights)) for o in (out, truth)), strict=True):
-        reference.assert_close("gradient", ours, true, 1e-4)
+    assert_agree(out, truth, (x, *weights))
 
 
 @pytest.mark.parametrize("kind_of_bias", ["1hnm", "b1nm", "hnm", "11nm", "T5", "learned"])
@@ -83,9 +85,7 @@ def test_biases_through_head_groups(kwargs, kind_of_bias):
     weights = net.to_q.weight, net.to_kv.weight, net.to_out.weight
     what = {"heads": 4, "causal": True, "attn_bias": bias, "kv_heads": kwargs.get("kv_heads")}
     out, truth = net(x, attn_bias=bias), reference.attention_layer(x, *weights, **what)
-    reference.assert_close("out", out, truth, 1e-5)
-    for ours, true in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, truth)), strict=True):
-        reference.assert_close("gradient", ours, true, 1e-4)
+    assert_agree(out, truth, wanted)
 
 
 @pytest.mark.parametrize("memory_efficient", [False, True])
@@ -98,9 +98,7 @@ def test_cosine_layer(causal, memory_efficient):
     x, mask = torch.randn(2, 13, 16, requires_grad=True), torch.rand(2, 13) > 0.2
     wanted = (x, net.to_q.weight, net.to_kv.weight, net.to_out.weight, net.scale)
     out, truth = net(x, mask=mask), reference.cosine_attention_layer(*wanted, heads=2, mask=mask, causal=causal)
-    reference.assert_close("out", out, truth, 1e-5)
-    for ours, true in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, truth)), strict=True):
-        reference.assert_close("gradient", ours, true, 1e-4)
+    assert_agree(out, truth, wanted)
 
 
 def test_cosine_flash_layer():
@@ -109,9 +107,7 @@ def test_cosine_flash_layer():
     wanted = (x, net.to_q.weight, net.to_kv.weight, net.to_out.weight)
     log_scale = torch.full((1, 2, 1, 1), 10.0).log()
     out, truth = net(x), reference.cosine_attention_layer(*wanted, log_scale, heads=2, causal=True)
-    reference.assert_close("out", out, truth, 1e-5)
-    for ours, true in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, truth)), strict=True):
-        reference.assert_close("gradient", ours, true, 1e-4)
+    assert_agree(out, truth, wanted)
 
 
 @pytest.mark.parametrize("chunks", [1, 2, 5, 50])
@@ -122,9 +118,7 @@ def test_feed_forward(chunks):
     w = dict(net.named_parameters())
     wanted, out = (x, *w.values()), net(x)
     truth = F.linear(F.gelu(F.linear(x, w["net.0.weight"], w["net.0.bias"])), w["net.2.weight"], w["net.2.bias"])
-    reference.assert_close("out", out, truth, 1e-5)
-    for ours, true in zip(*(torch.autograd.grad(o.square().sum(), wanted) for o in (out, truth)), strict=True):
-        reference.assert_close("gradient", ours, true, 1e-4)
+    assert_agree(out, truth, wanted)
 
 
 @pytest.mark.parametrize("heads", [2, 8])
