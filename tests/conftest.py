@@ -41,6 +41,14 @@ def two_threads():
     torch.set_num_threads(before)
 
 
+@pytest.fixture
+def onednn_is_faster(monkeypatch):
+    """As on a CPU where it was measured to be."""
+    from memory_efficient_attention_pytorch.common import products
+
+    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+
+
 @pytest.fixture(autouse=True)
 def _accelerate_anew():
     """accelerate keeps the first choice of precision for as long as a process lives; not imported where no test did."""

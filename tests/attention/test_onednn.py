@@ -12,13 +12,11 @@ from memory_efficient_attention_pytorch.common.products import PackedWeight, pro
 from tests import reference
 from tests.memory.live_bytes import LiveBytes
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN"),
+    pytest.mark.usefixtures("onednn_is_faster"),
+]
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def _as_if_it_were_faster(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
 
 
 def qkv(n, m=None, *, h=1, kv=None, d=32, e=None, dtype=torch.float32):

@@ -9,17 +9,14 @@ import torch
 from memory_efficient_attention_pytorch import AlibiBias, dot_product_attention
 from memory_efficient_attention_pytorch.attention import onednn
 from memory_efficient_attention_pytorch.attention.bias import BiasGradient
-from memory_efficient_attention_pytorch.common import products
 from memory_efficient_attention_pytorch.planner.accounting import Accounting
 from memory_efficient_attention_pytorch.planner.step import Step, dry_run
 
-pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
+pytestmark = [
+    pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN"),
+    pytest.mark.usefixtures("onednn_is_faster"),
+]
 MIB = 2**20
-
-
-@pytest.fixture(autouse=True)
-def _as_if_it_were_faster(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
 
 
 def qkv(n, *, h, kv=None):

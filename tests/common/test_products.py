@@ -81,8 +81,7 @@ def test_other_dtypes_are_left_to_pytorch(library, dtype):
     assert error(total, x.double().t() @ w.double()) < 1e-2
 
 
-def test_the_second_copy_is_a_part(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+def test_the_second_copy_is_a_part(onednn_is_faster):
     x, w, g = torch.randn(4096, 256), torch.randn(1024, 256), torch.randn(4096, 1024)
     out, total = torch.empty(4096, 1024), torch.zeros(1024, 256)
     with LiveBytes() as count:
@@ -92,9 +91,8 @@ def test_the_second_copy_is_a_part(monkeypatch):
     assert count.peak <= 4 * products.PART
 
 
-def test_few_shapes_are_compiled(monkeypatch):
+def test_few_shapes_are_compiled(onednn_is_faster, monkeypatch):
     """Over all lengths up to 4096 one layer's product meets no more kinds than multiples of 64 in a part."""
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
     seen = set()
     monkeypatch.setattr(products, "_onednn", lambda x, w, b=None: seen.add(x.shape) or x.new_zeros(len(x), len(w)))
     for n in range(1, 4097, 7):
@@ -103,8 +101,7 @@ def test_few_shapes_are_compiled(monkeypatch):
 
 
 @pytest.mark.filterwarnings("ignore:TF32 acceleration")
-def test_turned_off_with_pytorchs_switch(monkeypatch):
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
+def test_turned_off_with_pytorchs_switch(onednn_is_faster):
     x = torch.randn(512, 512)
     with LiveBytes() as count, torch.backends.mkldnn.flags(enabled=False):
         assert torch.equal(linear_into(torch.empty_like(x), x, x), x @ x.t())

@@ -256,9 +256,8 @@ def test_floating_point_operations_of_loops_cut_short_are_those_of_the_whole():
 
 
 @pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="PyTorch without oneDNN")
-def test_the_threads_that_are_planned_for_choose_the_tiles(monkeypatch):
+def test_the_threads_that_are_planned_for_choose_the_tiles(onednn_is_faster):
     """Not those of the process that plans."""
-    monkeypatch.setattr(products, "onednn_is_faster", lambda: True)
 
     class Attention(nn.Module):
         def forward(self, x):
