@@ -13,17 +13,24 @@ from transformers import masking_utils as hf
 
 from memory_efficient_attention_pytorch import dot_product_attention
 from memory_efficient_attention_pytorch.huggingface.visibility import memory_efficient_mask
+from memory_efficient_attention_pytorch.huggingface.visible import evaluated_on
 
 from .test_visibility import MASKS, PADDING, attend, heads
 
-READS = pytest.warns(UserWarning, match="the model itself reads its mask")
 
-
-def both(name, padding, queries=12, keys=12):
+def both(name, padding=None, queries=12, keys=12):
     """What stands for the mask, and the mask."""
     sizes = {"batch_size": 2, "q_length": queries, "kv_length": keys, "q_offset": keys - queries}
     given = {**sizes, "mask_function": MASKS[name][0], "attention_mask": padding}
     return memory_efficient_mask(**given), hf.sdpa_mask(**given, allow_is_causal_skip=False)
+
+
+def reads():
+    return pytest.warns(UserWarning, match="the model itself reads its mask, which is made as a tensor")
+
+
+def made(visible):
+    return visible._made is not None
 
 
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
@@ -32,16 +39,21 @@ def both(name, padding, queries=12, keys=12):
 def test_a_model_that_reads_it_reads_the_mask(name, queries, padding):
     visible, mask = both(name, padding, queries)
     assert (visible.shape, visible.dtype, visible.ndim) == (mask.shape, mask.dtype, mask.ndim)
-    with READS:
-        assert visible.tensor.equal(mask)
+    assert (visible.size(), visible.size(-1), visible.dim(), visible.numel()) == (mask.shape, 12, 4, mask.numel())
+    assert not made(visible)
+    with reads() as told:
+        assert visible[:, 0].equal(mask[:, 0])
+    assert [warning.filename for warning in told] == [__file__], "the model's own line, once"
     assert torch.where(visible, 1.0, 2.0).equal(torch.where(mask, 1.0, 2.0))
-    assert visible[:, 0].equal(mask[:, 0])
     assert visible[..., :5].equal(mask[..., :5])
     assert (~visible).equal(~mask)
-    assert (visible & ~mask).sum() == 0
+    assert not (visible & ~mask).any()
     assert (mask == visible).all()
+    assert (visible != mask).sum() == 0
+    assert torch.stack(list(visible)).equal(mask)
     assert visible.to(torch.float64).equal(mask.to(torch.float64))
     assert visible.sum() == mask.sum()
+    assert visible.arguments.keys() == both(name, padding, queries)[0].arguments.keys()
 
 
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
@@ -54,43 +66,85 @@ def test_the_last_queries_are_kept_without_a_tensor(name, last, padding):
     assert (kept is visible) == (last >= 12)
     q, k, v = heads(shown.shape[2], 12)
     torch.testing.assert_close(attend(q, k, v, kept), dot_product_attention(q, k, v, mask=shown, backend="naive"))
-    assert "tensor" not in vars(visible)
+    assert not made(visible)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        assert kept.tensor.equal(shown)
+        assert (kept & True).equal(shown)
+        assert visible[:, :, 2:7, :].equal(mask[:, :, 2:7, :]), "others are a tensor"
 
 
+SUMS = {
+    "left": lambda scores, mask: scores + mask,
+    "right": lambda scores, mask: mask + scores,
+    "function": torch.add,
+    "keyword": lambda scores, mask: torch.add(scores, other=mask),
+    "in place": lambda scores, mask: scores.add_(mask),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 @pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
 @pytest.mark.parametrize("name", ["causal", "sliding", "blocks"])
-def test_a_bias_that_is_added_is_one_of_attention(name, padding):
+@pytest.mark.parametrize("spelt", SUMS)
+def test_in_a_sum_it_hides_scores(spelt, name, padding, dtype):
+    """As transformers' masks of floating point do, which models' own attention adds."""
     visible, mask = both(name, padding)
-    bias = torch.randn(1, 2, 12, 12, dtype=torch.float64)
-    hidden = bias.masked_fill(~mask, float("-inf"))
-    for biased in (visible + bias, bias + visible, bias / 2 + (visible + bias / 2), torch.add(bias, visible)):
-        assert biased.dtype == torch.float64
-        for kept, last in ((biased, 12), (biased[:, :, -3:, :], 3)):
-            q, k, v = heads(last, 12)
-            expected = dot_product_attention(q, k, v, attn_bias=hidden[:, :, -last:], backend="naive")
-            torch.testing.assert_close(attend(q, k, v, kept), expected)
-    with READS:
-        softmax = torch.softmax(biased, -1)
-    seen = mask.any(-1, keepdim=True)
-    torch.testing.assert_close(softmax * seen, hidden.softmax(-1).nan_to_num() * seen)
+    for shape in ((1, 2, 12, 12), (12,)) if spelt != "in place" else ((2, 2, 12, 12),):
+        scores = torch.randn(shape).to(dtype)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            found = SUMS[spelt](scores.clone(), visible)
+        assert found.dtype == dtype
+        seen = mask.any(-1, keepdim=True)
+        expected = (
+            (scores / (1 + (spelt == "twice")))
+            .expand_as(found)
+            .masked_fill(~mask, float("-inf"))
+            .softmax(-1)
+            .nan_to_num()
+        )
+        torch.testing.assert_close(found.softmax(-1) * seen, expected * seen)
+
+
+@pytest.mark.parametrize("inference", [False, True])
+def test_one_that_a_model_changes_is_seen_so_by_attention(inference):
+    visible, mask = both("causal")
+    with reads(), torch.inference_mode(inference):
+        visible[:, :, :, 0] = False
+    mask = mask.clone()
+    mask[:, :, :, 0] = False
+    q, k, v = heads(12, 12)
+    expected = dot_product_attention(q, k, v, mask=mask, backend="naive")
+    torch.testing.assert_close(attend(q, k, v, visible), expected)
+    torch.testing.assert_close(attend(q[:, :, -3:], k, v, visible[:, :, -3:, :]), expected[:, :, -3:])
 
 
 @pytest.mark.parametrize("name", ["causal", "chunked", "blocks"])
-def test_it_moves_to_the_device_of_the_next_module(name):
-    """As accelerate has it for a model on several devices; a function goes on computing where its tensors are."""
-    visible, mask = both(name, PADDING)
+def test_it_moves_to_the_device_of_the_next_module_once(name):
+    """As accelerate has it for a model on several devices."""
+    visible, _ = both(name, PADDING)
     moved = send_to_device({"attention_mask": visible}, torch.device("meta"))["attention_mask"]
     assert moved.device.type == "meta"
     assert all(x.is_meta for x in moved.arguments.values() if isinstance(x, torch.Tensor))
-    with READS:
-        assert visible.to("cpu", non_blocking=True).tensor.equal(mask)
+    assert visible.to("meta") is moved
+    assert visible.to("cpu", non_blocking=True) is visible
+    assert not made(visible)
 
 
-def test_it_is_copied_without_a_tensor_and_has_no_attributes_that_tensors_lack():
-    visible, _ = both("causal", None)
+def test_a_function_goes_on_computing_where_its_tensors_are():
+    def on_meta(*indices):
+        assert all(index.is_meta for index in indices)
+        return torch.ones(1, 1, 1, 1, dtype=torch.bool)  # by which this test gets it back
+
+    index = torch.zeros(1, 1, 1, 1, dtype=torch.int64)
+    assert evaluated_on(torch.device("meta"), on_meta)(index, index, index, index).device.type == "cpu"
+
+
+def test_it_is_copied_and_compared_without_a_tensor():
+    visible, _ = both("causal")
     assert copy.deepcopy(visible).arguments == visible.arguments
+    assert visible != "paged"
+    assert visible is not None and visible != None  # noqa: E711, PT018  as models are written
     assert not hasattr(visible, "get_seq_length")
-    assert "tensor" not in vars(visible)
+    assert len({visible, visible}) == 1
+    assert not made(visible)

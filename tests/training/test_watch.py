@@ -36,7 +36,10 @@ def test_strangers_are_sent_away(monkeypatch):
                 stranger.sendall(says)
                 stranger.shutdown(socket.SHUT_WR)
                 assert stranger.recv(1) == b""
-    second = _connect(1, 2)
+    with monkeypatch.context() as slowly:
+        whole = socket.socket.sendall
+        slowly.setattr(socket.socket, "sendall", lambda own, data: [whole(own, data[i : i + 7]) for i in (0, 7, 14)])
+        second = _connect(1, 2)
     first.join(30)
     assert list(found) == [1]
     assert list(second) == [0]

@@ -37,7 +37,8 @@ class Sdpa(Fused):
             return reason
         kernels = fused_kernels(request, q, k, v)
         if "cudnn" in kernels and not request.visibility.plain_causal:
-            # It reads keys beyond the last as zeros, unless causality hides them: exp(0 − lse) overflows.
+            # It reads keys beyond the last as zeros, unless causality hides them: exp(0 − lse) overflows. Without
+            # gradients, too, so that a repetition with gradients has the same kernel.
             return "PyTorch may take cuDNN's kernel, whose gradients may be NaN (pytorch issue 196678)"
         if kernels - {"cudnn"}:
             return None

@@ -20,6 +20,7 @@ from ..common.precision import compute_dtype, full_precision
 from ..loss.linear_cross_entropy import linear_cross_entropy
 from ..torch_internals.engine import version
 from ..torch_internals.tensors import without_contents
+from .deferred import Deferred, touched
 from .model import input_of
 from .undoing import RECORD
 from .visibility import NAME, divided_tokens
@@ -28,12 +29,11 @@ _HEAD_OF_A_LOSS: ContextVar[nn.Module | None] = ContextVar("head_of_a_loss", def
 """The head of the model that is computing a loss; None where logits are wanted."""
 
 
-class LazyLogits:
+class LazyLogits(Deferred):
     """Logits of ``hidden (…, d)``, computed when first used: ``hidden @ weight.T + bias`` and then ``steps`` in order.
 
     A step is a multiplication or division by a number, one tanh, or a conversion to fp32, which the model or accelerate
-    has asked for. Any other attribute, operator or PyTorch function asked of it computes the logits and applies to
-    them. shape, dtype and device are known without them. Not a tensor: DDP looks for tensors to prepare for backward.
+    has asked for. Anything else asked of it computes the logits. shape, dtype and device are known without them.
     """
 
     _with_gradients = True  # in the model's forward, whatever the mode in which the logits are used
@@ -111,7 +111,7 @@ class LazyLogits:
         first = args[0] if args else None
         if function is torch.tanh and isinstance(first, LazyLogits) and not kwargs:
             return first._then("tanh")
-        return function(*_touched(args), **_touched(kwargs or {}))
+        return super().__torch_function__(function, types, args, kwargs)
 
     def __truediv__(self, other: Any) -> Any:
         return self._then("div", other) if isinstance(other, int | float) and other else self.materialize() / other
@@ -129,11 +129,6 @@ class LazyLogits:
         """Stay lazy: Mamba asks for it before its loss, which is in fp32 anyway, and accelerate at each step."""
         return self._then("float")
 
-    def __getattr__(self, name: str) -> Any:
-        if name.startswith("_"):  # copy and pickle ask for these before __init__ has run
-            raise AttributeError(name)
-        return getattr(self.materialize(), name)
-
     def __reduce__(self) -> Any:
         return torch.clone, (self.materialize().detach(),)
 
@@ -147,22 +142,6 @@ _STEPS: dict[str, Callable[[Tensor, float], Tensor]] = {
     "tanh": lambda logits, _: torch.tanh(logits),
     "float": lambda logits, _: logits.float(),
 }
-
-
-def _operator(name: str) -> Callable[..., Any]:
-    def operate(self: LazyLogits, *args: Any, **kwargs: Any) -> Any:
-        return getattr(self.materialize(), name)(*_touched(args), **_touched(kwargs))
-
-    return operate
-
-
-for _name in (
-    *("add", "radd", "sub", "rsub", "rtruediv", "pow", "rpow", "matmul", "rmatmul", "neg", "abs", "getitem", "setitem"),
-    *("floordiv", "rfloordiv", "mod", "rmod", "pos", "eq", "ne", "lt", "le", "gt", "ge", "len", "iter", "contains"),
-    *("reversed", "bool", "float", "int", "array"),
-):
-    setattr(LazyLogits, f"__{_name}__", _operator(f"__{_name}__"))
-LazyLogits.__hash__ = object.__hash__  # type: ignore[method-assign]  # __eq__ is element by element, as a tensor's
 
 
 class EvaluatedLogits(LazyLogits, Tensor):  # type: ignore[misc,override]
@@ -191,15 +170,7 @@ class EvaluatedLogits(LazyLogits, Tensor):  # type: ignore[misc,override]
     def __torch_dispatch__(  # type: ignore[override]
         cls, function: Callable[..., Any], types: Any, args: Any = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        return function(*_touched(args), **_touched(kwargs or {}))
-
-
-def _touched(value: Any) -> Any:
-    if isinstance(value, LazyLogits):
-        return value.materialize()
-    if isinstance(value, tuple | list):
-        return type(value)(_touched(v) for v in value)
-    return {k: _touched(v) for k, v in value.items()} if isinstance(value, dict) else value
+        return function(*touched(args), **touched(kwargs or {}))
 
 
 def objection(model: PreTrainedModel) -> str | None:
@@ -294,7 +265,7 @@ def causal_lm_loss(
             "ignore_index": ignore_index,
             "shift_labels": shift_labels,
         }
-        return ForCausalLMLoss(_touched(logits), labels, vocab_size, **given, **kwargs)
+        return ForCausalLMLoss(touched(logits), labels, vocab_size, **given, **kwargs)
     if shift_labels is None:
         assert labels is not None
         labels = labels if divided is None else divided.gather(labels)

@@ -124,7 +124,8 @@ def _connect(rank: int, world: int) -> dict[int, socket.socket]:
                 connection.settimeout(10)
                 greeting = b""
                 with contextlib.suppress(OSError):  # a stranger hung up, or says nothing
-                    greeting = connection.recv(20, socket.MSG_WAITALL)
+                    while len(greeting) < 20 and (more := connection.recv(20 - len(greeting))):
+                        greeting += more
                 if len(greeting) == 20 and secrets.compare_digest(greeting[:16], secret):
                     found[struct.unpack("!i", greeting[16:])[0]] = connection
                 else:
