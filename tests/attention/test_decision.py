@@ -224,6 +224,31 @@ def test_cudnns_kernel_gets_only_what_is_causal(given, monkeypatch):
         assert (sdpa.Sdpa().objection(request, q, q, q) is None) is serves
 
 
+def test_cudas_kernel_of_a_first_pass_is_that_of_the_repetition(monkeypatch):
+    """PyTorch chooses by whether gradients are wanted."""
+    q, _, _ = qkv(n=13, h=2, kv=2, d=16)
+    asked, attend = [], torch.nn.functional.scaled_dot_product_attention
+
+    def noted(q, k, v, **options):
+        asked.append(torch.is_grad_enabled() and q.requires_grad and k.requires_grad and v.requires_grad)
+        return attend(q, k, v, **options)
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", noted)
+    for device, wanted in (("cuda", [True, True, False]), ("cpu", [True, False, False])):
+        request = replace(build_request(q, q, q, causal=True), device_type=device)
+        leaf = q.detach().requires_grad_()
+        (found,) = sdpa.Sdpa().forward(request, leaf, leaf, leaf)
+        with torch.no_grad():
+            (first,) = sdpa.Sdpa().forward(request, q, q, q)
+        with torch.inference_mode():
+            sdpa.Sdpa().forward(request, q, q, q)
+        assert asked == wanted, device
+        assert found.requires_grad
+        assert not first.requires_grad
+        assert torch.equal(found, first)
+        asked.clear()
+
+
 def test_rows_that_cudas_kernels_could_not_read_are_copied():
     """On a GPU they begin at multiples of 16 bytes."""
     for device in ("meta", "cpu"):

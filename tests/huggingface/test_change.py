@@ -120,6 +120,17 @@ def test_a_model_that_reads_its_mask_gets_one_and_a_warning(make):
     assert_same_step(found, expected, CLOSE[torch.float64])
 
 
+@pytest.mark.parametrize("own", ["sdpa", "eager"])
+def test_a_layer_says_whether_it_is_causal_where_its_own_attention_gets_no_mask(own):
+    """PaliGemma's layers say no and its masks yes; eager attention has the masks."""
+    model, given, _ = of_family("PaliGemma")
+    model.set_attn_implementation(own)
+    given = {name: value for name, value in given.items() if name not in ("token_type_ids", "attention_mask")}
+    expected = step(model, **given)
+    make_memory_efficient(model)
+    assert_same_step(step(model, **given), expected, 1e-6)
+
+
 def test_each_query_has_a_score_without_a_value():
     """Inkling 2 computes it from the query's token. Its router has no fp64."""
     own = {"unpadded_vocab_size": 61, "d_rel": 4, "rel_extent": 32, "n_routed_experts": 4, "num_experts_per_tok": 2}

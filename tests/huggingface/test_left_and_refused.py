@@ -71,6 +71,20 @@ def test_what_is_not_recognised_is_left_and_said():
     assert "mixture of experts" in str(report)
 
 
+def test_a_model_without_layers_to_checkpoint_is_told_so():
+    from transformers import LlamaConfig, PreTrainedModel
+
+    class Bare(PreTrainedModel):
+        config_class = LlamaConfig
+        supports_gradient_checkpointing = True
+
+        def __init__(self, config):
+            super().__init__(config)
+            self.linear = torch.nn.Linear(2, 2)
+
+    assert ("layers", "Bare has none that can be checkpointed") in make_memory_efficient(Bare(LlamaConfig())).left
+
+
 class Causal(torch.nn.Module):
     """Linear layers alone, and every token sees those before it."""
 

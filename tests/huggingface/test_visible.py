@@ -12,6 +12,7 @@ from accelerate.utils import send_to_device
 from transformers import masking_utils as hf
 
 from memory_efficient_attention_pytorch import dot_product_attention
+from memory_efficient_attention_pytorch.huggingface.attention import memory_efficient_attention
 from memory_efficient_attention_pytorch.huggingface.visibility import memory_efficient_mask
 from memory_efficient_attention_pytorch.huggingface.visible import evaluated_on
 
@@ -117,6 +118,17 @@ def test_one_that_a_model_changes_is_seen_so_by_attention(inference):
     expected = dot_product_attention(q, k, v, mask=mask, backend="naive")
     torch.testing.assert_close(attend(q, k, v, visible), expected)
     torch.testing.assert_close(attend(q[:, :, -3:], k, v, visible[:, :, -3:, :]), expected[:, :, -3:])
+
+
+@pytest.mark.parametrize("padding", [None, PADDING], ids=["whole", "padded"])
+@pytest.mark.parametrize("name", ["bidirectional", "prefix"])
+def test_one_for_a_single_query_is_for_all(name, padding):
+    """As a tensor it would broadcast, which BridgeTower relies on."""
+    visible, mask = both(name, padding, queries=1)
+    q, k, v = heads(7, 12)
+    found, _ = memory_efficient_attention(torch.nn.Module(), q, k, v, visible)
+    expected = dot_product_attention(q, k, v, mask=mask.expand(-1, -1, 7, -1), backend="naive")
+    torch.testing.assert_close(found.transpose(1, 2), expected)
 
 
 @pytest.mark.parametrize("name", ["causal", "chunked", "blocks"])

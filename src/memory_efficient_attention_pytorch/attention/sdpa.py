@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -37,8 +39,7 @@ class Sdpa(Fused):
             return reason
         kernels = fused_kernels(request, q, k, v)
         if "cudnn" in kernels and not request.visibility.plain_causal:
-            # It reads keys beyond the last as zeros, unless causality hides them: exp(0 − lse) overflows. Without
-            # gradients, too, so that a repetition with gradients has the same kernel.
+            # It reads keys beyond the last as zeros, unless causality hides them: exp(0 − lse) overflows.
             return "PyTorch may take cuDNN's kernel, whose gradients may be NaN (pytorch issue 196678)"
         if kernels - {"cudnn"}:
             return None
@@ -47,10 +48,28 @@ class Sdpa(Fused):
         return f"no fused kernel with a backward pass is known for device type {request.device_type!r}"
 
     def forward(self, request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, ...]:
-        q, k, v = unit_stride(q, k, v)
         mask, causal, grouped = whole_mask(request), request.visibility.plain_causal, request.h != request.kv
-        attend = F.scaled_dot_product_attention
-        return (attend(q, k, v, mask, is_causal=causal, scale=request.scale, enable_gqa=grouped),)
+        attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
+        first = request.device_type == "cuda" and _is_first_pass()
+        with torch.set_grad_enabled(first or torch.is_grad_enabled()):
+            heads = unit_stride(*(_as_in_a_repetition(q, k, v) if first else (q, k, v)))
+            out: Tensor = attend(*heads, scale=request.scale)
+        return (out.detach() if first else out,)
+
+
+def _is_first_pass() -> bool:
+    """Return whether gradients are off where a repetition with gradients may follow."""
+    off = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
+    return off and not torch.compiler.is_compiling()
+
+
+def _as_in_a_repetition(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Return tensors by which PyTorch chooses the same CUDA kernel as in a repetition, which rounds the same.
+
+    It chooses by whether gradients are wanted: some kernels have no backward pass for wide heads, and cuDNN's rounds in
+    another way without the log-sum-exp.
+    """
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors) if _is_first_pass() else tensors
 
 
 def not_whole(request: AttentionRequest) -> str | None:
@@ -127,6 +146,7 @@ def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) ->
     of_many = request.bias if request.n > 1 else None
     mask, grouped = whole_mask(request) if of_many is None else of_many.tensor, request.h != request.kv
     if q.is_cuda and torch.cuda.is_available() and not is_fake(q):
+        q, k, v = _as_in_a_repetition(q, k, v)
         params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, request.visibility.plain_causal, grouped)
         found = {
             "flash": torch.backends.cuda.can_use_flash_attention(params),

@@ -87,12 +87,14 @@ def _what_is_seen(
     module: nn.Module, query: Tensor, key: Tensor, mask: Visible | Tensor | None, is_causal: bool | None
 ) -> dict[str, Any]:
     n, m = query.shape[2], key.shape[2]
-    if isinstance(mask, Visible):
+    if isinstance(mask, Visible) and not mask.left_to_layers:
+        if mask.queries == 1 < n and mask.keys == m:
+            return {"mask": mask.materialize()}  # the same for every query
         if (mask.queries, mask.keys) != (n, m):
             dropped = " (checkpointed layers are given no cache)" if mask.keys > m == n else ""
             raise _refusal(module, f"its mask is for {mask.queries} × {mask.keys} tokens, not {n} × {m}{dropped}")
         return dict(mask.arguments)
-    if mask is not None:
+    if mask is not None and not isinstance(mask, Visible):
         return {"mask" if mask.dtype == torch.bool else "attn_bias": mask}
     causal = bool(getattr(module, "is_causal", True) if is_causal is None else is_causal) and n > 1
     if causal and n != m:

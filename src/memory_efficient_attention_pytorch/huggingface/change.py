@@ -173,6 +173,9 @@ def _change_attention(model: PreTrainedModel, record: Record, report: Report) ->
             record.note(config, "_attn_implementation_internal")
             record.note(config, "_attn_was_changed")
         _OWNERS[id(config)] = model
+        visibility.EAGER.pop(id(config), None)
+        if config._attn_implementation == "eager":
+            visibility.EAGER[id(config)] = config
     model.set_attn_implementation(visibility.NAME)
     report.changed.append((part, f"in tiles, instead of {before}"))
 
@@ -215,6 +218,9 @@ def _change_checkpoints(
     part = "layers"
     if not model.supports_gradient_checkpointing:
         report.left.append((part, f"{type(model).__name__} does not support checkpointing"))
+        return
+    if not any(hasattr(module, "gradient_checkpointing") for module in model.modules()):
+        report.left.append((part, f"{type(model).__name__} has none that can be checkpointed"))
         return
     if is_checkpointed(model) and not offload:
         report.left.append((part, "checkpointed already"))

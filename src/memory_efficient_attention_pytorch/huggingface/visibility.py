@@ -8,6 +8,7 @@ anything else stays a function and is evaluated per tile. A release that compose
 from __future__ import annotations
 
 import inspect
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -25,6 +26,9 @@ NAME = "memory_efficient"
 """The name under which attention and masks are registered with transformers."""
 
 IndexFunction = Callable[..., Any]
+
+EAGER: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+"""By their ids the configurations of changed models whose own attention was eager: its masks are never left out."""
 
 
 @dataclass(frozen=True)
@@ -86,6 +90,9 @@ def memory_efficient_mask(
     attention_mask: Tensor | Visible | DividedTokens | None = None,
     use_vmap: bool = False,
     device: torch.device | str = "cpu",
+    allow_is_causal_skip: bool = True,
+    allow_is_bidirectional_skip: bool = False,
+    config: Any = None,
     **ignored: Any,
 ) -> Visible:
     """Make a mask for ``AttentionMaskInterface``: query i is at ``i + q_offset``, key j at ``j + kv_offset``."""
@@ -122,7 +129,17 @@ def memory_efficient_mask(
             return seen if padding is None else seen & padding[batch, key]
 
         arguments["mask"] = MaskFunction(visible)
-    return Visible(batch_size, q_length, kv_length, arguments, torch.device(device))
+    may_be_left_out = allow_is_causal_skip if "causal" in arguments else allow_is_bidirectional_skip
+    left_out = may_be_left_out and q_length == kv_length and _hides_nothing_else(arguments, kv_length)
+    left_to_layers = left_out and not (config is not None and id(config) in EAGER)
+    sizes = (batch_size, q_length, kv_length)
+    return Visible(*sizes, arguments, torch.device(device), left_to_layers=left_to_layers)
+
+
+def _hides_nothing_else(arguments: dict[str, Any], keys: int) -> bool:
+    """Return whether causality alone, or nothing, is what the arguments say of so many keys and queries."""
+    sides = [side for side in arguments.get("window", ()) if side is not None]
+    return arguments.keys() <= {"causal", "window"} and all(side >= keys - 1 for side in sides)
 
 
 def _of_divided(

@@ -25,6 +25,8 @@ class Visible(Deferred):
     A model may pass it on, keep its last queries, or move it to a device. Used otherwise it becomes that mask, with a
     warning; in a sum with floating-point scores 0 where seen and their dtype's lowest value elsewhere. Layers share the
     object, and so what has been learnt of its tiles.
+
+    left_to_layers: the model's own attention gets no mask here, and a layer says itself whether it is causal.
     """
 
     dtype = torch.bool
@@ -37,9 +39,10 @@ class Visible(Deferred):
         arguments: dict[str, Any],
         device: torch.device,
         divided: Divided | None = None,
+        left_to_layers: bool = False,
     ) -> None:
         self.batch, self.queries, self.keys, self.device, self.divided = batch, queries, keys, device, divided
-        self._arguments = arguments
+        self._arguments, self._left_to_layers = arguments, left_to_layers
         self._made: tuple[Tensor, int] | None = None
         self._elsewhere: dict[torch.device, Visible] = {}
 
@@ -55,6 +58,10 @@ class Visible(Deferred):
         mask, number = self._made
         same = version(mask) == number and not mask.is_inference()  # of whose changes nothing is known
         return self._arguments if same else {"mask": mask}
+
+    @property
+    def left_to_layers(self) -> bool:
+        return self._left_to_layers and self._made is None
 
     def materialize(self) -> Tensor:
         """Return the mask, made once. Raises NotImplementedError where its tokens are divided over processes."""
@@ -87,7 +94,7 @@ class Visible(Deferred):
             arguments: dict[str, Any] = tree_map_only(Tensor, lambda x: x.to(*args, **kwargs), self.arguments)
             if callable(arguments.get("mask")):
                 arguments["mask"] = evaluated_on(self.device, arguments["mask"])
-            moved = Visible(self.batch, self.queries, self.keys, arguments, device, self.divided)
+            moved = Visible(self.batch, self.queries, self.keys, arguments, device, self.divided, self._left_to_layers)
             self._elsewhere[device] = moved
         return self._elsewhere[device]
 
