@@ -94,7 +94,7 @@ class Visible(Deferred):
             arguments: dict[str, Any] = tree_map_only(Tensor, lambda x: x.to(*args, **kwargs), self.arguments)
             if callable(arguments.get("mask")):
                 arguments["mask"] = evaluated_on(self.device, arguments["mask"])
-            moved = Visible(self.batch, self.queries, self.keys, arguments, device, self.divided, self._left_to_layers)
+            moved = Visible(self.batch, self.queries, self.keys, arguments, device, self.divided, self.left_to_layers)
             self._elsewhere[device] = moved
         return self._elsewhere[device]
 
