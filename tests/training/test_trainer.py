@@ -76,6 +76,11 @@ def test_accumulation_does_not_change_what_is_learned(text, tmp_path):
 
 
 def test_two_processes_learn_what_one_does_with_two_batches(text, tmp_path):
+    """And end well, though what follows the command's end, here an abort, may fail."""
+    (tmp_path / "sitecustomize.py").write_text(
+        "import atexit, os\nif 'RANK' in os.environ: atexit.register(os.abort)\n"
+    )
+    path = os.pathsep.join([str(tmp_path), *filter(None, [os.environ.get("PYTHONPATH")])])
     one = train(text, tmp_path / "one", batch_size=2, accumulation=2, evaluate_every=2)
     options = {"dim": 16, "depth": 2, "heads": 2, "dim-head": 8, "seq-len": 16, "evaluation-windows": 4, "steps": 4}
     options |= {"data": text, "sample-every": 0, "warmup-steps": 2, "batch-size": 2, "evaluate-every": 2}
@@ -84,7 +89,7 @@ def test_two_processes_learn_what_one_does_with_two_batches(text, tmp_path):
     result = subprocess.run(
         command + [f"--{name}={value}" for name, value in options.items()],
         cwd=tmp_path,
-        env=os.environ | {"OMP_NUM_THREADS": "1"},
+        env=os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path},
         capture_output=True,
         text=True,
         timeout=200,
