@@ -51,25 +51,24 @@ class Sdpa(Fused):
         mask, causal, grouped = whole_mask(request), request.visibility.plain_causal, request.h != request.kv
         attend = partial(F.scaled_dot_product_attention, attn_mask=mask, is_causal=causal, enable_gqa=grouped)
         first = request.device_type == "cuda" and _is_first_pass()
+        heads = _wanting_gradients(q, k, v) if first else (q, k, v)
         with torch.set_grad_enabled(first or torch.is_grad_enabled()):
-            heads = unit_stride(*(_as_in_a_repetition(q, k, v) if first else (q, k, v)))
-            out: Tensor = attend(*heads, scale=request.scale)
+            out: Tensor = attend(*unit_stride(*heads), scale=request.scale)
         return (out.detach() if first else out,)
 
 
 def _is_first_pass() -> bool:
-    """Return whether gradients are off where a repetition with gradients may follow."""
+    """Return whether gradients are off where a repetition with gradients may follow.
+
+    PyTorch chooses a CUDA kernel by whether gradients are wanted: some have no backward pass for wide heads, and
+    cuDNN's may round otherwise without the log-sum-exp. So both passes want them.
+    """
     off = not torch.is_grad_enabled() and not torch.is_inference_mode_enabled()
     return off and not torch.compiler.is_compiling()
 
 
-def _as_in_a_repetition(*tensors: Tensor) -> tuple[Tensor, ...]:
-    """Return tensors by which PyTorch chooses the same CUDA kernel as in a repetition, which rounds the same.
-
-    It chooses by whether gradients are wanted: some kernels have no backward pass for wide heads, and cuDNN's rounds in
-    another way without the log-sum-exp.
-    """
-    return tuple(tensor.detach().requires_grad_() for tensor in tensors) if _is_first_pass() else tensors
+def _wanting_gradients(*tensors: Tensor) -> tuple[Tensor, ...]:
+    return tuple(tensor.detach().requires_grad_() for tensor in tensors)
 
 
 def not_whole(request: AttentionRequest) -> str | None:
@@ -146,7 +145,7 @@ def fused_kernels(request: AttentionRequest, q: Tensor, k: Tensor, v: Tensor) ->
     of_many = request.bias if request.n > 1 else None
     mask, grouped = whole_mask(request) if of_many is None else of_many.tensor, request.h != request.kv
     if q.is_cuda and torch.cuda.is_available() and not is_fake(q):
-        q, k, v = _as_in_a_repetition(q, k, v)
+        q, k, v = _wanting_gradients(q, k, v) if _is_first_pass() else (q, k, v)
         params = torch.backends.cuda.SDPAParams(q, k, v, mask, 0.0, request.visibility.plain_causal, grouped)
         found = {
             "flash": torch.backends.cuda.can_use_flash_attention(params),
