@@ -4,6 +4,7 @@ import mmap
 import platform
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -43,6 +44,38 @@ def test_freed_blocks_are_returned():
     assert held(called=True) < 4
     # What the user said of the allocator stays.
     assert held(called=True, MALLOC_MMAP_THRESHOLD_=str(16 << 20), MALLOC_TRIM_THRESHOLD_=str(64 << 20)) > 20
+
+
+KEPT = """
+import torch
+from memory_efficient_attention_pytorch.training.resources import keep_freed_blocks, memory_now
+
+if {called}:
+    keep_freed_blocks()
+before = memory_now(torch.device("cpu"))
+blocks = [torch.ones(3 << 21) for _ in range(5)]  # of 24 MiB, more than glibc holds before one was freed
+del blocks
+advised = sum(line.startswith("VmFlags") and " hg" in line for line in open("/proc/self/smaps"))
+print(memory_now(torch.device("cpu")) - before, advised)
+"""
+
+
+def kept(called, **environment):
+    """MiB of 120 freed ones that a process keeps, and the mappings for which Linux was asked for huge pages."""
+    code = KEPT.format(called=called)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, env=environment)
+    found, advised = map(int, done.stdout.split())
+    return found / 2**20, advised
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="another C library")
+def test_freed_blocks_are_kept_in_huge_pages():
+    assert kept(called=False)[0] < 40
+    found, advised = kept(called=True)
+    assert found > 100
+    assert advised or not Path("/sys/kernel/mm/transparent_hugepage").exists()
+    # What the user said of the allocator stays.
+    assert kept(called=True, MALLOC_TRIM_THRESHOLD_=str(1 << 20))[0] < 40
 
 
 def test_precision_follows_the_machine_and_the_launcher(monkeypatch):

@@ -20,7 +20,7 @@ from .files import ElsewhereError, RunError, write_atomically
 from .model import build_model
 from .optimizer import learning_rate
 from .processes import check_division
-from .resources import memory_peak, pick_precision, resolve, return_freed_blocks
+from .resources import keep_freed_blocks, memory_peak, pick_precision, resolve, return_freed_blocks
 from .run_directory import BusyError, RunDirectory
 from .text import prepare_text
 from .tokenizers import ByteTokenizer, SubwordTokenizer
@@ -128,9 +128,8 @@ def _settle(
             config, fit = _on_main(
                 accelerator, lambda: fastest_that_fits(config, device, num_tokens, free=free, processes=processes)
             )
-        if config.reversible:
-            # A run that stores activations has the memory, and clearing the same pages in every step costs 4 to 10 %.
-            return_freed_blocks()
+        # A run that stores activations has the memory.
+        return_freed_blocks() if config.reversible else keep_freed_blocks()
         return config, None, f"memory: {fit}" if fit else ""
     preload(device)
     free = least_free(accelerator) if config.memory_budget == "auto" else None
