@@ -39,7 +39,8 @@ def test_the_result_is_that_of_a_mask_of_queries_and_keys(seen, options, backend
     for found, expected in zip(
         attend(mask, backend=backend, **options), attend(whole, backend=backend, **options), strict=True
     ):
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
+        # Gradients that are 0 are sums of N terms of order one, each rounded, in an order that differs by machine.
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=N * 2**-24)
 
 
 def area(rows):
