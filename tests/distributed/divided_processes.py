@@ -77,6 +77,7 @@ SEEN: dict[str, dict[str, Any]] = {
     "dropout": {"causal": True, "dropout": 0.4},
     "dropout window": {"window": (11, 3), "dropout": 0.4},
 }
+GROUPED = ("all", "causal documents", "whole mask", "bias", "score function", "dropout")
 IN_FP32 = ("causal", "padding", "bias", "large", "dropout window")
 NETWORKS: dict[str, dict[str, Any]] = {
     "learned": {"positions": "learned"},
@@ -196,7 +197,8 @@ def operations(context: ContextParallel) -> int:
 def cases(world: int) -> list[tuple[str, str, str, torch.dtype]]:
     """Kind, name, method and dtype of what is computed; heads in groups of fewer than processes are not exchanged."""
     methods = ("ring", "all_to_all", "ring gqa", "all_to_all gqa")
-    found = [("attention", seen, method, torch.float64) for seen in SEEN for method in methods]
+    found = [("attention", seen, method, torch.float64) for seen in SEEN for method in methods[:2]]
+    found += [("attention", seen, method, torch.float64) for seen in GROUPED for method in methods[2:]]
     found += [("attention", seen, method, torch.float32) for seen in IN_FP32 for method in methods[:2]]
     for name, settings in NETWORKS.items():
         exchanged = HEADS // settings.get("head_chunks", 1) >= world

@@ -86,7 +86,7 @@ def test_heads_are_exchanged_where_that_takes_little_memory(seq_len, changes, wa
     [
         {"kv_heads": 1},
         {"kv_heads": 1, "window": 700},
-        {"kv_heads": 1, "causal": False},
+        pytest.param({"kv_heads": 1, "causal": False}, marks=pytest.mark.slow),
         {
             "dim": 32,
             "heads": 8,
