@@ -23,7 +23,8 @@ def attend(mask, seed=3, **options):
     out, lse = dot_product_attention(
         q, k, v, mask=mask, q_bucket_size=96, k_bucket_size=112, return_lse=True, **options
     )
-    out.mul(torch.linspace(-1, 1, N)[:, None]).sum().backward()
+    # Weights that do not sum to 0: where one key is seen its value's gradient is their sum, else of rounding alone.
+    out.mul(torch.linspace(-1, 2, N)[:, None]).sum().backward()
     return out, lse, q.grad, k.grad, v.grad
 
 
@@ -39,8 +40,7 @@ def test_the_result_is_that_of_a_mask_of_queries_and_keys(seen, options, backend
     for found, expected in zip(
         attend(mask, backend=backend, **options), attend(whole, backend=backend, **options), strict=True
     ):
-        # Gradients that are 0 are sums of N terms of order one, each rounded, in an order that differs by machine.
-        torch.testing.assert_close(found, expected, rtol=1e-5, atol=N * 2**-24)
+        torch.testing.assert_close(found, expected, rtol=1e-5, atol=2e-6)
 
 
 def area(rows):
