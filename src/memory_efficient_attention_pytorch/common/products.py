@@ -145,8 +145,8 @@ def _worthwhile(terms: int, columns: int) -> bool:
 
 
 def has_onednn(*tensors: Tensor) -> bool:
-    """Return True if oneDNN can multiply these tensors, of one device, and is the faster library."""
-    usable = all(t.dtype == torch.float32 for t in tensors) and onednn_is_usable(tensors[0].device)
+    """Return True if oneDNN can multiply these tensors and is the faster library."""
+    usable = all(t.dtype == torch.float32 and onednn_is_usable(t.device) for t in tensors)
     return usable and onednn_is_faster() and onednn.linear() is not None
 
 
