@@ -77,7 +77,8 @@ SEEN: dict[str, dict[str, Any]] = {
     "dropout": {"causal": True, "dropout": 0.4},
     "dropout window": {"window": (11, 3), "dropout": 0.4},
 }
-GROUPED = ("all", "causal documents", "whole mask", "bias", "score function", "dropout")
+# With fewer key/value heads, and in fp32: what depends on the head, on magnitudes, and one of each other kind.
+GROUPED = ("all", "causal documents", "function", "whole mask", "bias", "score function", "dropout")
 IN_FP32 = ("causal", "padding", "bias", "large", "dropout window")
 NETWORKS: dict[str, dict[str, Any]] = {
     "learned": {"positions": "learned"},

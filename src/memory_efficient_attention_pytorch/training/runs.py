@@ -128,8 +128,10 @@ def _settle(
             config, fit = _on_main(
                 accelerator, lambda: fastest_that_fits(config, device, num_tokens, free=free, processes=processes)
             )
-        # A run that stores activations has the memory.
-        return_freed_blocks() if config.reversible else keep_freed_blocks()
+        if config.reversible:
+            return_freed_blocks()
+        else:
+            keep_freed_blocks()  # a run that stores activations has the memory
         return config, None, f"memory: {fit}" if fit else ""
     preload(device)
     free = least_free(accelerator) if config.memory_budget == "auto" else None
